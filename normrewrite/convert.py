@@ -1,0 +1,176 @@
+"""The main job: plan which norm becomes what, and carry it out.
+
+>>> twin = convert(model, to="l1")
+>>> plan_ = plan(model, to="topk:10"); print(plan_); twin, report = plan_.apply()
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from normrewrite import rules as rules_
+from normrewrite import sites
+from normrewrite.errors import NormRewriteError, nearest
+from normrewrite.exactness import Probe, difference, tolerance
+from normrewrite.nn.batch import BatchNorm
+from normrewrite.norms import Gain, metric, spellings
+from normrewrite.passes import FoldAffine, RestoreNative, Rewrite, SwapMetric
+from normrewrite.report import Report, SiteResult, table
+from normrewrite.rules import KEEP, Rules
+from normrewrite.sites import Site
+
+Names = str | Sequence[str]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a plan has in mind for one site: a rewrite, or the reason why it stays."""
+
+    site: Site
+    target: str
+    rewrite: Rewrite | None
+    reason: str | None
+
+
+@dataclass
+class Plan:
+    """Which site becomes what. Print it, then `apply()` for a new module or `apply_()` to rewrite the model in place."""
+
+    model: nn.Module
+    choices: list[Choice]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def rewritten(self) -> list[Choice]:
+        return [choice for choice in self.choices if choice.rewrite is not None]
+
+    @property
+    def kept(self) -> list[Choice]:
+        return [choice for choice in self.choices if choice.rewrite is None]
+
+    def __str__(self) -> str:
+        rows = [(c.site.label, c.site.kind, str(c.site.channels or ""), c.target, c.reason or "") for c in self.choices]
+        head = f"{len(self.rewritten)} of {len(self.choices)} sites to be rewritten"
+        return f"{head}\n{table(('site', 'was', 'channels', 'becomes', 'left because'), rows)}"
+
+    def apply(self) -> tuple[nn.Module, Report]:
+        """A rewritten copy of the model, and the report. The model itself is not touched."""
+        self.require()
+        twin = copy.deepcopy(self.model)
+        found = {site.name: site for site in sites.find(twin)}
+        return _carry_out(twin, [(choice, found[choice.site.name]) for choice in self.choices])
+
+    def apply_(self) -> tuple[nn.Module, Report]:
+        """Rewrite the model in place; returns it (a new root where the root itself was a norm) and the report."""
+        self.require()
+        return _carry_out(self.model, [(choice, choice.site) for choice in self.choices])
+
+    def require(self, expect: int | None = None) -> None:
+        """Raises where no site, or not `expect` sites, would be rewritten; the message carries the reasons."""
+        reasons = sorted({f"{c.site.label}: {c.reason}" for c in self.kept})
+        because = f" Left: {'; '.join(reasons[:5])}{' ...' if len(reasons) > 5 else ''}." if reasons else ""
+        if not self.choices:
+            raise NormRewriteError(f"{type(self.model).__name__} holds no batch norm, so there is nothing to rewrite.")
+        if not self.rewritten:
+            raise NormRewriteError(f"none of {len(self.choices)} sites can be rewritten.{because}")
+        if expect is not None and len(self.rewritten) != expect:
+            raise NormRewriteError(f"expected {expect} sites to be rewritten, found {len(self.rewritten)}.{because}")
+
+
+def plan(
+    model: nn.Module,
+    to: str = "l1",
+    *,
+    rules: Mapping[str, str | None] | Rules | None = None,
+    include: Names = (),
+    exclude: Names = (),
+    gain: Gain = "exact",
+) -> Plan:
+    """Decide for every batch norm of `model` what it becomes; touches nothing.
+
+    to: `l1`, `linf`, `topk:K`, `topk:P%`, `range`, or `l2` for torch's own norms back from ours.
+    rules: PATTERN -> target (None or `keep` leaves a site), first match wins, before `to`.
+    include, exclude: globs or `re:` patterns of dotted names; each must match a site.
+    Raises NormRewriteError for an unknown target or pattern, or a model wrapped for data-parallel training.
+    """
+    if isinstance(model, DistributedDataParallel | DataParallel):
+        raise NormRewriteError(
+            f"the model is wrapped in {type(model).__name__}. Convert model.module, then wrap the result again."
+        )
+    found = sites.find(model)
+    include, exclude, pairs = _as_list(include), _as_list(exclude), rules_.as_rules(rules)
+    for option, patterns in (("--include", include), ("--exclude", exclude), ("--rule", [p for p, _ in pairs])):
+        rules_.must_match(patterns, found, option) if found else None
+    passes = {target: pass_for(target, gain) for target in {to, *(t for _, t in pairs)} if target != KEEP}
+    choices = []
+    for site in found:
+        target = next((t for pattern, t in pairs if rules_.matches(pattern, site)), to)
+        choices.append(_choose(site, target, include, exclude, passes))
+    return Plan(model, choices)
+
+
+def _as_list(names: Names) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
+
+
+def _choose(site: Site, target: str, include: list[str], exclude: list[str], passes: dict[str, Rewrite]) -> Choice:
+    if include and not any(rules_.matches(pattern, site) for pattern in include):
+        return Choice(site, KEEP, None, "not in --include")
+    if any(rules_.matches(pattern, site) for pattern in exclude):
+        return Choice(site, KEEP, None, "in --exclude")
+    if target == KEEP:
+        return Choice(site, KEEP, None, "kept by a rule")
+    refusal = passes[target].why_not(site)
+    return Choice(site, KEEP, None, refusal) if refusal else Choice(site, target, passes[target], None)
+
+
+def pass_for(target: str, gain: Gain = "exact") -> Rewrite:
+    """The pass that makes a target. Raises with the nearest name where there is none."""
+    try:
+        row = metric(target)
+    except NormRewriteError as error:
+        raise NormRewriteError(f"--to {error}") from error
+    return RestoreNative() if row.native else SwapMetric(str(row), gain)
+
+
+def convert(model: nn.Module, to: str = "l1", **options: object) -> nn.Module:
+    """A copy of `model` with its batch norms measured by `to`; in eval the same function. Options are those of `plan`.
+
+    >>> twin = convert(model, to="topk:10", exclude="stem.*")
+
+    Raises NormRewriteError where no site can be rewritten, or where a rewritten site differs beyond tolerance (exit_code 1).
+    """
+    return _checked(*plan(model, to, **options).apply())  # type: ignore[arg-type]
+
+
+def convert_(model: nn.Module, to: str = "l1", **options: object) -> nn.Module:
+    """`convert` in place. Returns the model, or the new root where the model itself is a norm."""
+    return _checked(*plan(model, to, **options).apply_())  # type: ignore[arg-type]
+
+
+def _checked(model: nn.Module, report: Report) -> nn.Module:
+    report.require_exact()
+    return model
+
+
+def _carry_out(model: nn.Module, choices: list[tuple[Choice, Site]]) -> tuple[nn.Module, Report]:
+    probe = Probe()
+    results = []
+    for choice, site in choices:
+        if choice.rewrite is None:
+            results.append(SiteResult.kept(site, choice.reason or ""))
+            continue
+        model, [(_, new)] = choice.rewrite.apply(model, [site])
+        results.append(_measured(site, new, choice.target, probe))
+    return model, Report(results)
+
+
+def _measured(site: Site, new: nn.Module, target: str, probe: Probe) -> SiteResult:
+    gap = difference(site.module, new, probe)
+    if isinstance(new, BatchNorm) and new.origin is not None:
+        new.origin.difference = gap
+    limit = tolerance(site.module)
+    return SiteResult(site.names, site.kind, site.channels, target, gap, limit, None)

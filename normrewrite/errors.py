@@ -1,0 +1,23 @@
+"""The one exception: it says where, what was found, what was needed and what to do, and carries an exit code."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class NormRewriteError(ValueError):
+    """Raised for bad input and for failed checks.
+
+    >>> raise NormRewriteError("model.pt: empty file. Give a checkpoint written by torch.save.")
+
+    `exit_code` is what the command line returns: 1 a check failed, 2 the input or the request is at fault.
+    """
+
+    def __init__(self, message: str, *, exit_code: int = 2) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def nearest(found: str, known: Iterable[str]) -> str:
+    """` Did you mean 'l1'?` for a near miss, else an empty string; to be put behind an error's first sentence."""
+    close = difflib.get_close_matches(found, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""

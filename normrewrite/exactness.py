@@ -1,0 +1,56 @@
+"""How far a rewritten site is from the norm it was, in eval, on random input of its own width."""
+
+import torch
+from torch import Tensor, nn
+
+from normrewrite.modes import evaluating
+from normrewrite.nn.batch import BatchNorm
+from normrewrite.tolerances import SAME_FUNCTION, worst
+
+_RANKS = {nn.BatchNorm1d: 2, nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}
+
+
+class Probe:
+    """Random input for any site, drawn once; torch's global random state stays as it is."""
+
+    def __init__(self) -> None:
+        self._generator = torch.Generator().manual_seed(0)
+        self._noise = torch.empty(0)
+
+    def input(self, norm: nn.Module) -> Tensor:
+        """(4, C, 1...) around the norm's running mean, in its dtype and on its device."""
+        mean, weight = norm.running_mean, norm.weight
+        assert isinstance(mean, Tensor)
+        need = 4 * mean.numel()
+        if self._noise.numel() < need:
+            self._noise = torch.randn(need, generator=self._generator, dtype=torch.float64)
+        dtype = weight.dtype if isinstance(weight, Tensor) else mean.dtype
+        spread = norm.running_scale if isinstance(norm, BatchNorm) else norm.running_var.sqrt()  # type: ignore[operator, union-attr]
+        noise = self._noise[:need].view(4, -1).to(mean.device, mean.dtype)
+        x = mean.detach() + spread * noise
+        return x.to(dtype).view(4, -1, *(1,) * (_rank(norm) - 2))
+
+
+def _rank(norm: nn.Module) -> int:
+    if isinstance(norm, BatchNorm):
+        return min(norm.ranks) if norm.ranks else 2
+    return next((rank for cls, rank in _RANKS.items() if isinstance(norm, cls)), 2)
+
+
+@torch.no_grad()
+def difference(old: nn.Module, new: nn.Module, probe: Probe) -> float | None:
+    """Largest |new(x) - old(x)| in eval, in units of max(1, largest |old(x)|).
+
+    None where there is nothing to compare: no running statistics (live ones differ by intent), or tensors on `meta`.
+    """
+    if getattr(old, "running_mean", None) is None or old.running_mean.is_meta:  # type: ignore[union-attr, operator]
+        return None
+    x = probe.input(old)
+    with evaluating(old), evaluating(new):
+        return worst(new.forward(x), old.forward(x))
+
+
+def tolerance(norm: nn.Module) -> float:
+    """What `difference` may be for this norm's dtype."""
+    weight = norm.weight if isinstance(norm.weight, Tensor) else norm.running_mean
+    return SAME_FUNCTION[weight.dtype] if isinstance(weight, Tensor) else SAME_FUNCTION[torch.float32]

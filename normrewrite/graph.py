@@ -1,0 +1,42 @@
+"""The torch.fx graph of a model, where it has one."""
+
+from collections import Counter
+
+from torch import nn
+from torch.fx import GraphModule, Node, symbolic_trace
+
+from normrewrite.errors import NormRewriteError
+
+
+class Untraceable(NormRewriteError):
+    """torch.fx can't trace the model; the message carries its reason."""
+
+
+def trace(model: nn.Module) -> GraphModule:
+    """The model as a GraphModule that shares its modules; itself if it is one already.
+
+    >>> gm = trace(model.eval())
+
+    Raises Untraceable with torch.fx's own reason, on one line.
+    """
+    if isinstance(model, GraphModule):
+        return model
+    try:
+        return symbolic_trace(model)
+    except Exception as error:  # a model's own forward runs here, and may raise anything
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise Untraceable(f"torch.fx can't trace {type(model).__name__}: {type(error).__name__}: {reason}") from error
+
+
+def module_of(graph_module: GraphModule, node: object) -> nn.Module | None:
+    """The module that a call_module node calls, else None."""
+    if isinstance(node, Node) and node.op == "call_module":
+        return graph_module.get_submodule(str(node.target))
+    return None
+
+
+def call_counts(graph_module: GraphModule) -> Counter[int]:
+    """How often each module (by id) is called in the graph: a shared one can't be altered for one caller."""
+    return Counter(
+        id(graph_module.get_submodule(str(node.target))) for node in graph_module.graph.nodes if node.op == "call_module"
+    )

@@ -1,0 +1,42 @@
+"""Float64 numpy: the plainest form of each family, sorted and summed. Slow, and the oracle of every other lowering.
+
+>>> y, mean, spread = batch_norm(x, metric("l1"))          # x: (N, C, *)
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from normrewrite.norms import Gain, Metric
+
+Array = npt.NDArray[Any]
+
+
+def spread(d: Array, row: Metric) -> Array:
+    """S(d) of deviations d: (groups, n) -> (groups,), float64."""
+    if row.family == "mean":
+        return (np.abs(d) ** row.power).mean(1) ** (1 / row.power)
+    ordered = np.sort(d, axis=1)
+    if row.family == "span":
+        return ordered[:, -1] - ordered[:, 0]
+    return np.sort(np.abs(d), axis=1)[:, d.shape[1] - row.k(d.shape[1]) :].mean(1)
+
+
+def batch_norm(
+    x: Array,
+    row: Metric,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    eps: float = 1e-5,
+    gain: Gain = "exact",
+) -> tuple[Array, Array, Array]:
+    """y = weight * (x - mean) / (C * S + eps) + bias over (N, *) of x: (N, C, *). Returns y, mean (C,), C * S (C,)."""
+    wide = np.asarray(x, dtype=np.float64)
+    rows = np.moveaxis(wide, 1, 0).reshape(wide.shape[1], -1)
+    mean = rows.mean(1)
+    measured = row.gain(rows.shape[1], gain) * spread(rows - mean[:, None], row)
+    shape = (1, -1) + (1,) * (wide.ndim - 2)
+    y = (wide - mean.reshape(shape)) / (measured + eps).reshape(shape)
+    y = y * (1.0 if weight is None else np.asarray(weight, np.float64).reshape(shape))
+    return y + (0.0 if bias is None else np.asarray(bias, np.float64).reshape(shape)), mean, measured

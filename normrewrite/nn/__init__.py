@@ -1,0 +1,6 @@
+"""Modules to place in models: `nr.nn.BatchNorm2d(64, metric="l1")`."""
+
+from normrewrite.nn.affine import ChannelAffine
+from normrewrite.nn.batch import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
+
+__all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "ChannelAffine"]

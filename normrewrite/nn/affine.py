@@ -1,0 +1,28 @@
+"""A learnable affine by channel: what a norm with fixed statistics is, where it can't be folded into a neighbour."""
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Proxy
+
+from normrewrite.lower.eager import per_channel
+from normrewrite.nn.tracing import as_one_node
+
+
+class ChannelAffine(nn.Module):
+    """y = weight * x + bias, one weight and one bias a channel. x: (N, C, *), weight and bias: (C,), any float dtype.
+
+    >>> ChannelAffine(torch.ones(64), torch.zeros(64))(x)
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.bias = nn.Parameter(bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return as_one_node(self, input)
+        return torch.addcmul(per_channel(self.bias, input.dim()), input, per_channel(self.weight, input.dim()))
+
+    def extra_repr(self) -> str:
+        return str(len(self.weight))

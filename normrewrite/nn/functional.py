@@ -1,0 +1,77 @@
+"""`batch_norm` as torch's, with a metric: the function behind the modules of `normrewrite.nn`."""
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from normrewrite.errors import NormRewriteError
+from normrewrite.lower import eager
+from normrewrite.norms import Gain
+from normrewrite.norms import metric as row_of
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_scale: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | Tensor = 0.1,
+    eps: float = 1e-5,
+    metric: str = "l1",
+    gain: Gain = "exact",
+) -> Tensor:
+    """Normalise each channel over the batch and all positions, its spread measured by `metric`.
+
+    >>> y = batch_norm(x, None, None, training=True, metric="linf")
+
+    input: (N, C, *), any rank from 2, any float dtype; weight, bias: (C,); running_mean, running_scale: (C,), fp32 or
+    float64, updated in place in training as torch's: (1 - momentum) * running + momentum * batch. A channel whose
+    batch statistics are not finite keeps its running ones. In eval: weight * (x - running_mean)/(running_scale + eps) + bias.
+    Raises NormRewriteError where training sees fewer than two values a channel, or fewer than the metric reads.
+    """
+    if has_torch_function((input, running_mean, running_scale, weight, bias)):  # one node under torch.fx
+        return handle_torch_function(  # type: ignore[no-any-return]
+            batch_norm,
+            (input, running_mean, running_scale, weight, bias),
+            input,
+            running_mean,
+            running_scale,
+            weight,
+            bias,
+            training=training,
+            momentum=momentum,
+            eps=eps,
+            metric=metric,
+            gain=gain,
+        )
+    if not training:
+        if running_mean is None or running_scale is None:
+            raise NormRewriteError("batch_norm in eval needs running_mean and running_scale; pass training=True without them.")
+        return eager.affine(input, running_mean, running_scale + eps, weight, bias)
+    _check_trainable(input)
+    y, mean, spread = eager.normalise(input, weight, bias, row_of(metric), gain, eps)
+    if running_mean is not None and running_scale is not None:
+        _update(running_mean, running_scale, mean, spread, momentum)
+    return y
+
+
+def _check_trainable(input: Tensor) -> None:
+    if input.dim() < 2:
+        raise NormRewriteError(f"batch_norm needs (N, C, *), got shape {tuple(input.shape)}.")
+    if input.numel() // input.shape[1] < 2:
+        raise NormRewriteError(
+            f"batch_norm needs more than one value a channel when training, got shape {tuple(input.shape)}. "
+            "Raise the batch size or call .eval()."
+        )
+
+
+@torch.no_grad()
+def _update(running_mean: Tensor, running_scale: Tensor, mean: Tensor, spread: Tensor, momentum: float | Tensor) -> None:
+    """Average the batch in, unless it is not finite: one NaN under mixed precision would poison the buffers for good."""
+    finite = torch.isfinite(mean + spread)
+    for running, batch in ((running_mean, mean), (running_scale, spread)):
+        factor = momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum
+        new = torch.lerp(running, batch.to(running.dtype), factor)
+        running.copy_(torch.where(finite, new, running))

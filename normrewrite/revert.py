@@ -1,0 +1,40 @@
+"""The way back: torch's own batch norms from ours, to the bit where nothing was trained since."""
+
+import copy
+
+from torch import nn
+
+from normrewrite import sites
+from normrewrite.errors import NormRewriteError
+from normrewrite.nn.batch import BatchNorm
+from normrewrite.passes import RestoreNative
+
+
+def revert(twin: nn.Module) -> nn.Module:
+    """A copy of `twin` with torch's batch norms; `revert_` does it in place.
+
+    >>> back = revert(convert(model))          # the same bits as model, parameter by parameter
+
+    After training the nearest native norm comes back: the same function in eval. Raises NormRewriteError where the model
+    holds none of normrewrite's norms.
+    """
+    return revert_(copy.deepcopy(twin))
+
+
+def revert_(twin: nn.Module) -> nn.Module:
+    """`revert` in place. Returns the model, or the new root where the model itself is a norm."""
+    return reverted(twin)[0]
+
+
+def reverted(twin: nn.Module) -> tuple[nn.Module, list[str], list[str]]:
+    """In place; also the names of the sites that came back, and of those that had been trained since."""
+    found = [site for site in sites.find(twin) if isinstance(site.module, BatchNorm)]
+    if not found:
+        raise NormRewriteError(f"{type(twin).__name__} holds no norm of normrewrite's, so there is nothing to revert.")
+    rewrite = RestoreNative()
+    for site in found:
+        refusal = rewrite.why_not(site)
+        if refusal:
+            raise NormRewriteError(f"{site.label}: {refusal}")
+    model, _ = rewrite.apply(twin, found)
+    return model, [site.name for site in found], rewrite.trained

@@ -1,0 +1,83 @@
+"""Sites: the places in a model where a norm works, by dotted name.
+
+>>> [site.name for site in find(model)]
+['bn1', 'layer1.0.bn1', 'layer1.0.bn2']
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from normrewrite.nn.batch import BatchNorm
+
+
+@dataclass(frozen=True)
+class Site:
+    """One norm module, every name it goes by, and every place (parent, key) it is registered at; none for a root."""
+
+    names: tuple[str, ...]
+    module: nn.Module
+    homes: tuple[tuple[nn.Module, str], ...]
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @property
+    def label(self) -> str:
+        """The name for people: a root module has an empty one."""
+        return self.name or "(the model itself)"
+
+    @property
+    def kind(self) -> str:
+        return type(self.module).__name__
+
+    @property
+    def channels(self) -> int | None:
+        return getattr(self.module, "num_features", None)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """A batch norm of torch's, of ours, or something that calls itself one (which a pass may then refuse by name)."""
+    return isinstance(module, _BatchNorm | BatchNorm) or (
+        "BatchNorm" in type(module).__name__ and any(True for _ in module.buffers(recurse=False))
+    )
+
+
+def find(model: nn.Module) -> list[Site]:
+    """All batch norms of the model in registration order; a module used at several places is one site."""
+    names: dict[int, list[str]] = {}
+    homes: dict[int, list[tuple[nn.Module, str]]] = {}
+    modules: dict[int, nn.Module] = {}
+    for name, module, home in _registrations(model):
+        if is_norm(module):
+            modules[id(module)] = module
+            names.setdefault(id(module), []).append(name)
+            homes.setdefault(id(module), []).extend(home)
+    return [Site(tuple(names[key]), module, tuple(homes[key])) for key, module in modules.items()]
+
+
+def _registrations(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[tuple[nn.Module, str]]]]:
+    yield "", model, []
+    for prefix, parent in model.named_modules():
+        for key, child in parent._modules.items():
+            if child is not None:
+                yield f"{prefix}.{key}" if prefix else key, child, [(parent, key)]
+
+
+def replace(site: Site, new: nn.Module) -> nn.Module:
+    """Put `new` wherever the site's module is registered, carrying over its training flag and hooks. Returns `new`."""
+    carry_over(site.module, new)
+    for parent, key in site.homes:
+        parent._modules[key] = new
+    return new
+
+
+def carry_over(old: nn.Module, new: nn.Module) -> None:
+    """Training flag and every kind of hook. Parameters are handed over by the rewrites themselves."""
+    new.train(old.training)
+    for name, hooks in vars(old).items():
+        if "hooks" in name and hooks:
+            getattr(new, name).update(hooks)

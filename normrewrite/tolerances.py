@@ -1,0 +1,28 @@
+"""The one table of tolerances, by dtype, with reasons."""
+
+import torch
+
+# Largest difference of two forms of the same function, in units of max(1, largest output). A per-channel affine takes
+# about five roundings; the figures allow some twenty, that is 20 * eps of the dtype, rounded up.
+SAME_FUNCTION: dict[torch.dtype, float] = {
+    torch.float64: 1e-14,
+    torch.float32: 5e-6,
+    torch.float16: 2e-2,
+    torch.bfloat16: 2e-1,
+}
+
+# The same for a whole network, where roundings of a hundred layers add up and are amplified on the way.
+SAME_NETWORK: dict[torch.dtype, float] = {
+    torch.float64: 1e-9,
+    torch.float32: 1e-4,
+    torch.float16: 5e-2,
+    torch.bfloat16: 4e-1,
+}
+
+
+def worst(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest |a - b| in units of max(1, largest |b|), in float64; NaN against NaN is no difference, NaN else infinite."""
+    a, b = a.double(), b.double()
+    gap = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, (a - b).abs())
+    size = b[b.isfinite()].abs().max().clamp_min(1.0) if b.isfinite().any() else torch.ones(())
+    return float((gap.nan_to_num(nan=float("inf")) / size).max()) if gap.numel() else 0.0

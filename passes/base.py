@@ -1,0 +1,50 @@
+"""What every pass shares: one rule for one site, and the two drivers that carry it through a model.
+
+A pass states `why_not(site)` (a refusal, or None) and `rewrite(site)` (the new module; pure, sees one site). The tree
+driver `apply` walks any nn.Module. Called on a torch.fx.GraphModule a pass is a torch.fx pass: it rewrites the graph
+module in place, as torch.fx passes do, and returns PassResult. Modules that the graph module shares with the model it
+was traced from are never altered, only replaced.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+
+from torch import nn
+from torch.fx import GraphModule
+from torch.fx.passes.infra.pass_base import PassResult
+
+from normrewrite import sites
+from normrewrite.sites import Site
+
+
+class Rewrite(ABC):
+    """One rewrite of a model, usable alone, in a Plan, or in torch.fx's PassManager."""
+
+    @abstractmethod
+    def why_not(self, site: Site) -> str | None:
+        """The reason why this site must stay as it is, or None."""
+
+    @abstractmethod
+    def rewrite(self, site: Site) -> nn.Module:
+        """The module that takes the site's place. Alters nothing."""
+
+    def apply(self, model: nn.Module, chosen: Iterable[Site] | None = None) -> tuple[nn.Module, list[tuple[Site, nn.Module]]]:
+        """Tree driver, in place: rewrite the chosen sites (all that are not refused, by default).
+
+        Returns the model (a new root where the root itself was a norm) and each site with the module it got.
+        """
+        done = []
+        for site in sites.find(model) if chosen is None else chosen:
+            if self.why_not(site) is None:
+                new = sites.replace(site, self.rewrite(site))
+                done.append((site, new))
+                if site.module is model:
+                    model = new
+        return model, done
+
+    def __call__(self, graph_module: GraphModule) -> PassResult:
+        """Graph driver: rewrite every site of the graph module that is not refused."""
+        _, done = self.apply(graph_module)
+        graph_module.graph.lint()
+        graph_module.recompile()
+        return PassResult(graph_module, bool(done))
