@@ -1,0 +1,34 @@
+"""normrewrite: batch normalisation rewritten to L1, L-infinity and Top-k norms, with the same function.
+
+>>> import normrewrite as nr
+>>> twin = nr.convert(model, to="l1")
+"""
+
+from normrewrite import nn, norms, passes
+from normrewrite._version import __version__
+from normrewrite.convert import Plan, convert, convert_, plan
+from normrewrite.errors import NormRewriteError
+from normrewrite.export import export
+from normrewrite.files import load, save
+from normrewrite.report import Report
+from normrewrite.revert import revert, revert_
+from normrewrite.verify import verify
+
+__all__ = [
+    "NormRewriteError",
+    "Plan",
+    "Report",
+    "__version__",
+    "convert",
+    "convert_",
+    "export",
+    "load",
+    "nn",
+    "norms",
+    "passes",
+    "plan",
+    "revert",
+    "revert_",
+    "save",
+    "verify",
+]

@@ -1,0 +1,3 @@
+from normrewrite.cli import main
+
+main()

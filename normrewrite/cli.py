@@ -1,0 +1,178 @@
+"""The command line. Thin: each command is the function of the same name in normrewrite.commands."""
+
+import json
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+from normrewrite._version import __version__
+from normrewrite.errors import NormRewriteError
+
+Command = Callable[..., Any]
+_TARGETS = "l1, linf, topk:K (a count, or a percentage as topk:1%), range; l2 gives torch's own norms back"
+
+
+def _together(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    def decorate(function: Command) -> Command:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+def _as_source(function: Command) -> Command:
+    """Hand the options below to a command as one `source`, a normrewrite.commands.Source."""
+
+    @wraps(function)
+    def with_source(model: Path, arch: str | None, arch_args: tuple[str, ...], key: str | None, allow: tuple[str, ...], trust: bool, device: str, **options: Any) -> Any:
+        from normrewrite.arch import parse_arguments
+        from normrewrite.commands import Source
+
+        return function(Source(model, arch, parse_arguments(arch_args), key, allow, trust, device), **options)
+
+    return with_source
+
+
+def _numbers(_context: click.Context, parameter: click.Parameter, text: str | None) -> list[float] | None:
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        raise NormRewriteError(f"--{parameter.name} {text!r}: write numbers with commas, as in 0.485,0.456,0.406.") from None
+
+
+PATH = click.Path(path_type=Path)
+source = _together(
+    click.argument("model", type=PATH),
+    click.option("--arch", metavar="WHERE:FACTORY", help="Code of a state_dict: PATH.py:factory, module:factory, timm:NAME or torchvision:NAME."),
+    click.option("--arch-args", metavar="K=V", multiple=True, help="Keyword argument of the factory; repeatable."),
+    click.option("--key", metavar="K", help="Where in a checkpoint the state_dict is, dotted."),
+    click.option("--allow", metavar="MODULE:CLASS", multiple=True, help="A further class that a pickled module may hold; repeatable."),
+    click.option("--trust", is_flag=True, help="Unpickle freely: runs any code that the file contains."),
+    click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1, ..."),
+    _as_source,
+)
+data = _together(
+    click.option("--data", metavar="DATA", help="A .npz (arrays named as forward's arguments, or images; labels), a folder of images, or module:factory."),
+    click.option("--input-shape", metavar="N,C,...", help="Random input of this shape instead, as in 1,3,32,32."),
+    click.option("--mean", metavar="R,G,B", callback=_numbers, help="Mean of uint8 images, pixels in 0..1."),
+    click.option("--std", metavar="R,G,B", callback=_numbers, help="Standard deviation of uint8 images, pixels in 0..1."),
+)
+printed = _together(
+    click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout."),
+    click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors."),
+)
+force = click.option("--force", is_flag=True, help="Overwrite an existing output.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="normrewrite", message="%(prog)s %(version)s")
+def app() -> None:
+    """Rewrite the batch norms of trained networks to L1, L-infinity, Top-k and range norms: the same function."""
+
+
+@app.command()
+@source
+@printed
+def inspect(source: Any, as_json: bool, quiet: bool) -> None:
+    """List the norms of a model."""
+    from normrewrite import commands, console
+
+    console.show(commands.inspect(source), as_json=as_json, quiet=quiet)
+
+
+@app.command()
+@source
+@click.option("--to", required=True, metavar="TARGET", help=f"{_TARGETS}.")
+@click.option("--rule", "rules", metavar="PATTERN=TARGET", multiple=True, help="Another target, or keep, for some sites; the first match wins.")
+@click.option("--include", metavar="GLOB", multiple=True, help="Only these sites: name, glob or re:REGEX; repeatable.")
+@click.option("--exclude", metavar="GLOB", multiple=True, help="Not these sites; repeatable.")
+@click.option("--gain", type=click.Choice(["exact", "paper"]), default="exact", show_default=True, help="The constants of the metrics; paper: as published.")
+@click.option("--dry-run", is_flag=True, help="Print the plan, write nothing.")
+@click.option("--expect", type=int, metavar="N", help="Fail unless exactly N sites are rewritten.")
+@click.option("--input-shape", metavar="N,C,...", help="Check the whole network too, on random input of this shape.")
+@click.option("--folded", is_flag=True, help="Write a plain state_dict of the network with its norms folded away.")
+@click.option("--output", "-o", type=PATH, help="Output file.  [default: MODEL.TARGET.pt beside the input]")
+@force
+@printed
+def convert(source: Any, to: str, rules: tuple[str, ...], as_json: bool, quiet: bool, **options: Any) -> None:
+    """Rewrite batch norms; in eval the network computes the same function."""
+    from normrewrite import commands, console
+    from normrewrite.rules import parse_rule
+
+    result = commands.convert(source, to, rules=[parse_rule(text) for text in rules], **options)
+    console.show(result, as_json=as_json, quiet=quiet)
+
+
+@app.command()
+@source
+@click.option("--output", "-o", type=PATH, help="Output file.  [default: MODEL.reverted.pt beside the input]")
+@force
+@printed
+def revert(source: Any, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Give a converted network its original batch norms back, to the bit."""
+    from normrewrite import commands, console
+
+    console.show(commands.revert(source, **options), as_json=as_json, quiet=quiet)
+
+
+@app.command()
+@source
+@data
+@click.option("--output", "-o", type=PATH, required=True, help="The ONNX file to write.")
+@click.option("--opset", type=int, default=20, show_default=True, help="ONNX opset.")
+@click.option("--dynamic-batch/--static-batch", default=True, show_default=True, help="Leave the batch size open, or fix it to the example's.")
+@force
+@printed
+def export(source: Any, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Write plain ONNX with the norms folded away, in one file."""
+    from normrewrite import commands, console
+
+    with console.busy("exporting", quiet=quiet or as_json):
+        result = commands.export(source, **options)
+    console.show(result, as_json=as_json, quiet=quiet)
+
+
+@app.command()
+@source
+@click.argument("other", type=PATH)
+@data
+@click.option("--batch-size", type=click.IntRange(min=1), default=250, show_default=True, help="Inputs at a time.")
+@click.option("--tolerance", type=float, help="Of max(1, largest output).  [default: by dtype, 1e-4 for fp32]")
+@printed
+def verify(source: Any, other: Path, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Run the same inputs through MODEL and OTHER, torch or ONNX. Exit code 1 where they differ beyond tolerance."""
+    from normrewrite import commands, console
+
+    with console.busy("comparing", quiet=quiet or as_json) as each:
+        result = commands.verify(source, other, each=each, **options)
+    console.show(result, as_json=as_json, quiet=quiet)
+    if not result.ok:
+        sys.exit(1)
+
+
+def main() -> None:
+    """Run the command line; errors become one message and an exit code."""
+    try:
+        app(standalone_mode=False)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except NormRewriteError as error:
+        if "--json" in sys.argv:
+            print(json.dumps({"error": str(error), "exit_code": error.exit_code}))
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

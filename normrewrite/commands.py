@@ -1,0 +1,258 @@
+"""The verbs of the command line, from file to file: each returns a result that prints itself and has `as_dict()`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normrewrite import files
+from normrewrite.convert import Plan, pass_for
+from normrewrite.convert import plan as plan_model
+from normrewrite.data import Batch, Data, argument_names, open_data
+from normrewrite.data import example as example_input
+from normrewrite.errors import NormRewriteError
+from normrewrite.export import OPSET, Exported, fold
+from normrewrite.export import export as export_model
+from normrewrite.inspect import Inspection
+from normrewrite.inspect import inspect as inspect_model
+from normrewrite.norms import Gain, metric
+from normrewrite.report import Report
+from normrewrite.revert import reverted
+from normrewrite.rules import Rules
+from normrewrite.verify import Comparison
+from normrewrite.verify import verify as verify_networks
+
+
+@dataclass(frozen=True)
+class Source:
+    """How a model file is to be read: the options that all commands share."""
+
+    path: Path
+    arch: str | None = None
+    arch_args: Mapping[str, Any] = field(default_factory=dict)
+    key: str | None = None
+    allow: Sequence[str] = ()
+    trust: bool = False
+    device: str = "cpu"
+
+    def read(self, path: Path | None = None) -> files.ModelFile:
+        device = _device(self.device)
+        file = files.read(
+            path or self.path, self.arch, arch_args=self.arch_args, key=self.key, allow=self.allow, trust=self.trust
+        )
+        file.model.to(device)
+        return file
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise NormRewriteError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+@dataclass
+class Converted:
+    """What `convert` did: the sites, the whole network's difference where it was measured, and the file."""
+
+    report: Report
+    output: str
+    form: str
+    network: Comparison | None = None
+    note: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        network = None if self.network is None else self.network.as_dict()
+        return {"output": self.output, "form": self.form, "network": network, **self.report.as_dict()}
+
+    def __str__(self) -> str:
+        whole = f"whole network: {self.network.verdict}" if self.network else ""
+        return "\n".join(line for line in (str(self.report), whole, f"wrote {self.output}", self.note) if line)
+
+
+@dataclass
+class Planned:
+    """What `convert --dry-run` would do."""
+
+    plan: Plan
+
+    def as_dict(self) -> dict[str, Any]:
+        rows = [{"names": c.site.names, "was": c.site.kind, "target": c.target, "reason": c.reason} for c in self.plan.choices]
+        return {"dry_run": True, "rewritten": len(self.plan.rewritten), "kept": len(self.plan.kept), "sites": rows}
+
+    def __str__(self) -> str:
+        return f"{self.plan}\nnothing was written (--dry-run)"
+
+
+def inspect(source: Source) -> Inspection:
+    """The norms of a model file."""
+    return inspect_model(source.read().model)
+
+
+def convert(
+    source: Source,
+    to: str,
+    *,
+    rules: Rules = (),
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    gain: Gain = "exact",
+    output: Path | None = None,
+    folded: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
+    expect: int | None = None,
+    input_shape: str | None = None,
+) -> Converted | Planned:
+    """Rewrite the norms of a model file and write the twin beside it, once its function has been checked."""
+    pass_for(to, gain)  # a wrong target is told before a large file is read
+    output = output or derived(source.path, f"{slug(to)}.folded" if folded else slug(to))
+    if not dry_run:
+        files.check_writable(output, force)
+    file = source.read()
+    plan = plan_model(file.model, to, rules=rules, include=include, exclude=exclude, gain=gain)
+    plan.require(expect)
+    if dry_run:
+        return Planned(plan)
+    twin, report, network = _rewritten(plan, input_shape, source.device)
+    if folded:
+        return _write_folded(twin, report, output, force, network)
+    form = files.save(twin.cpu(), output, form=file.form, report=report, force=force)
+    return Converted(report, str(output), form, network, _how_to_load(file.form, form, output))
+
+
+def _rewritten(
+    plan: Plan, input_shape: str | None, device: str
+) -> tuple[nn.Module, Report, Comparison | None]:
+    if input_shape is None:
+        twin, report = plan.apply_()
+        report.require_exact()
+        return twin, report, None
+    x = example_input(input_shape).to(device)
+    twin, report = plan.apply()
+    report.require_exact()
+    network = verify_networks(plan.model, twin, x)
+    if not network.ok and not report.live:
+        raise NormRewriteError(f"the twin computes another function; no file was written. {network.verdict}", exit_code=1)
+    return twin, report, network
+
+
+def _write_folded(
+    twin: nn.Module, report: Report, output: Path, force: bool, network: Comparison | None
+) -> Converted:
+    whole, outcome, notes = fold(twin)
+    files.write_atomically(output, lambda temporary: torch.save(dict(whole.state_dict()), temporary), force)
+    note = (
+        f"plain state_dict: {len(outcome.into_neighbour)} norms folded into a neighbour (give it a bias, and put nn.Identity "
+        f"in the norm's place); {len(outcome.to_affine)} are y = weight * x + bias by channel under the norm's name"
+    )
+    return Converted(report, str(output), "folded state_dict", network, "\n".join([note, *notes]))
+
+
+def _how_to_load(wanted: str, written: str, output: Path) -> str:
+    if wanted == written:
+        return ""
+    return f"the twin can't be pickled, so its state_dict was written: load it by nr.load({output.name!r}, arch=...)"
+
+
+def derived(path: Path, word: str) -> Path:
+    """`model.pt`, `l1` -> `model.l1.pt`."""
+    return path.with_name(f"{path.stem}.{word}{path.suffix}")
+
+
+def slug(target: str) -> str:
+    """A target as it stands in file names: `topk:1%` -> `topk-1pct`."""
+    return str(metric(target)).replace(":", "-").replace("%", "pct")
+
+
+@dataclass
+class Reverted:
+    """What `revert` did."""
+
+    sites: list[str]
+    trained: list[str]
+    output: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"output": self.output, "reverted": self.sites, "nearest": self.trained}
+
+    def __str__(self) -> str:
+        exact = len(self.sites) - len(self.trained)
+        lines = [f"{len(self.sites)} norms are torch's again, {exact} of them to the bit", f"wrote {self.output}"]
+        if self.trained:
+            lines.insert(1, f"trained since the rewrite, so the nearest was taken: {', '.join(self.trained[:8])}")
+        return "\n".join(lines)
+
+
+def revert(source: Source, *, output: Path | None = None, force: bool = False) -> Reverted:
+    """Write a twin's file back as a network with torch's own batch norms."""
+    output = output or derived(source.path, "reverted")
+    files.check_writable(output, force)
+    file = source.read()
+    model, names, trained = reverted(file.model)
+    files.save(model.cpu(), output, form=file.form, force=force)
+    return Reverted(names, trained, str(output))
+
+
+def export(
+    source: Source,
+    output: Path,
+    *,
+    input_shape: str | None = None,
+    data: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    opset: int = OPSET,
+    dynamic_batch: bool = True,
+    force: bool = False,
+) -> Exported:
+    """Write a model file as ONNX; the example input comes from `data` or has `input_shape`."""
+    files.check_writable(output, force)
+    model = source.read().model
+    inputs = _example_inputs(model, input_shape, data, mean, std)
+    return export_model(model, inputs, output, opset=opset, dynamic_batch=dynamic_batch, force=force)
+
+
+def _example_inputs(
+    model: nn.Module,
+    input_shape: str | None,
+    data: str | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+) -> list[Tensor]:
+    if input_shape is not None:
+        return [example_input(input_shape)]
+    if data is None:
+        raise NormRewriteError("what goes in? Give --input-shape 1,3,32,32 or --data FILE.")
+    batch = next(iter(open_data(data, argument_names(model), mean=mean, std=std).batches(2)))
+    return list(batch.inputs.values())
+
+
+def verify(
+    source: Source,
+    other: Path,
+    *,
+    data: str | None = None,
+    input_shape: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    batch_size: int = 250,
+    tolerance: float | None = None,
+    each: Callable[[int], object] = lambda done: None,
+) -> Comparison:
+    """Compare two files, torch or ONNX, on the same inputs. `source`'s architecture serves both."""
+    networks = [path if path.suffix == ".onnx" else source.read(path).model for path in (source.path, other)]
+    names = next((argument_names(network) for network in networks if isinstance(network, nn.Module)), [])
+    if data is not None:
+        inputs = open_data(data, names, mean=mean, std=std)
+    elif input_shape is not None:
+        x = example_input(input_shape)
+        inputs = Data(whole=Batch({names[0] if names else "input": x}))
+    else:
+        raise NormRewriteError("compared on what? Give --data FILE, or --input-shape 1,3,32,32 for random inputs.")
+    return verify_networks(networks[0], networks[1], inputs, batch_size=batch_size, tolerance=tolerance, each=each)

@@ -1,0 +1,56 @@
+"""What people see: Rich on a terminal, plain text in a pipe. Rich is imported only for a terminal."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+
+class Result(Protocol):
+    """What a command returns."""
+
+    def as_dict(self) -> dict[str, Any]: ...
+
+
+def show(result: Result, *, as_json: bool = False, quiet: bool = False) -> None:
+    """Print a result: one JSON object for machines, nothing, or its text with tables in colour."""
+    if as_json:
+        print(json.dumps(result.as_dict()))
+    elif not quiet:
+        text = str(result)
+        _coloured(text) if sys.stdout.isatty() else print(text)
+
+
+def _coloured(text: str) -> None:
+    from rich.console import Console
+    from rich.highlighter import ReprHighlighter
+    from rich.text import Text
+
+    console = Console(highlighter=ReprHighlighter())
+    for line in text.splitlines():
+        style = "bold" if line.startswith(("site ", "output ")) else ""
+        style = "red" if "DIFFERENT" in line or "can't be" in line else style
+        console.print(console.highlighter(Text(line, style=style)), soft_wrap=True)  # type: ignore[arg-type]
+
+
+@contextmanager
+def busy(what: str, *, quiet: bool = False) -> Iterator[Callable[[int], None]]:
+    """A line on stderr, for people who wait: what is being done, for how long, and how many inputs are through."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda done: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn(what), TextColumn("{task.fields[count]}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(what, total=None, count="")
+        through = 0
+
+        def advance(done: int) -> None:
+            nonlocal through
+            through += done
+            progress.update(task, count=f"{through} inputs")
+
+        yield advance

@@ -1,0 +1,261 @@
+"""Model files: what comes in is recognised and read without running it; what goes out is written whole or not at all.
+
+>>> save(twin, "twin.pt")                                         # state_dict and manifest, for torch.load
+>>> twin = load("twin.pt", arch="zoo.py:cifar10_resnet20")
+"""
+
+import json
+import os
+import pickle
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.nn.utils.parametrize import is_parametrized
+
+from normrewrite import arch as arch_
+from normrewrite import manifest, unpickle
+from normrewrite.errors import NormRewriteError, nearest
+from normrewrite.report import Report
+
+Form = Literal["state_dict", "safetensors", "module"]
+_KEYS = ("state_dict", "model_state_dict", "model", "ema")
+_PREFIXES = ("module.", "_orig_mod.")
+
+
+@dataclass
+class ModelFile:
+    """A model as it came from a file, and what is needed to write one of the same form."""
+
+    model: nn.Module
+    form: Form
+    manifest: dict[str, Any] | None
+
+
+def load(
+    path: str | Path,
+    arch: str | arch_.Factory | nn.Module | None = None,
+    *,
+    arch_args: Mapping[str, Any] | None = None,
+    key: str | None = None,
+    allow: Sequence[str] = (),
+    trust: bool = False,
+) -> nn.Module:
+    """The model in a file: a checkpoint or state_dict (with `arch`), .safetensors, or a pickled module.
+
+    arch: `PATH.py:factory`, `module:factory`, `timm:NAME`, `torchvision:NAME`, a callable or a module to fill.
+    key: where in a checkpoint the state_dict is, dotted, if not under state_dict, model or ema.
+    allow, trust: see normrewrite.unpickle; nothing is unpickled freely without `trust`.
+    A file of normrewrite's is rewritten by its manifest first. Raises NormRewriteError with what to do.
+    """
+    return read(path, arch, arch_args=arch_args, key=key, allow=allow, trust=trust).model
+
+
+def read(
+    path: str | Path,
+    arch: str | arch_.Factory | nn.Module | None = None,
+    *,
+    arch_args: Mapping[str, Any] | None = None,
+    key: str | None = None,
+    allow: Sequence[str] = (),
+    trust: bool = False,
+) -> ModelFile:
+    """`load`, with the form of the file and its manifest."""
+    path = Path(path)
+    _recognise(path)
+    record: object
+    if path.suffix == ".safetensors":
+        found, record, form = *_read_safetensors(path), "safetensors"
+    else:
+        content = unpickle.load(path, allow, trust)
+        found, record, form = _select(content, key, path), content.get(manifest.KEY) if isinstance(content, Mapping) else None, "state_dict"
+    checked = None if record is None else manifest.check(record, str(path))
+    if isinstance(found, nn.Module):
+        return ModelFile(found, "module", checked)
+    if arch is None:
+        raise NormRewriteError(
+            f"{path} holds a state_dict: tensors without the code they belong to. Name it with --arch PATH.py:factory or "
+            "--arch module:factory."
+        )
+    return ModelFile(_fill(arch_.build(arch, arch_args), found, checked, path, arch), form, checked)  # type: ignore[arg-type]
+
+
+def _recognise(path: Path) -> None:
+    """Raises for everything that is no file of weights, with what to do instead."""
+    if path.is_dir():
+        raise NormRewriteError(f"{path} is a folder. Give the model file itself.")
+    if not path.is_file():
+        beside = [entry.name for entry in path.parent.glob("*")] if path.parent.is_dir() else []
+        raise NormRewriteError(f"{path}: there is no such file.{nearest(path.name, beside)}")
+    if path.stat().st_size == 0:
+        raise NormRewriteError(f"{path} is empty. Give a checkpoint written by torch.save or a .safetensors file.")
+    if path.suffix == ".onnx":
+        raise NormRewriteError(f"{path} is an ONNX file. Convert the PyTorch model, then `normrewrite export` it.")
+    names = _zip_names(path)
+    if any(name.endswith("/constants.pkl") and f"{name.split('/')[0]}/code/" in "\n".join(names) for name in names):
+        raise NormRewriteError(
+            f"{path} is a TorchScript archive: compiled code, whose norms can't be rewritten. Give the state_dict of the "
+            "Python model it was made from (script.state_dict() saves it) and --arch."
+        )
+    if path.suffix == ".pt2" or any(name.rpartition("/")[2] in ("archive_format", "serialized_exported_program.json") for name in names):
+        raise NormRewriteError(
+            f"{path} is a torch.export archive (.pt2): its graph is fixed for inference and can't be trained further. Convert "
+            "the Python model (state_dict and --arch), then export the twin."
+        )
+
+
+def _zip_names(path: Path) -> list[str]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()
+    except (zipfile.BadZipFile, OSError):
+        return []
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], object]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        return tensors, json.loads(metadata[manifest.KEY]) if manifest.KEY in metadata else None
+    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise NormRewriteError(f"{path}: can't be read as a safetensors file ({error}). It may be truncated.") from error
+
+
+def _select(content: object, key: str | None, path: Path) -> nn.Module | dict[str, Tensor]:
+    """The module or state_dict in what a checkpoint holds."""
+    if key is not None:
+        for part in key.split("."):
+            if not isinstance(content, Mapping) or part not in content:
+                known = [str(name) for name in content] if isinstance(content, Mapping) else []
+                raise NormRewriteError(f"{path}: --key {key}: there is no {part!r}.{nearest(part, known)} Keys: {', '.join(known[:12])}")
+            content = content[part]
+    if isinstance(content, nn.Module):
+        return content
+    if isinstance(content, Mapping):
+        if content and all(isinstance(value, Tensor) for value in content.values()):
+            return _stripped(content)
+        for name in _KEYS:
+            if isinstance(content.get(name), Mapping | nn.Module):
+                return _select(content[name], None, path)
+        tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+        if tensors:
+            return _stripped(tensors)
+        raise NormRewriteError(f"{path}: no state_dict under {', '.join(_KEYS)}. Name it with --key; keys: {', '.join(map(str, list(content)[:12]))}")
+    raise NormRewriteError(f"{path} holds a {type(content).__name__}, neither a module nor a state_dict.")
+
+
+def _stripped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without the prefixes that DistributedDataParallel and torch.compile put in front of every name."""
+    state = dict(tensors)
+    for prefix in _PREFIXES:
+        if state and all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
+
+
+def _fill(model: nn.Module, state: dict[str, Tensor], record: dict[str, Any] | None, path: Path, arch: object) -> nn.Module:
+    if record is not None:
+        model = manifest.replay(model, record, str(path))
+    _take_dtypes(model, state)
+    try:
+        outcome = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # sizes that differ
+        lines = [line.strip() for line in str(error).splitlines()[1:4]]
+        raise NormRewriteError(f"{path} doesn't fit --arch {arch}: {' '.join(lines)}") from error
+    wrong = [f"missing {name}" for name in outcome.missing_keys] + [f"unexpected {name}" for name in outcome.unexpected_keys]
+    if wrong:
+        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise NormRewriteError(
+            f"{path} doesn't fit --arch {arch}: {', '.join(wrong[:4])}{more}. Is it the right architecture, with the right --arch-args?"
+        )
+    return model
+
+
+def _take_dtypes(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Give every tensor of the model its checkpoint's dtype: a half checkpoint stays half, and tied tensors stay tied."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        given = state.get(name)
+        if given is not None and given.dtype != tensor.dtype and given.is_floating_point():
+            tensor.data = tensor.data.to(given.dtype)
+
+
+def save(
+    model: nn.Module, path: str | Path, *, form: Form = "state_dict", report: Report | None = None, force: bool = False
+) -> Form:
+    """Write a model and its manifest; whole or not at all, and never over an existing file without `force`.
+
+    form: `state_dict` (one dict with `state_dict` and `normrewrite`, which torch.load reads with weights_only=True),
+    `safetensors` (manifest in the metadata), or `module` (pickled; where it can't be, a state_dict is written).
+    Returns the form that was written. Raises NormRewriteError where the file exists or can't be written.
+    """
+    path = Path(path)
+    record = manifest.describe(model, report)
+    if path.suffix == ".safetensors":
+        form = "safetensors"
+    if form == "module" and not _needs_code(model):
+        try:
+            write_atomically(path, lambda temporary: torch.save(model, temporary), force)
+            return form
+        except (pickle.PicklingError, AttributeError, TypeError):  # a lambda, a local class: the tensors can still be had
+            pass
+    if form == "safetensors":
+        from safetensors.torch import save_file
+
+        tensors = {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}
+        write_atomically(path, lambda temporary: save_file(tensors, temporary, {manifest.KEY: json.dumps(record)}), force)
+    else:
+        content = {"state_dict": dict(model.state_dict()), manifest.KEY: record}
+        form = "state_dict"
+        write_atomically(path, lambda temporary: torch.save(content, temporary), force)
+    return form
+
+
+def _needs_code(model: nn.Module) -> bool:
+    """Modules that pickle, but that only code can bring back: generated graphs and parametrised weights."""
+    return any(isinstance(module, GraphModule) or is_parametrized(module) for module in model.modules())
+
+
+def check_writable(path: str | Path, force: bool) -> None:
+    """Raises early, before any work, where the output can't be written."""
+    path = Path(path)
+    if path.is_dir():
+        raise NormRewriteError(f"output {path} is a folder. Name a file with -o.")
+    if path.exists() and not force:
+        raise NormRewriteError(f"output {path} exists already. Choose another name with -o, or overwrite it with --force.")
+    if not path.parent.is_dir():
+        raise NormRewriteError(f"output {path}: there is no folder {path.parent}. Make it first.")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise NormRewriteError(f"output {path}: the folder {path.parent} is not writable. Choose another place with -o.")
+
+
+def write_atomically(path: Path, write: Callable[[str], object], force: bool) -> None:
+    """Let `write` fill a temporary file beside `path`, then rename it: a reader sees the old file or the new one."""
+    check_writable(path, force)
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+    except OSError as error:
+        raise NormRewriteError(f"output {path}: {error.strerror}. Choose another place with -o.") from error
+    try:
+        write(temporary)
+        Path(temporary).chmod(0o666 & ~_umask())
+        Path(temporary).replace(path)
+    except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as RuntimeError
+        raise NormRewriteError(f"output {path}: {str(error).splitlines()[0]}. Nothing was written.") from error
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

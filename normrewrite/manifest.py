@@ -1,0 +1,81 @@
+"""The manifest: the JSON record of a rewrite inside the saved file, enough to replay it, to check it and to undo it.
+
+{"normrewrite": "0.1.0", "format": 1, "torch": "2.13.0", "sites": [{"names": ["bn1"], "was": "BatchNorm2d",
+ "to": "l1", "gain": "exact", "difference": 1.2e-07}, ...], "report": {...}}
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from normrewrite import sites
+from normrewrite._version import __version__
+from normrewrite.convert import pass_for
+from normrewrite.errors import NormRewriteError
+from normrewrite.nn.batch import BatchNorm
+from normrewrite.norms import GAINS, metric
+from normrewrite.report import Report
+
+KEY = "normrewrite"
+FORMAT = 1
+
+
+def describe(model: nn.Module, report: Report | None = None) -> dict[str, Any]:
+    """The manifest of a twin, read off the twin itself; the report of the rewrite goes along where it is at hand."""
+    record: dict[str, Any] = {KEY: __version__, "format": FORMAT, "torch": str(torch.__version__), "sites": []}
+    for site in sites.find(model):
+        norm = site.module
+        if isinstance(norm, BatchNorm) and norm.origin is not None:
+            record["sites"].append(
+                {
+                    "names": list(site.names),
+                    "was": norm.origin.kind.__name__,
+                    "to": norm.metric,
+                    "gain": norm.gain,
+                    "difference": norm.origin.difference,
+                }
+            )
+    if report is not None:
+        record["report"] = report.as_dict()
+    return record
+
+
+def check(record: object, where: str) -> dict[str, Any]:
+    """The record, if it is a manifest that can be believed; raises NormRewriteError with what is wrong."""
+    if not isinstance(record, dict) or not isinstance(record.get("sites"), list):
+        raise NormRewriteError(f"{where}: its manifest is no record of sites. The file is damaged or not normrewrite's.")
+    if record.get("format") != FORMAT:
+        raise NormRewriteError(
+            f"{where}: its manifest has format {record.get('format')!r}, this version reads {FORMAT}. Update normrewrite."
+        )
+    for entry in record["sites"]:
+        _check_site(entry, where)
+    return record
+
+
+def _check_site(entry: object, where: str) -> None:
+    named = isinstance(entry, dict) and isinstance(entry.get("names"), list) and entry["names"]
+    if not isinstance(entry, dict) or not named or not all(isinstance(name, str) for name in entry["names"]):
+        raise NormRewriteError(f"{where}: a site of its manifest has no names. The file is damaged.")
+    if entry.get("gain") not in GAINS or not isinstance(entry.get("to"), str):
+        raise NormRewriteError(f"{where}: site {entry['names'][0]!r} of its manifest has no valid target or gain.")
+    metric(entry["to"])
+
+
+def replay(model: nn.Module, record: dict[str, Any], where: str) -> nn.Module:
+    """Rewrite `model` in place as the record says, without measuring anything; returns it, or its new root."""
+    for entry in record["sites"]:
+        found = {name: site for site in sites.find(model) for name in site.names}
+        site = found.get(entry["names"][0])
+        if site is None:
+            raise NormRewriteError(
+                f"{where}: its manifest rewrites {entry['names'][0]!r}, and the architecture has no norm of that name. "
+                "Is --arch the one that the file was converted with?"
+            )
+        rewrite = pass_for(entry["to"], entry["gain"])
+        refusal = rewrite.why_not(site)
+        if refusal:
+            raise NormRewriteError(f"{where}: {site.label} can't be rewritten as its manifest says: {refusal}")
+        model, _ = rewrite.apply(model, [site])
+    return model

@@ -1,0 +1,103 @@
+"""Reading torch files without running what is in them.
+
+Everything goes through torch's weights_only unpickler, which builds nothing but tensors and plain containers. A pickled
+module also names classes; one is let through only if it is what it claims to be: a class, a subclass of nn.Module, defined
+in exactly the module and under exactly the name that the file asks for, in a package of this list.
+"""
+
+import importlib
+import pickle
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from normrewrite.errors import NormRewriteError
+
+PACKAGES = ("torch.nn.modules.", "normrewrite.nn.")
+# Plain functions that layers of torch.nn keep as attributes: calling them with anything is harmless.
+FUNCTIONS = {
+    "torch.nn.functional.relu": torch.nn.functional.relu,
+    "torch.nn.functional.silu": torch.nn.functional.silu,
+    "torch.nn.functional.leaky_relu": torch.nn.functional.leaky_relu,
+    "torch._C._nn.gelu": torch.nn.functional.gelu,
+    "torch.tanh": torch.tanh,
+    "torch.relu": torch.relu,
+    "torch.sigmoid": torch.sigmoid,
+}
+
+
+def load(path: Path, allow: Sequence[str] = (), trust: bool = False) -> Any:
+    """What the file holds, on the CPU. `allow`: further classes, `module:Class`; `trust`: unpickle freely, running its code."""
+    try:
+        if trust:
+            return torch.load(path, map_location="cpu", weights_only=False)
+        return _load_safely(path, allow)
+    except NormRewriteError:
+        raise
+    except Exception as error:  # whatever a damaged or hostile file makes the reader raise
+        raise NormRewriteError(f"{path}: {_why_unreadable(error)}") from error
+
+
+def _load_safely(path: Path, allow: Sequence[str]) -> Any:
+    try:
+        return _read(path)
+    except pickle.UnpicklingError as error:
+        wanted = _globals_in(path, error)
+    allowed = [(_allowed(name, allow), name) for name in wanted]
+    refused = [name for obj, name in allowed if obj is None]
+    if refused:
+        raise NormRewriteError(_refusal(path, refused))
+    with torch.serialization.safe_globals([(obj, name) for obj, name in allowed if obj is not None]):
+        return _read(path)
+
+
+def _read(path: Path) -> Any:
+    """Mapped into memory where the file is of torch's present zip format."""
+    zipped = path.open("rb").read(4) == b"PK\x03\x04"
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+
+
+def _globals_in(path: Path, error: pickle.UnpicklingError) -> list[str]:
+    try:
+        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # no zip archive, or one that can't be analysed: the first error says more
+        raise error from None
+
+
+def _allowed(name: str, allow: Sequence[str]) -> Any:
+    """The object that a global of this name stands for, if it may be built; else None."""
+    if name in FUNCTIONS:
+        return FUNCTIONS[name]
+    module_name, _, class_name = name.rpartition(".")
+    by_user = f"{module_name}:{class_name}" in allow
+    if not by_user and not name.startswith(PACKAGES):
+        return None
+    try:
+        found = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        if by_user:
+            raise NormRewriteError(f"--allow {module_name}:{class_name}: {error}") from error
+        return None
+    genuine = isinstance(found, type) and (found.__module__, found.__qualname__) == (module_name, class_name)
+    return found if genuine and (by_user or issubclass(found, nn.Module)) else None
+
+
+def _refusal(path: Path, names: Iterable[str]) -> str:
+    names = sorted(names)
+    flags = " ".join(f"--allow {':'.join(name.rsplit('.', 1))}" for name in names)
+    return (
+        f"{path} asks for {len(names)} class(es) or function(s) that are not on the allow-list, and nothing of it was run: "
+        f"{', '.join(names)}. Best: save a state_dict and name its code with --arch. For classes that you know: {flags}. "
+        "With --trust the file may run any code that it contains, with your rights; only for files that you made yourself."
+    )
+
+
+def _why_unreadable(error: Exception) -> str:
+    text = (str(error).strip().splitlines() or [""])[0]
+    return (
+        f"can't be read as a torch file ({type(error).__name__}: {text[:200]}). It may be truncated, or no checkpoint at "
+        "all. Give a file written by torch.save (a state_dict or a module) or a .safetensors file."
+    )

@@ -1,0 +1,137 @@
+"""What several tests share: the trained networks and images that stand beside the project, where they do."""
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parent.parent
+REAL = Path(os.environ.get("NORMREWRITE_DATA", ROOT.parent / "shared" / "data"))
+TARGETS = ("l1", "linf", "topk:10", "topk:1%", "range")
+
+torch.set_num_threads(int(os.environ.get("NORMREWRITE_TEST_THREADS", "1")))  # tests run side by side
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def _module(path: Path) -> ModuleType:
+    name = f"real_{path.stem}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+@dataclass(frozen=True)
+class RealNetwork:
+    """A trained network of the data folder: how to make it, its weights, what it is run on."""
+
+    name: str
+    sites: int
+    shape: tuple[int, ...]
+
+    @property
+    def weights(self) -> Path:
+        return REAL / "weights" / f"{self.name}.pt"
+
+    @property
+    def arch(self) -> str:
+        return f"{REAL / 'zoo.py'}:{self.name}"
+
+    def make(self) -> nn.Module:
+        model: nn.Module = getattr(_module(REAL / "zoo.py"), self.name)()
+        model.load_state_dict(torch.load(self.weights, weights_only=True))
+        return model.eval()
+
+    def inputs(self, count: int) -> tuple[Tensor, Tensor | None]:
+        """Real images with labels; tones for the pitch tracker (labels None)."""
+        if self.name == "crepe_tiny":
+            return tones(count), None
+        load = _module(REAL / "load.py")
+        images, labels = load.imagenet1000(count) if self.name.startswith("imagenet") else load.cifar10("test")
+        return torch.from_numpy(load.normalised(images[:count])), torch.from_numpy(labels[:count])
+
+
+NETWORKS = (
+    RealNetwork("cifar10_resnet20", 19, (3, 32, 32)),
+    RealNetwork("cifar10_resnet56", 55, (3, 32, 32)),
+    RealNetwork("imagenet_mobilenet_v2", 52, (3, 224, 224)),
+    RealNetwork("crepe_tiny", 6, (1024,)),
+)
+
+
+def tones(count: int) -> Tensor:
+    """(count, 1024) frames of harmonic tones from 60 to 1500 Hz at 16 kHz, each zero-mean and unit-std."""
+    generator = torch.Generator().manual_seed(0)
+    pitch = torch.logspace(1.78, 3.17, count)[:, None, None]
+    time = torch.arange(1024) / 16_000
+    order = torch.arange(1, 6)[None, :, None]
+    phase = 6.283 * torch.rand(count, 5, 1, generator=generator)
+    waves = (torch.sin(6.28318 * pitch * order * time + phase) / order).sum(1)
+    return (waves - waves.mean(1, keepdim=True)) / waves.std(1, keepdim=True)
+
+
+@pytest.fixture(params=NETWORKS, ids=lambda network: network.name)
+def network(request: pytest.FixtureRequest) -> RealNetwork:
+    found: RealNetwork = request.param
+    if not found.weights.is_file():
+        pytest.skip(f"trained network {found.weights.name} is not beside the project; set NORMREWRITE_DATA")
+    return found
+
+
+@pytest.fixture
+def resnet20() -> RealNetwork:
+    if not NETWORKS[0].weights.is_file():
+        pytest.skip("trained network cifar10_resnet20.pt is not beside the project; set NORMREWRITE_DATA")
+    return NETWORKS[0]
+
+
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give every batch norm statistics and affine parameters that no two channels share, so that an error shows."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(like: Tensor, low: float, high: float) -> Tensor:
+        return (low + (high - low) * torch.rand(like.shape, generator=generator)).to(like)
+
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                if module.running_mean is not None and module.running_var is not None:
+                    module.running_mean.copy_(draw(module.running_mean, -2, 2))
+                    module.running_var.copy_(draw(module.running_var, 0.2, 4))
+                if module.weight is not None:
+                    module.weight.copy_(draw(module.weight, 0.5, 2))
+                    module.bias.copy_(draw(module.bias, -1, 1))
+    return model
+
+
+@pytest.fixture
+def small() -> Callable[[], nn.Module]:
+    """A small trained-looking network of torch.nn classes alone."""
+
+    def make() -> nn.Module:
+        layers = (
+            nn.Conv2d(3, 8, 3, padding=1, bias=False),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3, padding=1, groups=2),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(8 * 16, 10),
+        )
+        return randomise(nn.Sequential(*layers)).eval()
+
+    return make
