@@ -49,10 +49,13 @@ def find(arch: str) -> Factory:
     if not colon or not source or not name:
         raise NormRewriteError(f"--arch {arch!r}: no factory named. {_FORMS}")
     if source == "timm":
-        return lambda **arguments: _module(source, arch).create_model(name, pretrained=False, **arguments)  # type: ignore[no-any-return]
+        return lambda **arguments: _module(source, arch).create_model(name, pretrained=False, **arguments)
     if source == "torchvision":
-        return lambda **arguments: _module("torchvision.models", arch).get_model(name, weights=None, **arguments)  # type: ignore[no-any-return]
-    return attribute(_file(source, arch) if source.endswith(".py") else _module(source, arch), name, f"--arch {arch}")
+        return lambda **arguments: _module("torchvision.models", arch).get_model(name, weights=None, **arguments)
+    factory: Factory = attribute(
+        _file(source, arch) if source.endswith(".py") else _module(source, arch), name, f"--arch {arch}"
+    )
+    return factory
 
 
 def attribute(module: ModuleType, name: str, where: str) -> Any:
@@ -84,7 +87,9 @@ def _module(name: str, arch: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except Exception as error:  # an import runs the user's code
-        raise NormRewriteError(f"--arch {arch}: can't import {name}: {type(error).__name__}: {error}. {_FORMS}") from error
+        raise NormRewriteError(
+            f"--arch {arch}: can't import {name}: {type(error).__name__}: {error}. {_FORMS}"
+        ) from error
 
 
 def _file(source: str, arch: str) -> ModuleType:

@@ -29,7 +29,16 @@ def _as_source(function: Command) -> Command:
     """Hand the options below to a command as one `source`, a normrewrite.commands.Source."""
 
     @wraps(function)
-    def with_source(model: Path, arch: str | None, arch_args: tuple[str, ...], key: str | None, allow: tuple[str, ...], trust: bool, device: str, **options: Any) -> Any:
+    def with_source(
+        model: Path,
+        arch: str | None,
+        arch_args: tuple[str, ...],
+        key: str | None,
+        allow: tuple[str, ...],
+        trust: bool,
+        device: str,
+        **options: Any,
+    ) -> Any:
         from normrewrite.arch import parse_arguments
         from normrewrite.commands import Source
 
@@ -42,25 +51,42 @@ def _numbers(_context: click.Context, parameter: click.Parameter, text: str | No
     try:
         return None if text is None else [float(part) for part in text.split(",")]
     except ValueError:
-        raise NormRewriteError(f"--{parameter.name} {text!r}: write numbers with commas, as in 0.485,0.456,0.406.") from None
+        raise NormRewriteError(
+            f"--{parameter.name} {text!r}: write numbers with commas, as in 0.485,0.456,0.406."
+        ) from None
 
 
 PATH = click.Path(path_type=Path)
 source = _together(
     click.argument("model", type=PATH),
-    click.option("--arch", metavar="WHERE:FACTORY", help="Code of a state_dict: PATH.py:factory, module:factory, timm:NAME or torchvision:NAME."),
+    click.option(
+        "--arch",
+        metavar="WHERE:FACTORY",
+        help="Code of a state_dict: PATH.py:factory, module:factory, timm:NAME or torchvision:NAME.",
+    ),
     click.option("--arch-args", metavar="K=V", multiple=True, help="Keyword argument of the factory; repeatable."),
     click.option("--key", metavar="K", help="Where in a checkpoint the state_dict is, dotted."),
-    click.option("--allow", metavar="MODULE:CLASS", multiple=True, help="A further class that a pickled module may hold; repeatable."),
+    click.option(
+        "--allow",
+        metavar="MODULE:CLASS",
+        multiple=True,
+        help="A further class that a pickled module may hold; repeatable.",
+    ),
     click.option("--trust", is_flag=True, help="Unpickle freely: runs any code that the file contains."),
     click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1, ..."),
     _as_source,
 )
 data = _together(
-    click.option("--data", metavar="DATA", help="A .npz (arrays named as forward's arguments, or images; labels), a folder of images, or module:factory."),
+    click.option(
+        "--data",
+        metavar="DATA",
+        help="A .npz (arrays named as forward's arguments, or images; labels), a folder of images, or module:factory.",
+    ),
     click.option("--input-shape", metavar="N,C,...", help="Random input of this shape instead, as in 1,3,32,32."),
     click.option("--mean", metavar="R,G,B", callback=_numbers, help="Mean of uint8 images, pixels in 0..1."),
-    click.option("--std", metavar="R,G,B", callback=_numbers, help="Standard deviation of uint8 images, pixels in 0..1."),
+    click.option(
+        "--std", metavar="R,G,B", callback=_numbers, help="Standard deviation of uint8 images, pixels in 0..1."
+    ),
 )
 printed = _together(
     click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout."),
@@ -88,10 +114,22 @@ def inspect(source: Any, as_json: bool, quiet: bool) -> None:
 @app.command()
 @source
 @click.option("--to", required=True, metavar="TARGET", help=f"{_TARGETS}.")
-@click.option("--rule", "rules", metavar="PATTERN=TARGET", multiple=True, help="Another target, or keep, for some sites; the first match wins.")
+@click.option(
+    "--rule",
+    "rules",
+    metavar="PATTERN=TARGET",
+    multiple=True,
+    help="Another target, or keep, for some sites; the first match wins.",
+)
 @click.option("--include", metavar="GLOB", multiple=True, help="Only these sites: name, glob or re:REGEX; repeatable.")
 @click.option("--exclude", metavar="GLOB", multiple=True, help="Not these sites; repeatable.")
-@click.option("--gain", type=click.Choice(["exact", "paper"]), default="exact", show_default=True, help="The constants of the metrics; paper: as published.")
+@click.option(
+    "--gain",
+    type=click.Choice(["exact", "paper"]),
+    default="exact",
+    show_default=True,
+    help="The constants of the metrics; paper: as published.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan, write nothing.")
 @click.option("--expect", type=int, metavar="N", help="Fail unless exactly N sites are rewritten.")
 @click.option("--input-shape", metavar="N,C,...", help="Check the whole network too, on random input of this shape.")
@@ -125,7 +163,12 @@ def revert(source: Any, as_json: bool, quiet: bool, **options: Any) -> None:
 @data
 @click.option("--output", "-o", type=PATH, required=True, help="The ONNX file to write.")
 @click.option("--opset", type=int, default=20, show_default=True, help="ONNX opset.")
-@click.option("--dynamic-batch/--static-batch", default=True, show_default=True, help="Leave the batch size open, or fix it to the example's.")
+@click.option(
+    "--dynamic-batch/--static-batch",
+    default=True,
+    show_default=True,
+    help="Leave the batch size open, or fix it to the example's.",
+)
 @force
 @printed
 def export(source: Any, as_json: bool, quiet: bool, **options: Any) -> None:

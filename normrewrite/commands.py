@@ -82,7 +82,10 @@ class Planned:
     plan: Plan
 
     def as_dict(self) -> dict[str, Any]:
-        rows = [{"names": c.site.names, "was": c.site.kind, "target": c.target, "reason": c.reason} for c in self.plan.choices]
+        rows = [
+            {"names": c.site.names, "was": c.site.kind, "target": c.target, "reason": c.reason}
+            for c in self.plan.choices
+        ]
         return {"dry_run": True, "rewritten": len(self.plan.rewritten), "kept": len(self.plan.kept), "sites": rows}
 
     def __str__(self) -> str:
@@ -126,9 +129,7 @@ def convert(
     return Converted(report, str(output), form, network, _how_to_load(file.form, form, output))
 
 
-def _rewritten(
-    plan: Plan, input_shape: str | None, device: str
-) -> tuple[nn.Module, Report, Comparison | None]:
+def _rewritten(plan: Plan, input_shape: str | None, device: str) -> tuple[nn.Module, Report, Comparison | None]:
     if input_shape is None:
         twin, report = plan.apply_()
         report.require_exact()
@@ -138,13 +139,13 @@ def _rewritten(
     report.require_exact()
     network = verify_networks(plan.model, twin, x)
     if not network.ok and not report.live:
-        raise NormRewriteError(f"the twin computes another function; no file was written. {network.verdict}", exit_code=1)
+        raise NormRewriteError(
+            f"the twin computes another function; no file was written. {network.verdict}", exit_code=1
+        )
     return twin, report, network
 
 
-def _write_folded(
-    twin: nn.Module, report: Report, output: Path, force: bool, network: Comparison | None
-) -> Converted:
+def _write_folded(twin: nn.Module, report: Report, output: Path, force: bool, network: Comparison | None) -> Converted:
     whole, outcome, notes = fold(twin)
     files.write_atomically(output, lambda temporary: torch.save(dict(whole.state_dict()), temporary), force)
     note = (

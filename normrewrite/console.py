@@ -31,7 +31,7 @@ def _coloured(text: str) -> None:
     for line in text.splitlines():
         style = "bold" if line.startswith(("site ", "output ")) else ""
         style = "red" if "DIFFERENT" in line or "can't be" in line else style
-        console.print(console.highlighter(Text(line, style=style)), soft_wrap=True)  # type: ignore[arg-type]
+        console.print(console.highlighter(Text(line, style=style)), soft_wrap=True)
 
 
 @contextmanager

@@ -13,11 +13,11 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from normrewrite import rules as rules_
 from normrewrite import sites
-from normrewrite.errors import NormRewriteError, nearest
+from normrewrite.errors import NormRewriteError
 from normrewrite.exactness import Probe, difference, tolerance
 from normrewrite.nn.batch import BatchNorm
-from normrewrite.norms import Gain, metric, spellings
-from normrewrite.passes import FoldAffine, RestoreNative, Rewrite, SwapMetric
+from normrewrite.norms import Gain, metric
+from normrewrite.passes import RestoreNative, Rewrite, SwapMetric
 from normrewrite.report import Report, SiteResult, table
 from normrewrite.rules import KEEP, Rules
 from normrewrite.sites import Site

@@ -20,7 +20,10 @@ from normrewrite.errors import NormRewriteError
 
 Array = npt.NDArray[Any]
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-_FORMS = "Give a .npz (arrays named as forward's arguments, or `images`; `labels` optional), a folder of images, or module:factory."
+_FORMS = (
+    "Give a .npz (arrays named as forward's arguments, or `images`; `labels` optional), "
+    "a folder of images, or module:factory."
+)
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,9 @@ def open_data(
         return Data(_npz(path, names, mean, std))
     if ":" in source and not path.exists():
         return Data(stream=_Factory(source, first))
-    raise NormRewriteError(f"--data {source}: {'not such data' if path.exists() else 'there is no such file'}. {_FORMS}")
+    raise NormRewriteError(
+        f"--data {source}: {'not such data' if path.exists() else 'there is no such file'}. {_FORMS}"
+    )
 
 
 def example(shape: str, seed: int = 0) -> Tensor:
@@ -110,7 +115,9 @@ def _npz(path: Path, names: Sequence[str], mean: Sequence[float] | None, std: Se
     )
     sizes = {len(values) for values in [*batch.inputs.values(), *([] if batch.labels is None else [batch.labels])]}
     if len(sizes) != 1 or 0 in sizes:
-        raise NormRewriteError(f"--data {path}: arrays of {sorted(sizes)} rows. All must have the same number, at least one.")
+        raise NormRewriteError(
+            f"--data {path}: arrays of {sorted(sizes)} rows. All must have the same number, at least one."
+        )
     return batch
 
 
@@ -126,10 +133,14 @@ def _normalised(pixels: Array, where: str, mean: Sequence[float] | None, std: Se
     """uint8 (N, H, W, C) -> float32 (N, C, H, W)."""
     channels = pixels.shape[-1]
     if mean is None or std is None:
-        raise NormRewriteError(f"{where} is uint8: give the network's --mean and --std ({channels} numbers each, pixels in 0..1).")
+        raise NormRewriteError(
+            f"{where} is uint8: give the network's --mean and --std ({channels} numbers each, pixels in 0..1)."
+        )
     if {len(mean), len(std)} - {1, channels}:
-        raise NormRewriteError(f"{where} has {channels} channels; --mean and --std have {len(mean)} and {len(std)} numbers.")
-    scaled = (pixels.astype(np.float32) / 255 - np.float32(mean)) / np.float32(std)
+        raise NormRewriteError(
+            f"{where} has {channels} channels; --mean and --std have {len(mean)} and {len(std)} numbers."
+        )
+    scaled = (pixels.astype(np.float32) / 255 - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
     return torch.from_numpy(np.ascontiguousarray(scaled.transpose(0, 3, 1, 2)))
 
 
@@ -137,12 +148,18 @@ def _folder(folder: Path, name: str, mean: Sequence[float] | None, std: Sequence
     """All images below a folder, of one size; subfolders, where all images are in one, are classes in sorted order."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _IMAGE_SUFFIXES)
     if not paths:
-        raise NormRewriteError(f"--data {folder}: no image in the folder ({', '.join(sorted(_IMAGE_SUFFIXES))}). {_FORMS}")
+        raise NormRewriteError(
+            f"--data {folder}: no image in the folder ({', '.join(sorted(_IMAGE_SUFFIXES))}). {_FORMS}"
+        )
     pixels = [_pixels(path) for path in paths]
     if len({image.shape for image in pixels}) > 1:
         raise NormRewriteError(f"--data {folder}: images of different sizes. Resize them to the network's input first.")
     classes = sorted({path.parent.name for path in paths})
-    labels = torch.tensor([classes.index(path.parent.name) for path in paths]) if all(p.parent != folder for p in paths) else None
+    labels = (
+        torch.tensor([classes.index(path.parent.name) for path in paths])
+        if all(p.parent != folder for p in paths)
+        else None
+    )
     return Batch({name: _normalised(np.stack(pixels), f"--data {folder}", mean, std)}, labels)
 
 
@@ -166,7 +183,8 @@ class _Factory:
 
     def __iter__(self) -> Iterator[Batch]:
         try:
-            for item in arch.find(self.source)():
+            batches: Any = arch.find(self.source)()
+            for item in batches:
                 yield self._batch(item)
         except NormRewriteError:
             raise
@@ -181,4 +199,6 @@ class _Factory:
             return Batch({self.first: item[0]}, item[1])
         if isinstance(item, Tensor):
             return Batch({self.first: item})
-        raise NormRewriteError(f"--data {self.source}: gave a {type(item).__name__}; a batch is a tensor, (tensor, labels) or a dict.")
+        raise NormRewriteError(
+            f"--data {self.source}: gave a {type(item).__name__}; a batch is a tensor, (tensor, labels) or a dict."
+        )

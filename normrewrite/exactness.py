@@ -1,9 +1,10 @@
 """How far a rewritten site is from the norm it was, in eval, on random input of its own width."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from normrewrite.modes import evaluating
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.tolerances import SAME_FUNCTION, worst
 
@@ -17,18 +18,17 @@ class Probe:
         self._generator = torch.Generator().manual_seed(0)
         self._noise = torch.empty(0)
 
-    def input(self, norm: nn.Module) -> Tensor:
+    def input(self, norm: Any) -> Tensor:
         """(4, C, 1...) around the norm's running mean, in its dtype and on its device."""
-        mean, weight = norm.running_mean, norm.weight
-        assert isinstance(mean, Tensor)
+        mean: Tensor = norm.running_mean
         need = 4 * mean.numel()
         if self._noise.numel() < need:
             self._noise = torch.randn(need, generator=self._generator, dtype=torch.float64)
-        dtype = weight.dtype if isinstance(weight, Tensor) else mean.dtype
-        spread = norm.running_scale if isinstance(norm, BatchNorm) else norm.running_var.sqrt()  # type: ignore[operator, union-attr]
+        dtype = mean.dtype if norm.weight is None else norm.weight.dtype
+        spread: Any = norm.running_scale if isinstance(norm, BatchNorm) else norm.running_var.sqrt()
         noise = self._noise[:need].view(4, -1).to(mean.device, mean.dtype)
-        x = mean.detach() + spread * noise
-        return x.to(dtype).view(4, -1, *(1,) * (_rank(norm) - 2))
+        x: Tensor = (mean.detach() + spread * noise).to(dtype)
+        return x.view(4, -1, *(1,) * (_rank(norm) - 2))
 
 
 def _rank(norm: nn.Module) -> int:
@@ -38,16 +38,24 @@ def _rank(norm: nn.Module) -> int:
 
 
 @torch.no_grad()
-def difference(old: nn.Module, new: nn.Module, probe: Probe) -> float | None:
+def difference(old: Any, new: nn.Module, probe: Probe) -> float | None:
     """Largest |new(x) - old(x)| in eval, in units of max(1, largest |old(x)|).
 
     None where there is nothing to compare: no running statistics (live ones differ by intent), or tensors on `meta`.
     """
-    if getattr(old, "running_mean", None) is None or old.running_mean.is_meta:  # type: ignore[union-attr, operator]
+    if getattr(old, "running_mean", None) is None or old.running_mean.is_meta:
         return None
     x = probe.input(old)
-    with evaluating(old), evaluating(new):
-        return worst(new.forward(x), old.forward(x))
+    return worst(_in_eval(new, x), _in_eval(old, x))
+
+
+def _in_eval(norm: nn.Module, x: Tensor) -> Tensor:
+    """The bare function of the norm: no hooks, no updates."""
+    training, norm.training = norm.training, False
+    try:
+        return norm.forward(x)  # type: ignore[no-any-return]
+    finally:
+        norm.training = training
 
 
 def tolerance(norm: nn.Module) -> float:

@@ -10,7 +10,7 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,9 @@ class Exported:
     def norms_left(self) -> int:
         return sum(count for op, count in self.nodes.items() if op in _NORM_OPS)
 
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "norms_left": self.norms_left}
+
     def __str__(self) -> str:
         text = (
             f"{self.path}: opset {self.opset}, {sum(self.nodes.values())} nodes; {len(self.into_neighbour)} norms folded into "
@@ -66,7 +69,9 @@ def export(
     where torch can't export the model, or the file can't be written.
     """
     check_writable(path, force)
-    inputs = tuple(value.detach().cpu() for value in ([example_inputs] if isinstance(example_inputs, Tensor) else example_inputs))
+    inputs = tuple(
+        value.detach().cpu() for value in ([example_inputs] if isinstance(example_inputs, Tensor) else example_inputs)
+    )
     names = argument_names(model)[: len(inputs)]
     folded, outcome, notes = fold(model, inputs)
     proto = _to_onnx(folded, inputs, names, opset, dynamic_batch)

@@ -69,12 +69,10 @@ def read(
     """`load`, with the form of the file and its manifest."""
     path = Path(path)
     _recognise(path)
-    record: object
-    if path.suffix == ".safetensors":
-        found, record, form = *_read_safetensors(path), "safetensors"
-    else:
-        content = unpickle.load(path, allow, trust)
-        found, record, form = _select(content, key, path), content.get(manifest.KEY) if isinstance(content, Mapping) else None, "state_dict"
+    form: Form = "safetensors" if path.suffix == ".safetensors" else "state_dict"
+    content = _read_safetensors(path) if form == "safetensors" else unpickle.load(path, allow, trust)
+    found = _select(content, key, path)
+    record = content.get(manifest.KEY) if isinstance(content, Mapping) else None
     checked = None if record is None else manifest.check(record, str(path))
     if isinstance(found, nn.Module):
         return ModelFile(found, "module", checked)
@@ -83,7 +81,7 @@ def read(
             f"{path} holds a state_dict: tensors without the code they belong to. Name it with --arch PATH.py:factory or "
             "--arch module:factory."
         )
-    return ModelFile(_fill(arch_.build(arch, arch_args), found, checked, path, arch), form, checked)  # type: ignore[arg-type]
+    return ModelFile(_fill(arch_.build(arch, arch_args), found, checked, path, arch), form, checked)
 
 
 def _recognise(path: Path) -> None:
@@ -103,7 +101,9 @@ def _recognise(path: Path) -> None:
             f"{path} is a TorchScript archive: compiled code, whose norms can't be rewritten. Give the state_dict of the "
             "Python model it was made from (script.state_dict() saves it) and --arch."
         )
-    if path.suffix == ".pt2" or any(name.rpartition("/")[2] in ("archive_format", "serialized_exported_program.json") for name in names):
+    if path.suffix == ".pt2" or any(
+        name.rpartition("/")[2] in ("archive_format", "serialized_exported_program.json") for name in names
+    ):
         raise NormRewriteError(
             f"{path} is a torch.export archive (.pt2): its graph is fixed for inference and can't be trained further. Convert "
             "the Python model (state_dict and --arch), then export the twin."
@@ -118,16 +118,20 @@ def _zip_names(path: Path) -> list[str]:
         return []
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], object]:
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    """In the shape of a checkpoint of torch.save's: the state_dict and, if there is one, the manifest."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        return tensors, json.loads(metadata[manifest.KEY]) if manifest.KEY in metadata else None
+        record = {manifest.KEY: json.loads(metadata[manifest.KEY])} if manifest.KEY in metadata else {}
+        return {"state_dict": tensors, **record}
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
-        raise NormRewriteError(f"{path}: can't be read as a safetensors file ({error}). It may be truncated.") from error
+        raise NormRewriteError(
+            f"{path}: can't be read as a safetensors file ({error}). It may be truncated."
+        ) from error
 
 
 def _select(content: object, key: str | None, path: Path) -> nn.Module | dict[str, Tensor]:
@@ -136,7 +140,9 @@ def _select(content: object, key: str | None, path: Path) -> nn.Module | dict[st
         for part in key.split("."):
             if not isinstance(content, Mapping) or part not in content:
                 known = [str(name) for name in content] if isinstance(content, Mapping) else []
-                raise NormRewriteError(f"{path}: --key {key}: there is no {part!r}.{nearest(part, known)} Keys: {', '.join(known[:12])}")
+                raise NormRewriteError(
+                    f"{path}: --key {key}: there is no {part!r}.{nearest(part, known)} Keys: {', '.join(known[:12])}"
+                )
             content = content[part]
     if isinstance(content, nn.Module):
         return content
@@ -149,7 +155,9 @@ def _select(content: object, key: str | None, path: Path) -> nn.Module | dict[st
         tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
         if tensors:
             return _stripped(tensors)
-        raise NormRewriteError(f"{path}: no state_dict under {', '.join(_KEYS)}. Name it with --key; keys: {', '.join(map(str, list(content)[:12]))}")
+        raise NormRewriteError(
+            f"{path}: no state_dict under {', '.join(_KEYS)}. Name it with --key; keys: {', '.join(map(str, list(content)[:12]))}"
+        )
     raise NormRewriteError(f"{path} holds a {type(content).__name__}, neither a module nor a state_dict.")
 
 
@@ -162,7 +170,9 @@ def _stripped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def _fill(model: nn.Module, state: dict[str, Tensor], record: dict[str, Any] | None, path: Path, arch: object) -> nn.Module:
+def _fill(
+    model: nn.Module, state: dict[str, Tensor], record: dict[str, Any] | None, path: Path, arch: object
+) -> nn.Module:
     if record is not None:
         model = manifest.replay(model, record, str(path))
     _take_dtypes(model, state)
@@ -171,11 +181,14 @@ def _fill(model: nn.Module, state: dict[str, Tensor], record: dict[str, Any] | N
     except RuntimeError as error:  # sizes that differ
         lines = [line.strip() for line in str(error).splitlines()[1:4]]
         raise NormRewriteError(f"{path} doesn't fit --arch {arch}: {' '.join(lines)}") from error
-    wrong = [f"missing {name}" for name in outcome.missing_keys] + [f"unexpected {name}" for name in outcome.unexpected_keys]
+    wrong = [f"missing {name}" for name in outcome.missing_keys] + [
+        f"unexpected {name}" for name in outcome.unexpected_keys
+    ]
     if wrong:
         more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
         raise NormRewriteError(
-            f"{path} doesn't fit --arch {arch}: {', '.join(wrong[:4])}{more}. Is it the right architecture, with the right --arch-args?"
+            f"{path} doesn't fit --arch {arch}: {', '.join(wrong[:4])}{more}. "
+            "Is it the right architecture, with the right --arch-args?"
         )
     return model
 
@@ -205,13 +218,19 @@ def save(
         try:
             write_atomically(path, lambda temporary: torch.save(model, temporary), force)
             return form
-        except (pickle.PicklingError, AttributeError, TypeError):  # a lambda, a local class: the tensors can still be had
+        except (
+            pickle.PicklingError,
+            AttributeError,
+            TypeError,
+        ):  # a lambda, a local class: the tensors can still be had
             pass
     if form == "safetensors":
         from safetensors.torch import save_file
 
         tensors = {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}
-        write_atomically(path, lambda temporary: save_file(tensors, temporary, {manifest.KEY: json.dumps(record)}), force)
+        write_atomically(
+            path, lambda temporary: save_file(tensors, temporary, {manifest.KEY: json.dumps(record)}), force
+        )
     else:
         content = {"state_dict": dict(model.state_dict()), manifest.KEY: record}
         form = "state_dict"
@@ -230,11 +249,15 @@ def check_writable(path: str | Path, force: bool) -> None:
     if path.is_dir():
         raise NormRewriteError(f"output {path} is a folder. Name a file with -o.")
     if path.exists() and not force:
-        raise NormRewriteError(f"output {path} exists already. Choose another name with -o, or overwrite it with --force.")
+        raise NormRewriteError(
+            f"output {path} exists already. Choose another name with -o, or overwrite it with --force."
+        )
     if not path.parent.is_dir():
         raise NormRewriteError(f"output {path}: there is no folder {path.parent}. Make it first.")
     if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise NormRewriteError(f"output {path}: the folder {path.parent} is not writable. Choose another place with -o.")
+        raise NormRewriteError(
+            f"output {path}: the folder {path.parent} is not writable. Choose another place with -o."
+        )
 
 
 def write_atomically(path: Path, write: Callable[[str], object], force: bool) -> None:

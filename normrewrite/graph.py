@@ -38,5 +38,7 @@ def module_of(graph_module: GraphModule, node: object) -> nn.Module | None:
 def call_counts(graph_module: GraphModule) -> Counter[int]:
     """How often each module (by id) is called in the graph: a shared one can't be altered for one caller."""
     return Counter(
-        id(graph_module.get_submodule(str(node.target))) for node in graph_module.graph.nodes if node.op == "call_module"
+        id(graph_module.get_submodule(str(node.target)))
+        for node in graph_module.graph.nodes
+        if node.op == "call_module"
     )

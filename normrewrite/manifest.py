@@ -44,7 +44,9 @@ def describe(model: nn.Module, report: Report | None = None) -> dict[str, Any]:
 def check(record: object, where: str) -> dict[str, Any]:
     """The record, if it is a manifest that can be believed; raises NormRewriteError with what is wrong."""
     if not isinstance(record, dict) or not isinstance(record.get("sites"), list):
-        raise NormRewriteError(f"{where}: its manifest is no record of sites. The file is damaged or not normrewrite's.")
+        raise NormRewriteError(
+            f"{where}: its manifest is no record of sites. The file is damaged or not normrewrite's."
+        )
     if record.get("format") != FORMAT:
         raise NormRewriteError(
             f"{where}: its manifest has format {record.get('format')!r}, this version reads {FORMAT}. Update normrewrite."

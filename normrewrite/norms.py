@@ -22,11 +22,13 @@ from functools import lru_cache
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from normrewrite.errors import NormRewriteError, nearest
 
 Family = Literal["mean", "top", "span"]
 Gain = Literal["exact", "paper"]
+Array = npt.NDArray[np.float64]
 GAINS: tuple[Gain, ...] = ("exact", "paper")
 _HALF_NORMAL_MEAN = math.sqrt(2 / math.pi)
 
@@ -84,20 +86,21 @@ def _cached_gain(row: Metric, n: int, k: int, which: Gain) -> float:
 
 
 @lru_cache(maxsize=1)
-def _legendre() -> tuple[np.ndarray, np.ndarray]:
+def _legendre() -> tuple[Array, Array]:
     """Gauss-Legendre nodes and weights on (0, 1); 256 resolve every integrand below to 1e-9 for n up to 1e9."""
     nodes, weights = np.polynomial.legendre.leggauss(256)
     return (nodes + 1) / 2, weights / 2
 
 
-def _integral(integrand: Callable[[np.ndarray], np.ndarray], low: float, high: float) -> float:
+def _integral(integrand: Callable[[Array], Array], low: float, high: float) -> float:
     nodes, weights = _legendre()
     return float((high - low) * (weights * integrand(low + (high - low) * nodes)).sum())
 
 
-def _tail(t: np.ndarray) -> np.ndarray:
+def _tail(t: Array) -> Array:
     """P(|z| > t) of a unit Gaussian."""
-    return np.vectorize(math.erfc, otypes=[float])(t / math.sqrt(2))
+    tail: Array = np.vectorize(math.erfc, otypes=[float])(t / math.sqrt(2))
+    return tail
 
 
 def _tail_inverse(probability: float) -> float:
@@ -129,12 +132,13 @@ def _exact_top(n: int, k: int) -> float:
         return _exact_l1(n, k)
     log_norm = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k)
 
-    def integrand(t: np.ndarray) -> np.ndarray:
+    def integrand(t: Array) -> Array:
         u = np.maximum(_tail(t), 1e-300)
         density = 2 * np.exp(-t * t / 2) / math.sqrt(2 * math.pi)  # of |z| at t, = -du/dt
         inside = np.vectorize(math.erf, otypes=[float])(t / math.sqrt(2))  # 1 - u, without cancellation
         log_beta = log_norm + k * np.log(u) + (n - k - 1) * np.log(np.maximum(inside, 1e-300))
-        return np.exp(log_beta) * density * density / u
+        value: Array = np.exp(log_beta) * density * density / u
+        return value
 
     centre, spread = (k + 1) / (n + 1), math.sqrt((k + 1) * (n - k) / (n + 2)) / (n + 1)
     low = _tail_inverse(min(1.0, centre + 14 * spread))
@@ -145,9 +149,10 @@ def _exact_top(n: int, k: int) -> float:
 def _exact_range(n: int, k: int) -> float:
     """1 / E[max - min of n normals] = 1 / (2 * integral over t > 0 of 1 - P(z < t)^n - P(z > t)^n); the mean cancels."""
 
-    def integrand(t: np.ndarray) -> np.ndarray:
+    def integrand(t: Array) -> Array:
         above = _tail(t) / 2
-        return -np.expm1(n * np.log1p(-above)) - above**n
+        value: Array = -np.expm1(n * np.log1p(-above)) - above**n
+        return value
 
     return 1 / (2 * _integral(integrand, 0.0, _tail_inverse(1e-18 / n)))
 

@@ -102,4 +102,6 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Columns of plain text, for str() and for pipes; the command line draws its own."""
     lines = [tuple(head), *(tuple(row) for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )

@@ -35,7 +35,9 @@ def parse_rule(text: str) -> tuple[str, str]:
     """`PATTERN=TARGET` of the command line; a pattern may hold `=` itself."""
     pattern, equals, target = text.rpartition("=")
     if not equals or not pattern or not target:
-        raise NormRewriteError(f"rule {text!r}: write PATTERN=TARGET, as in --rule 'layer1.*=linf' or --rule 'stem.bn=keep'.")
+        raise NormRewriteError(
+            f"rule {text!r}: write PATTERN=TARGET, as in --rule 'layer1.*=linf' or --rule 'stem.bn=keep'."
+        )
     return pattern, target
 
 
@@ -45,5 +47,6 @@ def must_match(patterns: Iterable[str], sites: Sequence[Site], option: str) -> N
         if not any(matches(pattern, site) for site in sites):
             some = ", ".join(site.label for site in sites[:3])
             raise NormRewriteError(
-                f"{option} {pattern!r} matches none of {len(sites)} sites ({some}, ...). See `normrewrite inspect` for their names."
+                f"{option} {pattern!r} matches none of {len(sites)} sites ({some}, ...). "
+                "See `normrewrite inspect` for their names."
             )

@@ -1,5 +1,7 @@
 """The one table of tolerances, by dtype, with reasons."""
 
+import math
+
 import torch
 
 # Largest difference of two forms of the same function, in units of max(1, largest output). A per-channel affine takes
@@ -22,7 +24,11 @@ SAME_NETWORK: dict[torch.dtype, float] = {
 
 def worst(a: torch.Tensor, b: torch.Tensor) -> float:
     """Largest |a - b| in units of max(1, largest |b|), in float64; NaN against NaN is no difference, NaN else infinite."""
-    a, b = a.double(), b.double()
-    gap = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, (a - b).abs())
-    size = b[b.isfinite()].abs().max().clamp_min(1.0) if b.isfinite().any() else torch.ones(())
-    return float((gap.nan_to_num(nan=float("inf")) / size).max()) if gap.numel() else 0.0
+    a, b = a.detach(), b.detach()
+    gap = float((a.double() - b.double()).abs().max()) if b.numel() else 0.0
+    if math.isfinite(gap):
+        return gap / max(1.0, float(b.abs().max())) if gap else 0.0
+    same = (a == b) | (a.isnan() & b.isnan())
+    finite = b[b.isfinite()].abs()
+    gaps = torch.where(same, 0.0, (a.double() - b.double()).abs()).nan_to_num(nan=math.inf)
+    return float(gaps.max()) / max(1.0, float(finite.max()) if finite.numel() else 1.0)

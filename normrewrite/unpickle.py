@@ -56,7 +56,8 @@ def _load_safely(path: Path, allow: Sequence[str]) -> Any:
 
 def _read(path: Path) -> Any:
     """Mapped into memory where the file is of torch's present zip format."""
-    zipped = path.open("rb").read(4) == b"PK\x03\x04"
+    with path.open("rb") as file:
+        zipped = file.read(4) == b"PK\x03\x04"
     return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
 
 

@@ -43,11 +43,17 @@ class OutputDifference:
 
     @property
     def snr_db(self) -> float:
-        return 10 * math.log10(self.signal / self.noise) if self.noise and self.signal else (math.inf if not self.noise else -math.inf)
+        return (
+            10 * math.log10(self.signal / self.noise)
+            if self.noise and self.signal
+            else (math.inf if not self.noise else -math.inf)
+        )
 
     def add(self, a: Tensor, b: Tensor, labels: Tensor | None) -> None:
         if a.shape != b.shape:
-            raise NormRewriteError(f"output {self.name}: shapes {tuple(a.shape)} and {tuple(b.shape)}, so there is nothing to compare.")
+            raise NormRewriteError(
+                f"output {self.name}: shapes {tuple(a.shape)} and {tuple(b.shape)}, so there is nothing to compare."
+            )
         a, b = a.double().cpu(), b.double().cpu()
         gap = torch.where(a.isnan() & b.isnan() | (a == b), 0.0, (a - b).abs()).nan_to_num(nan=math.inf)
         self.max_abs = max(self.max_abs, float(gap.max()) if gap.numel() else 0.0)
@@ -105,7 +111,11 @@ class Comparison:
                 f"{output.max_rel:.2e}",
                 f"{output.snr_db:.1f}",
                 f"{100 * output.agreeing / output.rows:.2f} %" if output.rows else "",
-                *((f"{100 * right / output.rows:.2f} %" if output.rows else "") for right in output.right if self.labelled),
+                *(
+                    (f"{100 * right / output.rows:.2f} %" if output.rows else "")
+                    for right in output.right
+                    if self.labelled
+                ),
             )
             for output in self.outputs
         ]
@@ -118,7 +128,8 @@ class Comparison:
     @property
     def verdict(self) -> str:
         word = "same function" if self.ok else "DIFFERENT"
-        return f"{word}: largest difference {self.max_abs:.2e} over {self.inputs} inputs, tolerance {self.tolerance:g} of max(1, largest output)"
+        limit = f"tolerance {self.tolerance:g} of max(1, largest output)"
+        return f"{word}: largest difference {self.max_abs:.2e} over {self.inputs} inputs, {limit}"
 
     def __str__(self) -> str:
         return f"{table(self.head, self.rows())}\n{self.verdict}"
@@ -172,7 +183,9 @@ def _tolerance(network: Network) -> float:
     if not isinstance(network, nn.Module):
         return SAME_NETWORK[torch.float32]
     dtypes = [parameter.dtype for parameter in network.parameters()]
-    return max((SAME_NETWORK[dtype] for dtype in set(dtypes) if dtype in SAME_NETWORK), default=SAME_NETWORK[torch.float32])
+    return max(
+        (SAME_NETWORK[dtype] for dtype in set(dtypes) if dtype in SAME_NETWORK), default=SAME_NETWORK[torch.float32]
+    )
 
 
 def runner(network: Network) -> Callable[[Batch], Outputs]:
@@ -225,11 +238,15 @@ def _onnx_runner(path: Path) -> Callable[[Batch], Outputs]:
     def run(batch: Batch) -> Outputs:
         values = [tensor.numpy() for tensor in batch.inputs.values()]
         if len(values) != len(wanted):
-            raise NormRewriteError(f"{path} takes {len(wanted)} inputs ({', '.join(wanted)}), the data has {len(values)}.")
+            raise NormRewriteError(
+                f"{path} takes {len(wanted)} inputs ({', '.join(wanted)}), the data has {len(values)}."
+            )
         by_name = {name: tensor.numpy() for name, tensor in batch.inputs.items()}
         feed = by_name if set(by_name) == set(wanted) else dict(zip(wanted, values, strict=True))
         try:
-            return {name: torch.from_numpy(value) for name, value in zip(outputs, session.run(outputs, feed), strict=True)}
+            return {
+                name: torch.from_numpy(value) for name, value in zip(outputs, session.run(outputs, feed), strict=True)
+            }
         except Exception as error:  # as above
             raise NormRewriteError(f"{path}: onnxruntime can't run it: {str(error).splitlines()[0]}") from error
 

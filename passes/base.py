@@ -28,7 +28,9 @@ class Rewrite(ABC):
     def rewrite(self, site: Site) -> nn.Module:
         """The module that takes the site's place. Alters nothing."""
 
-    def apply(self, model: nn.Module, chosen: Iterable[Site] | None = None) -> tuple[nn.Module, list[tuple[Site, nn.Module]]]:
+    def apply(
+        self, model: nn.Module, chosen: Iterable[Site] | None = None
+    ) -> tuple[nn.Module, list[tuple[Site, nn.Module]]]:
         """Tree driver, in place: rewrite the chosen sites (all that are not refused, by default).
 
         Returns the model (a new root where the root itself was a norm) and each site with the module it got.

@@ -63,7 +63,8 @@ class FoldAffine(Rewrite):
 
     def rewrite(self, site: Site) -> nn.Module:
         a, b = affine_of(site.module)
-        dtype = torch.float32 if site.module.weight is None else site.module.weight.dtype
+        weight = site.module.weight
+        dtype = weight.dtype if isinstance(weight, Tensor) else torch.float32
         self.folded.to_affine.append(site.name)
         return ChannelAffine(a.to(dtype), b.to(dtype))
 
@@ -151,7 +152,9 @@ def into_next(layer: nn.Module, affine: Affine) -> nn.Module:
 def _parts(layer: nn.Module) -> tuple[Tensor, Tensor]:
     assert isinstance(layer.weight, Tensor)
     weight = layer.weight.detach().double()
-    return weight, torch.zeros((), dtype=torch.float64, device=weight.device) if layer.bias is None else layer.bias.detach().double()  # type: ignore[operator]
+    return weight, torch.zeros(
+        (), dtype=torch.float64, device=weight.device
+    ) if layer.bias is None else layer.bias.detach().double()  # type: ignore[operator]
 
 
 def _with(layer: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:

@@ -8,14 +8,11 @@ running_var = (running_scale + eps')^2 - eps, the nearest: the same function in 
 class of its rank.
 """
 
-from typing import Any
-
-import torch
 from torch import Tensor, nn
 
 from normrewrite.nn import batch
 from normrewrite.nn.batch import BatchNorm
-from normrewrite.nn.origin import Origin
+from normrewrite.nn.parts import assemble
 from normrewrite.passes.base import Rewrite
 from normrewrite.sites import Site
 
@@ -48,31 +45,23 @@ class RestoreNative(Rewrite):
     def rewrite(self, site: Site) -> nn.Module:
         old = site.module
         assert isinstance(old, BatchNorm)
-        origin = old.origin
-        new: Any = _fresh(old) if origin is None else origin.rebuild()
-        new.momentum, new.affine, new.track_running_stats = old.momentum, old.affine, old.track_running_stats
-        exact = True
-        for name in ("weight", "bias"):
-            new.register_parameter(name, getattr(old, name))
-        mean = None if old.running_mean is None else old.running_mean.detach().clone()
-        var, exact = _variance(old, new.eps, origin)
-        new.register_buffer("running_mean", mean if mean is None or var is None else mean.to(var.dtype))
-        new.register_buffer("running_var", var)
-        new.register_buffer("num_batches_tracked", old.num_batches_tracked)
+        if old.origin is not None and issubclass(old.origin.kind, BatchNorm):  # it was ours already, of another metric
+            return assemble(old.origin.kind, old.origin.attributes, old._parameters, old._buffers)  # type: ignore[no-any-return]
+        cls, attributes = (_NATIVE[type(old)], {}) if old.origin is None else (old.origin.kind, old.origin.attributes)
+        kept = {name: getattr(old, name) for name in ("num_features", "momentum", "affine", "track_running_stats")}
+        attributes = {"eps": old.eps, **attributes, **kept}
+        mean, var, exact = _statistics(old, attributes["eps"])
         if not exact:
             self.trained.append(site.name)
-        return new  # type: ignore[no-any-return]
+        buffers = {"running_mean": mean, "running_var": var, "num_batches_tracked": old.num_batches_tracked}
+        return assemble(cls, attributes, {"weight": old.weight, "bias": old.bias}, buffers)  # type: ignore[no-any-return]
 
 
-def _variance(old: BatchNorm, eps: float, origin: Origin | None) -> tuple[Tensor | None, bool]:
-    if old.running_scale is None:
-        return None, True
-    nearest = ((old.running_scale + old.eps) ** 2 - eps).clamp_min(0)
-    if origin is None:
-        return nearest, False
-    return origin.restore("running_var", old.running_scale, nearest)
-
-
-def _fresh(old: BatchNorm) -> nn.Module:
-    with torch.device("meta"):
-        return _NATIVE[type(old)](old.num_features, eps=old.eps, momentum=old.momentum, affine=False, track_running_stats=False)
+def _statistics(old: BatchNorm, eps: float) -> tuple[Tensor | None, Tensor | None, bool]:
+    """running_mean, running_var, and whether they are the original's bits."""
+    if old.running_mean is None or old.running_scale is None:
+        return None, None, True
+    var, exact = ((old.running_scale + old.eps) ** 2 - eps).clamp_min(0), False
+    if old.origin is not None:
+        var, exact = old.origin.restore("running_var", old.running_scale, var)
+    return old.running_mean.detach().to(var.dtype, copy=True), var, exact

@@ -9,8 +9,6 @@ that both agree on Gaussian inputs. The parameters stay the same objects; the ru
 Between two of our own norms only the metric changes.
 """
 
-from copy import copy
-
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
@@ -19,6 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from normrewrite.nn import batch
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.origin import Origin
+from normrewrite.nn.parts import assemble, shallow
 from normrewrite.norms import Gain, metric
 from normrewrite.passes.base import Rewrite
 from normrewrite.sites import Site
@@ -53,8 +52,9 @@ class SwapMetric(Rewrite):
     def rewrite(self, site: Site) -> nn.Module:
         old = site.module
         if isinstance(old, BatchNorm):
-            new = shallow(old)
+            new: BatchNorm = shallow(old)
             new.metric, new.gain = str(self.to), self.gain
+            new.origin = old.origin or Origin(old, {})
         else:
             assert isinstance(old, _BatchNorm)
             new = _from_native(old, str(self.to), self.gain)
@@ -69,7 +69,7 @@ def why_not_plain(module: nn.Module) -> str | None:
         return f"{kind} is not one of torch.nn's batch norms"
     if is_parametrized(module):
         return "its parameters are parametrised; remove the parametrisation first"
-    if any(is_lazy(tensor) for tensor in (module.weight, module.running_mean)):
+    if any(tensor is not None and is_lazy(tensor) for tensor in (module.weight, module.running_mean)):
         return "is lazy and has no size yet; run the model on one batch first"
     if type(module).forward is not _BatchNorm.forward or "forward" in vars(module):
         return f"{kind} overrides forward, and may do more than normalise"
@@ -78,29 +78,24 @@ def why_not_plain(module: nn.Module) -> str | None:
 
 def _from_native(old: _BatchNorm, to: str, gain: Gain) -> BatchNorm:
     cls = _BY_RANK_CHECK.get(type(old)._check_input_dim, BatchNorm)
-    new = cls(
-        old.num_features, old.eps, old.momentum, affine=False, track_running_stats=False, device="meta", metric=to, gain=gain
-    )
-    new.affine, new.track_running_stats = old.affine, old.track_running_stats
-    new.weight, new.bias = old.weight, old.bias
+    buffers: dict[str, Tensor | None] = dict.fromkeys(("running_mean", "running_scale", "num_batches_tracked"))
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     if old.running_mean is not None and old.running_var is not None:
-        new.running_mean = _wide(old.running_mean)
-        new.running_scale = (_wide(old.running_var) + old.eps).sqrt() - new.eps
-        new.num_batches_tracked = old.num_batches_tracked
-        pairs["running_var"] = (old.running_var, new.running_scale)
+        scale = (_wide(old.running_var) + old.eps).sqrt_() - old.eps
+        buffers = {
+            "running_mean": _wide(old.running_mean),
+            "running_scale": scale,
+            "num_batches_tracked": old.num_batches_tracked,
+        }
+        pairs["running_var"] = (old.running_var, scale)
+    attributes = {
+        name: getattr(old, name) for name in ("num_features", "eps", "momentum", "affine", "track_running_stats")
+    }
+    attributes |= {"metric": to, "gain": gain, "site": "", "origin": None}
+    new: BatchNorm = assemble(cls, attributes, {"weight": old.weight, "bias": old.bias}, buffers)
     new.origin = Origin(old, pairs)
     return new
 
 
 def _wide(values: Tensor) -> Tensor:
     return values.detach().to(batch.statistics_dtype(values.dtype), copy=True)
-
-
-def shallow(module: BatchNorm) -> BatchNorm:
-    """The same class, attributes and tensors in a new module."""
-    new = type(module).__new__(type(module))
-    nn.Module.__init__(new)
-    for name, value in vars(module).items():
-        vars(new)[name] = copy(value) if isinstance(value, dict | set) else value
-    return new

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from normrewrite.norms import Gain, Metric
 
@@ -51,10 +51,10 @@ def measure(x: Tensor, mean: Tensor, row: Metric) -> tuple[Tensor, Sparse | None
         return _power_mean(d, dims, row.power), None
     rows = x.transpose(0, 1).flatten(1)  # (C, n)
     if row.family == "span":
-        ends = [rows.max(1), rows.min(1)]
-        indices = torch.stack([end.indices for end in ends], 1)
+        high, low = rows.max(1), rows.min(1)
+        indices = torch.stack([high.indices, low.indices], 1)
         signs = torch.tensor([1.0, -1.0], dtype=x.dtype, device=x.device).expand_as(indices)
-        return ends[0].values - ends[1].values, (indices, signs)
+        return high.values - low.values, (indices, signs)
     d = rows - mean[:, None]
     indices = d.abs().topk(row.k(rows.shape[1]), dim=1, sorted=False).indices
     taken = d.gather(1, indices)
@@ -69,7 +69,7 @@ def _power_mean(d: Tensor, dims: list[int], power: int) -> Tensor:
 
 class _Normalise(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, row: Metric, gain: float, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         values = wide(x)
@@ -111,7 +111,7 @@ def _sums(g: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Te
 
 
 def _dx(
-    ctx: FunctionCtx | Any,
+    ctx: Any,
     g: Tensor,
     x: Tensor,
     weight: Tensor | None,
@@ -158,5 +158,6 @@ def normalise(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalise x: (N, C, *) by its own batch. Returns y (as x), mean (C,) and C * S (C,), the last two detached, fp32+."""
     n = x.numel() // x.shape[1]
-    y, mean, spread = _Normalise.apply(x, weight, bias, row, row.gain(n, gain), eps)
+    apply: Any = _Normalise.apply
+    y, mean, spread = apply(x, weight, bias, row, row.gain(n, gain), eps)
     return y, mean, spread

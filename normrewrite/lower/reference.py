@@ -15,12 +15,15 @@ Array = npt.NDArray[Any]
 
 def spread(d: Array, row: Metric) -> Array:
     """S(d) of deviations d: (groups, n) -> (groups,), float64."""
+    ordered = np.sort(np.abs(d), axis=1)
+    measured: Array
     if row.family == "mean":
-        return (np.abs(d) ** row.power).mean(1) ** (1 / row.power)
-    ordered = np.sort(d, axis=1)
-    if row.family == "span":
-        return ordered[:, -1] - ordered[:, 0]
-    return np.sort(np.abs(d), axis=1)[:, d.shape[1] - row.k(d.shape[1]) :].mean(1)
+        measured = (ordered**row.power).mean(1) ** (1 / row.power)
+    elif row.family == "top":
+        measured = ordered[:, d.shape[1] - row.k(d.shape[1]) :].mean(1)
+    else:
+        measured = np.ptp(d, axis=1)
+    return measured
 
 
 def batch_norm(

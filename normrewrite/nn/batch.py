@@ -9,7 +9,8 @@ from torch.fx import Proxy
 
 from normrewrite.errors import NormRewriteError
 from normrewrite.nn.functional import batch_norm
-from normrewrite.nn.origin import Origin, keep_wide
+from normrewrite.nn.origin import Origin
+from normrewrite.nn.parts import keep_wide
 from normrewrite.nn.tracing import as_one_node
 from normrewrite.norms import GAINS, Gain
 from normrewrite.norms import metric as row_of
@@ -61,7 +62,7 @@ class BatchNorm(nn.Module):
         self.metric = str(row_of(metric))
         self.gain: Gain = gain
         self.site = ""  # the dotted name in a converted model, for errors
-        self.origin: Origin | None = None
+        self.origin: Origin | None = None  # what it was before a rewrite
         if affine:
             self.weight: nn.Parameter | None = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
             self.bias: nn.Parameter | None = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
@@ -139,7 +140,7 @@ class BatchNorm(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BatchNorm":
         """`.half()`, `.to(...)`: parameters follow, running statistics keep fp32 at least, to the bit."""
         names = ["running_mean", "running_scale"]
-        return keep_wide(self, names, lambda: super(BatchNorm, self)._apply(fn, recurse))  # type: ignore[no-any-return]
+        return keep_wide(self, names, lambda: super(BatchNorm, self)._apply(fn, recurse))  # type: ignore[no-any-return, no-untyped-call]
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

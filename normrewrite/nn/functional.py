@@ -32,7 +32,7 @@ def batch_norm(
     Raises NormRewriteError where training sees fewer than two values a channel, or fewer than the metric reads.
     """
     if has_torch_function((input, running_mean, running_scale, weight, bias)):  # one node under torch.fx
-        return handle_torch_function(  # type: ignore[no-any-return]
+        return handle_torch_function(
             batch_norm,
             (input, running_mean, running_scale, weight, bias),
             input,
@@ -48,7 +48,9 @@ def batch_norm(
         )
     if not training:
         if running_mean is None or running_scale is None:
-            raise NormRewriteError("batch_norm in eval needs running_mean and running_scale; pass training=True without them.")
+            raise NormRewriteError(
+                "batch_norm in eval needs running_mean and running_scale; pass training=True without them."
+            )
         return eager.affine(input, running_mean, running_scale + eps, weight, bias)
     _check_trainable(input)
     y, mean, spread = eager.normalise(input, weight, bias, row_of(metric), gain, eps)
@@ -68,7 +70,9 @@ def _check_trainable(input: Tensor) -> None:
 
 
 @torch.no_grad()
-def _update(running_mean: Tensor, running_scale: Tensor, mean: Tensor, spread: Tensor, momentum: float | Tensor) -> None:
+def _update(
+    running_mean: Tensor, running_scale: Tensor, mean: Tensor, spread: Tensor, momentum: float | Tensor
+) -> None:
     """Average the batch in, unless it is not finite: one NaN under mixed precision would poison the buffers for good."""
     finite = torch.isfinite(mean + spread)
     for running, batch in ((running_mean, mean), (running_scale, spread)):

@@ -1,0 +1,45 @@
+"""Modules taken apart and put together again, without running a constructor."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def assemble(
+    cls: type[nn.Module],
+    attributes: Mapping[str, Any],
+    parameters: Mapping[str, nn.Parameter | None],
+    buffers: Mapping[str, Tensor | None],
+) -> Any:
+    """A module of `cls` from its parts: a subclass's own constructor may take anything, and would draw new tensors."""
+    module = cls.__new__(cls)
+    nn.Module.__init__(module)
+    vars(module).update(attributes)
+    module._parameters.update(parameters)
+    module._buffers.update(buffers)
+    return module
+
+
+def attributes(module: nn.Module) -> dict[str, Any]:
+    """The plain attributes of a module: not its tensors, submodules, hooks or training flag."""
+    return {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "training"}
+
+
+def shallow(module: nn.Module) -> Any:
+    """The same class, attributes and tensors in a new module."""
+    new = assemble(type(module), attributes(module), module._parameters, module._buffers)
+    new._modules.update(module._modules)
+    return new
+
+
+def keep_wide(module: nn.Module, names: list[str], apply: Callable[[], object]) -> Any:
+    """Run a `.half()` or `.to(...)` on module, but leave the named buffers at fp32 or wider, to the bit."""
+    before = {name: getattr(module, name) for name in names}
+    apply()
+    for name, old in before.items():
+        new = getattr(module, name)
+        if new is not None and torch.finfo(new.dtype).bits < 32:
+            setattr(module, name, old.to(new.device))
+    return module

@@ -1,0 +1,41 @@
+"""The wheel holds the tree, and nothing of it becomes a top-level name."""
+
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+
+def _modules() -> set[str]:
+    """Every module of the tree as the wheel must name it; the links inside normrewrite/ are not followed."""
+    found = {path.relative_to(ROOT).as_posix() for path in (ROOT / "normrewrite").rglob("*.py")}
+    found = {name for name in found if not name.startswith(("normrewrite/passes/", "normrewrite/plugins/"))}
+    for folder in ("passes", "plugins"):
+        found |= {f"normrewrite/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / folder).rglob("*.py")}
+    return found
+
+
+def test_every_package_is_listed() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert {module.rpartition("/")[0].replace("/", ".") for module in _modules()} == set(listed)
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_tree(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")}
+    assert names == _modules()
+
+
+def test_imports_stay_light() -> None:
+    """Rich and ONNX are for those who need them: the convert command must not pay for them."""
+    code = "import sys, normrewrite, normrewrite.commands; print([m for m in ('rich', 'onnx', 'onnxruntime') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,95 @@
+"""The main job on real trained networks: every norm rewritten, the function kept, the way back exact, the ONNX plain."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+import normrewrite as nr
+from normrewrite import sites
+from normrewrite.lower import reference
+from normrewrite.norms import metric
+from tests.conftest import TARGETS, RealNetwork
+
+LOGITS = 1e-4  # largest absolute difference in fp32, as promised in README
+TRAIN = 1e-5  # of max(1, largest output): fp32 against float64, one norm
+
+
+def _same_bits(a: nn.Module, b: nn.Module) -> bool:
+    states = a.state_dict(), b.state_dict()
+    return list(states[0]) == list(states[1]) and all(
+        torch.equal(states[0][name], states[1][name]) for name in states[0]
+    )
+
+
+def test_every_site_eval_and_the_way_back(network: RealNetwork, tmp_path: Path) -> None:
+    model = network.make()
+    x, _ = network.inputs(8)
+    with torch.inference_mode():
+        expected = model(x)
+        outputs = []
+        for to in TARGETS:
+            plan = nr.plan(model, to)
+            twin, report = plan.apply()
+            assert len(report.rewritten) == len(plan.choices) == network.sites and not report.kept
+            outputs.append(twin(x))
+            assert (outputs[-1] - expected).abs().max() <= LOGITS
+            assert _same_bits(nr.revert(twin), model)
+            nr.save(twin, tmp_path / "twin.pt", report=report, force=True)
+            again = nr.load(tmp_path / "twin.pt", arch=network.arch)
+            assert _same_bits(again, twin) and _same_bits(nr.revert(again), model)
+    # Eval does not depend on the metric, so that what is tested at length for one target below holds for all.
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+
+
+@pytest.mark.parametrize("to", TARGETS)
+def test_training_computes_the_float64_formula(network: RealNetwork, to: str) -> None:
+    twin = nr.convert(network.make(), to).train()
+    generator = torch.Generator().manual_seed(1)
+    found = sites.find(twin)
+    for site in [found[0], found[len(found) // 2], found[-1]]:
+        norm = site.module
+        assert isinstance(norm, nr.nn.BatchNorm) and norm.running_mean is not None and norm.running_scale is not None
+        x = torch.randn(16, norm.num_features, 9, 7, generator=generator).exp() - 1  # lognormal: far from Gaussian
+        weight, bias = (None if value is None else value.detach().numpy() for value in (norm.weight, norm.bias))
+        expected, mean, spread = reference.batch_norm(x.numpy(), metric(to), weight, bias, norm.eps)
+        before = norm.running_mean.clone(), norm.running_scale.clone()
+        got = norm(x).detach().numpy()
+        assert np.abs(got - expected).max() <= TRAIN * max(1, np.abs(expected).max())
+        for running, old, batch in zip((norm.running_mean, norm.running_scale), before, (mean, spread), strict=True):
+            follows = (1 - norm.momentum) * old.numpy() + norm.momentum * batch
+            np.testing.assert_allclose(running.numpy(), follows, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_top1_is_unchanged(network: RealNetwork) -> None:
+    """On all test images for ResNet-20; benchmarks/convert.py does so for every network and target."""
+    model = network.make()
+    x, labels = network.inputs({"cifar10_resnet20": 10_000, "cifar10_resnet56": 1000}.get(network.name, 100))
+    comparison = nr.verify(model, nr.convert(model, "l1"), x, labels, tolerance=LOGITS)
+    (output,) = comparison.outputs
+    assert comparison.ok and output.agreeing == len(x) and output.right[0] == output.right[1]
+    if network.name == "cifar10_resnet20":
+        assert output.right[0] == 9173  # the figure of the data's own README: the images are read as they should be
+
+
+@pytest.mark.slow
+def test_onnx_is_plain_and_agrees(network: RealNetwork, tmp_path: Path) -> None:
+    model = network.make()
+    x, _ = network.inputs(5)
+    path = tmp_path / "twin.onnx"
+    written = nr.export(nr.convert(model, "topk:10"), x[:1], path)
+    proto = onnx.load(path)
+    assert {entry.domain for entry in proto.opset_import} <= {"", "ai.onnx"} and not proto.functions
+    assert not {"BatchNormalization", "InstanceNormalization", "Sqrt", "Div", "Sub"} & {
+        n.op_type for n in proto.graph.node
+    }
+    assert len(written.into_neighbour) + len(written.to_affine) == network.sites and written.norms_left == 0
+    assert len(written.to_affine) == (
+        6 if network.name == "crepe_tiny" else 0
+    )  # its norms stand between ReLU and padding
+    assert nr.verify(model, path, x, tolerance=LOGITS).ok  # five inputs through a file made with one: the batch is free
+    assert [entry.name for entry in tmp_path.iterdir()] == ["twin.onnx"]
