@@ -5,10 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normrewrite.modes import evaluating
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.tolerances import SAME_FUNCTION, worst
 
-_RANKS = {nn.BatchNorm1d: 2, nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}
+_RANKS = {nn.BatchNorm1d: 2, nn.BatchNorm3d: 5}
 
 
 class Probe:
@@ -33,8 +34,8 @@ class Probe:
 
 def _rank(norm: nn.Module) -> int:
     if isinstance(norm, BatchNorm):
-        return min(norm.ranks) if norm.ranks else 2
-    return next((rank for cls, rank in _RANKS.items() if isinstance(norm, cls)), 2)
+        return min(norm.ranks) if norm.ranks else 4
+    return next((rank for cls, rank in _RANKS.items() if isinstance(norm, cls)), 4)
 
 
 @torch.no_grad()
@@ -51,11 +52,8 @@ def difference(old: Any, new: nn.Module, probe: Probe) -> float | None:
 
 def _in_eval(norm: nn.Module, x: Tensor) -> Tensor:
     """The bare function of the norm: no hooks, no updates."""
-    training, norm.training = norm.training, False
-    try:
+    with evaluating(norm):
         return norm.forward(x)  # type: ignore[no-any-return]
-    finally:
-        norm.training = training
 
 
 def tolerance(norm: nn.Module) -> float:

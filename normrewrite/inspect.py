@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from normrewrite import sites
+from normrewrite.kinds import recognise
 from normrewrite.nn.batch import BatchNorm
-from normrewrite.passes.swap_metric import why_not_plain
 from normrewrite.report import table
 from normrewrite.sites import Site
 
@@ -79,6 +79,7 @@ def inspect(model: nn.Module) -> Inspection:
 def _facts(site: Site) -> SiteFacts:
     norm: Any = site.module
     ours = isinstance(norm, BatchNorm)
+    kind = None if ours else recognise(norm)
     return SiteFacts(
         site.names,
         site.kind,
@@ -88,5 +89,5 @@ def _facts(site: Site) -> SiteFacts:
         getattr(norm, "momentum", None),
         getattr(norm, "weight", None) is not None,
         getattr(norm, "running_mean", None) is not None,
-        None if ours else why_not_plain(norm),
+        kind if isinstance(kind, str) else None,
     )

@@ -13,8 +13,9 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     >>> with evaluating(model), torch.no_grad():
     ...     logits = model(x)
     """
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
+    flags = [(module, module.training) for module in model.modules() if module.training]
+    for module, _ in flags:
+        module.training = False
     try:
         yield model
     finally:

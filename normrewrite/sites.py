@@ -7,7 +7,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from normrewrite.nn.batch import BatchNorm
@@ -40,9 +40,12 @@ class Site:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """A batch norm of torch's, of ours, or something that calls itself one (which a pass may then refuse by name)."""
-    return isinstance(module, _BatchNorm | BatchNorm) or (
-        "BatchNorm" in type(module).__name__ and any(True for _ in module.buffers(recurse=False))
+    """A batch norm of torch's, of ours, or anything else that keeps running statistics (a pass may refuse it by name)."""
+    if isinstance(module, _BatchNorm | BatchNorm):
+        return True
+    statistics = module._buffers.get("running_mean"), module._buffers.get("running_var")
+    return all(isinstance(tensor, Tensor) for tensor in statistics) and not isinstance(
+        module, nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d
     )
 
 

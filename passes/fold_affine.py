@@ -15,21 +15,21 @@ Statistics are fixed at their running values whatever the training flag: this is
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import is_parametrized
 
 from normrewrite import graph, sites
+from normrewrite.kinds import Kind, recognise
 from normrewrite.modes import evaluating
 from normrewrite.nn.affine import ChannelAffine
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.passes.base import Rewrite
-from normrewrite.passes.swap_metric import why_not_plain
 from normrewrite.sites import Site
 
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
@@ -55,18 +55,21 @@ class FoldAffine(Rewrite):
         self.folded = Folded([], [])
 
     def why_not(self, site: Site) -> str | None:
-        old = site.module
-        refusal = None if isinstance(old, BatchNorm) else why_not_plain(old)
-        if refusal is None and old.running_mean is None:
+        kind = None if isinstance(site.module, BatchNorm) else recognise(site.module)
+        if isinstance(kind, str):
+            return kind
+        if site.module.running_mean is None:
             return "has no running statistics, so nothing is fixed that could be folded"
-        return refusal
+        return None
 
     def rewrite(self, site: Site) -> nn.Module:
         a, b = affine_of(site.module)
         weight = site.module.weight
         dtype = weight.dtype if isinstance(weight, Tensor) else torch.float32
         self.folded.to_affine.append(site.name)
-        return ChannelAffine(a.to(dtype), b.to(dtype))
+        affine = ChannelAffine(a.to(dtype), b.to(dtype))
+        tail = tail_of(site.module)
+        return affine if tail is None else nn.Sequential(affine, *tail)
 
     def __call__(self, graph_module: GraphModule) -> PassResult:
         self.folded = Folded([], [])
@@ -93,6 +96,7 @@ class FoldAffine(Rewrite):
         elif (
             not _has_hooks(norm)
             and isinstance(after, Node)
+            and tail_of(norm) is None
             and len(node.users) == 1
             and _may_fold(graph_module, after, None, ranks)
             and after.args == (node,)
@@ -102,8 +106,12 @@ class FoldAffine(Rewrite):
         else:
             self._leave_affine(graph_module, node, norm)
             return
-        node.replace_all_uses_with(before)  # type: ignore[arg-type]
-        graph_module.graph.erase_node(node)
+        tail = tail_of(norm)
+        if tail is None:
+            node.replace_all_uses_with(before)  # type: ignore[arg-type]
+            graph_module.graph.erase_node(node)
+        else:
+            graph_module.set_submodule(str(node.target), tail)
         self.folded.into_neighbour.append(str(node.target))
 
     def _leave_affine(self, graph_module: GraphModule, node: Node, norm: nn.Module) -> None:
@@ -113,15 +121,25 @@ class FoldAffine(Rewrite):
         graph_module.set_submodule(str(node.target), new)
 
 
-def affine_of(norm: nn.Module) -> Affine:
-    """(a, b), float64, with norm(x) = a*x + b in eval."""
-    assert isinstance(norm, BatchNorm | _BatchNorm) and norm.running_mean is not None
+def tail_of(norm: nn.Module) -> nn.Sequential | None:
+    """What a norm applies to its own result (a fused activation), if anything."""
+    if isinstance(norm, BatchNorm):
+        names: tuple[str, ...] = norm.tail
+    else:
+        kind = recognise(norm)
+        names = kind.tail if isinstance(kind, Kind) else ()
+    return nn.Sequential(*(norm.get_submodule(name) for name in names)) if names else None
+
+
+def affine_of(norm: Any) -> Affine:
+    """(a, b), float64, with norm(x) = a*x + b in eval, before its tail."""
     if isinstance(norm, BatchNorm):
         assert norm.running_scale is not None
         scale = norm.running_scale.double() + norm.eps
     else:
-        assert norm.running_var is not None
-        scale = (norm.running_var.double() + norm.eps).sqrt()
+        kind = recognise(norm)
+        assert isinstance(kind, Kind)
+        scale = (norm.running_var.double() + kind.eps).sqrt()
     a = scale.reciprocal() if norm.weight is None else norm.weight.detach().double() / scale
     bias = 0.0 if norm.bias is None else norm.bias.detach().double()
     return a, bias - norm.running_mean.double() * a

@@ -8,7 +8,10 @@ running_var = (running_scale + eps')^2 - eps, the nearest: the same function in 
 class of its rank.
 """
 
-from torch import Tensor, nn
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from normrewrite.nn import batch
 from normrewrite.nn.batch import BatchNorm
@@ -45,23 +48,38 @@ class RestoreNative(Rewrite):
     def rewrite(self, site: Site) -> nn.Module:
         old = site.module
         assert isinstance(old, BatchNorm)
+        children = {name: child for name, child in old._modules.items() if name != "origin"}
         if old.origin is not None and issubclass(old.origin.kind, BatchNorm):  # it was ours already, of another metric
-            return assemble(old.origin.kind, old.origin.attributes, old._parameters, old._buffers)  # type: ignore[no-any-return]
-        cls, attributes = (_NATIVE[type(old)], {}) if old.origin is None else (old.origin.kind, old.origin.attributes)
-        kept = {name: getattr(old, name) for name in ("num_features", "momentum", "affine", "track_running_stats")}
-        attributes = {"eps": old.eps, **attributes, **kept}
-        mean, var, exact = _statistics(old, attributes["eps"])
-        if not exact:
-            self.trained.append(site.name)
-        buffers = {"running_mean": mean, "running_var": var, "num_batches_tracked": old.num_batches_tracked}
-        return assemble(cls, attributes, {"weight": old.weight, "bias": old.bias}, buffers)  # type: ignore[no-any-return]
+            new = assemble(old.origin.kind, old.origin.attributes, old._parameters, old._buffers)
+        else:
+            tensors, exact = _tensors(old)
+            if not exact:
+                self.trained.append(site.name)
+            frozen = {name: tensors.pop(name) for name in ("weight", "bias") if name in old._buffers}
+            parameters: dict[str, Any] = {name: tensors.pop(name) for name in ("weight", "bias") if name in tensors}
+            new = assemble(*_class(old), parameters, frozen | tensors)
+        new._modules.update(children)
+        return new  # type: ignore[no-any-return]
 
 
-def _statistics(old: BatchNorm, eps: float) -> tuple[Tensor | None, Tensor | None, bool]:
-    """running_mean, running_var, and whether they are the original's bits."""
-    if old.running_mean is None or old.running_scale is None:
-        return None, None, True
-    var, exact = ((old.running_scale + old.eps) ** 2 - eps).clamp_min(0), False
-    if old.origin is not None:
-        var, exact = old.origin.restore("running_var", old.running_scale, var)
-    return old.running_mean.detach().to(var.dtype, copy=True), var, exact
+def _class(old: BatchNorm) -> tuple[type[nn.Module], dict[str, Any]]:
+    """What it was, with the plain attributes it had; a momentum set since then stays."""
+    now = {name: getattr(old, name) for name in ("num_features", "eps", "momentum", "affine", "track_running_stats")}
+    if old.origin is None:
+        return _NATIVE[type(old)], now
+    had = old.origin.attributes
+    return old.origin.kind, had | {name: value for name, value in now.items() if name in had}
+
+
+def _tensors(old: BatchNorm) -> tuple[dict[str, Any], bool]:
+    """weight, bias and statistics of the native norm, in torch's order, and whether they are the original's bits."""
+    tensors: dict[str, Any] = {"weight": old.weight, "bias": old.bias, "running_mean": None, "running_var": None}
+    exact = True
+    if old.running_mean is not None and old.running_scale is not None:
+        var, exact = ((old.running_scale + old.eps) ** 2 - old.eps).clamp_min(0), False
+        if old.origin is not None:
+            var, exact = old.origin.restore("running_var", old.running_scale, var)
+        tensors |= {"running_mean": old.running_mean.detach().to(var.dtype, copy=True), "running_var": var}
+    if old.num_batches_tracked is not None or old.origin is None or issubclass(old.origin.kind, _BatchNorm):
+        tensors["num_batches_tracked"] = old.num_batches_tracked
+    return tensors, exact

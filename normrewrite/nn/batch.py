@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.fx import Proxy
 
 from normrewrite.errors import NormRewriteError
@@ -63,6 +63,8 @@ class BatchNorm(nn.Module):
         self.gain: Gain = gain
         self.site = ""  # the dotted name in a converted model, for errors
         self.origin: Origin | None = None  # what it was before a rewrite
+        self.tail: tuple[str, ...] = ()  # children that are applied behind the norm: a fused activation, dropout
+        self.synchronised = False  # was a SyncBatchNorm
         if affine:
             self.weight: nn.Parameter | None = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
             self.bias: nn.Parameter | None = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
@@ -82,8 +84,16 @@ class BatchNorm(nn.Module):
         if isinstance(input, Proxy):
             return as_one_node(self, input)
         self._check_input(input)
-        live = self.training or self.running_mean is None
-        updating = self.training and self.track_running_stats
+        output = self._normalised(input, self.training)
+        for name in self.tail:
+            output = self._modules[name](output)  # type: ignore[misc]
+        return output
+
+    def _normalised(self, input: Tensor, training: bool) -> Tensor:
+        live = training or self.running_mean is None
+        updating = training and self.track_running_stats
+        if training and self.synchronised:
+            self._refuse_several_ranks()
         try:
             return batch_norm(
                 input,
@@ -116,6 +126,13 @@ class BatchNorm(nn.Module):
         if input.dim() < 2 or input.shape[1] != self.num_features:
             raise NormRewriteError(
                 f"{self.site or type(self).__name__} expects (N, {self.num_features}, *), got shape {tuple(input.shape)}."
+            )
+
+    def _refuse_several_ranks(self) -> None:
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            raise NormRewriteError(
+                f"{self.site}: was a SyncBatchNorm, and statistics across ranks are not there yet for {self.metric}. Train on "
+                "one rank, or convert a model with plain batch norms to train on each rank's own statistics."
             )
 
     def reset_running_stats(self) -> None:
@@ -164,3 +181,13 @@ class BatchNorm3d(BatchNorm):
     """`BatchNorm` for (N, C, D, H, W), as torch.nn.BatchNorm3d."""
 
     ranks = (5,)
+
+
+class FrozenBatchNorm(BatchNorm):
+    """`BatchNorm` whose statistics and parameters stand still, in training too; weight and bias may be buffers.
+
+    What frozen batch norms of detection models become; made by conversion, not by hand.
+    """
+
+    def _normalised(self, input: Tensor, training: bool) -> Tensor:
+        return super()._normalised(input, False)
