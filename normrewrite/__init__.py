@@ -6,6 +6,7 @@
 
 from normrewrite import nn, norms, passes
 from normrewrite._version import __version__
+from normrewrite.calibrate import calibrate, calibrate_
 from normrewrite.convert import Plan, convert, convert_, plan
 from normrewrite.errors import NormRewriteError
 from normrewrite.export import export
@@ -19,6 +20,8 @@ __all__ = [
     "Plan",
     "Report",
     "__version__",
+    "calibrate",
+    "calibrate_",
     "convert",
     "convert_",
     "export",

@@ -85,6 +85,16 @@ def open_data(
     )
 
 
+def as_data(source: Tensor | Data | Iterable[Any], names: Sequence[str]) -> Data:
+    """Data from what Python programs have at hand: a tensor, Data, or an iterable of batches that can be gone through."""
+    first = names[0] if names else "input"
+    if isinstance(source, Data):
+        return source
+    if isinstance(source, Tensor):
+        return Data(whole=Batch({first: source}))
+    return Data(stream=[_batch(item, first, "data") for item in source])
+
+
 def example(shape: str, seed: int = 0) -> Tensor:
     """Gaussian input of a shape written as on the command line: `1,3,32,32`."""
     try:
@@ -185,20 +195,21 @@ class _Factory:
         try:
             batches: Any = arch.find(self.source)()
             for item in batches:
-                yield self._batch(item)
+                yield _batch(item, self.first, f"--data {self.source}")
         except NormRewriteError:
             raise
         except Exception as error:  # the user's code runs here
             raise NormRewriteError(f"--data {self.source}: raised {type(error).__name__}: {error}") from error
 
-    def _batch(self, item: object) -> Batch:
-        if isinstance(item, Mapping):
-            inputs = {str(name): values for name, values in item.items() if name != "labels"}
-            return Batch(inputs, item.get("labels"))
-        if isinstance(item, Sequence) and len(item) == 2:
-            return Batch({self.first: item[0]}, item[1])
-        if isinstance(item, Tensor):
-            return Batch({self.first: item})
-        raise NormRewriteError(
-            f"--data {self.source}: gave a {type(item).__name__}; a batch is a tensor, (tensor, labels) or a dict."
-        )
+
+def _batch(item: object, first: str, where: str) -> Batch:
+    if isinstance(item, Batch):
+        return item
+    if isinstance(item, Mapping):
+        inputs = {str(name): values for name, values in item.items() if name != "labels"}
+        return Batch(inputs, item.get("labels"))
+    if isinstance(item, Sequence) and len(item) == 2:
+        return Batch({first: item[0]}, item[1])
+    if isinstance(item, Tensor):
+        return Batch({first: item})
+    raise NormRewriteError(f"{where}: gave a {type(item).__name__}; a batch is a tensor, (tensor, labels) or a dict.")

@@ -47,10 +47,10 @@ def difference(old: Any, new: nn.Module, probe: Probe) -> float | None:
     if getattr(old, "running_mean", None) is None or old.running_mean.is_meta:
         return None
     x = probe.input(old)
-    return worst(_in_eval(new, x), _in_eval(old, x))
+    return worst(in_eval(new, x), in_eval(old, x))
 
 
-def _in_eval(norm: nn.Module, x: Tensor) -> Tensor:
+def in_eval(norm: nn.Module, x: Tensor) -> Tensor:
     """The bare function of the norm: no hooks, no updates."""
     with evaluating(norm):
         return norm.forward(x)  # type: ignore[no-any-return]

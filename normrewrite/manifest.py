@@ -7,13 +7,14 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from normrewrite import sites
 from normrewrite._version import __version__
 from normrewrite.convert import pass_for
 from normrewrite.errors import NormRewriteError
 from normrewrite.nn.batch import BatchNorm
+from normrewrite.nn.origin import Origin
 from normrewrite.norms import GAINS, metric
 from normrewrite.report import Report
 
@@ -34,6 +35,7 @@ def describe(model: nn.Module, report: Report | None = None) -> dict[str, Any]:
                     "to": norm.metric,
                     "gain": norm.gain,
                     "difference": norm.origin.difference,
+                    "calibrated": hasattr(norm.origin, "weight"),
                 }
             )
     if report is not None:
@@ -79,5 +81,7 @@ def replay(model: nn.Module, record: dict[str, Any], where: str) -> nn.Module:
         refusal = rewrite.why_not(site)
         if refusal:
             raise NormRewriteError(f"{where}: {site.label} can't be rewritten as its manifest says: {refusal}")
-        model, _ = rewrite.apply(model, [site])
+        model, [(_, norm)] = rewrite.apply(model, [site])
+        if entry.get("calibrated") and isinstance(norm.weight, Tensor) and isinstance(norm.origin, Origin):
+            norm.origin.converted("weight", norm.weight, norm.weight)  # room for what the file holds
     return model

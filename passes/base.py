@@ -31,17 +31,18 @@ class Rewrite(ABC):
     def apply(
         self, model: nn.Module, chosen: Iterable[Site] | None = None
     ) -> tuple[nn.Module, list[tuple[Site, nn.Module]]]:
-        """Tree driver, in place: rewrite the chosen sites (all that are not refused, by default).
+        """Tree driver, in place: rewrite the chosen sites, which must not be refused (all such, by default).
 
         Returns the model (a new root where the root itself was a norm) and each site with the module it got.
         """
+        if chosen is None:
+            chosen = [site for site in sites.find(model) if self.why_not(site) is None]
         done = []
-        for site in sites.find(model) if chosen is None else chosen:
-            if self.why_not(site) is None:
-                new = sites.replace(site, self.rewrite(site))
-                done.append((site, new))
-                if site.module is model:
-                    model = new
+        for site in chosen:
+            new = sites.replace(site, self.rewrite(site))
+            done.append((site, new))
+            if site.module is model:
+                model = new
         return model, done
 
     def __call__(self, graph_module: GraphModule) -> PassResult:

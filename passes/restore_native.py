@@ -76,10 +76,13 @@ def _tensors(old: BatchNorm) -> tuple[dict[str, Any], bool]:
     tensors: dict[str, Any] = {"weight": old.weight, "bias": old.bias, "running_mean": None, "running_var": None}
     exact = True
     if old.running_mean is not None and old.running_scale is not None:
-        var, exact = ((old.running_scale + old.eps) ** 2 - old.eps).clamp_min(0), False
-        if old.origin is not None:
-            var, exact = old.origin.restore("running_var", old.running_scale, var)
+        live = {"running_var": old.running_scale} | ({} if old.weight is None else {"weight": old.weight.detach()})
+        nearest = live | {"running_var": ((old.running_scale + old.eps) ** 2 - old.eps).clamp_min(0)}
+        originals, exact = (nearest, False) if old.origin is None else old.origin.restore(live, nearest)
+        var = originals["running_var"]
         tensors |= {"running_mean": old.running_mean.detach().to(var.dtype, copy=True), "running_var": var}
+        if old.weight is not None:
+            old.weight.data = originals["weight"]
     if old.num_batches_tracked is not None or old.origin is None or issubclass(old.origin.kind, _BatchNorm):
         tensors["num_batches_tracked"] = old.num_batches_tracked
     return tensors, exact

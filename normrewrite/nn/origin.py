@@ -23,14 +23,25 @@ class Origin(nn.Module):
         self.attributes = parts.attributes(old)
         self.difference: float | None = None  # of the site in eval, as measured when it was rewritten
         for name, (original, converted) in pairs.items():
-            self._buffers[name] = original.detach().clone()
-            self._buffers[f"{name}_converted"] = converted.detach().clone()
+            self.converted(name, converted, original)
 
-    def restore(self, name: str, live: Tensor, nearest: Tensor) -> tuple[Tensor, bool]:
-        """The original of `name` where `live` is unchanged since the rewrite, `nearest` elsewhere; and whether it was all."""
-        original, converted = getattr(self, name), getattr(self, f"{name}_converted")
-        same = live == converted
-        return torch.where(same, original, nearest.to(original.dtype)), bool(same.all())
+    def converted(self, name: str, converted: Tensor, original: Tensor | None = None) -> None:
+        """A rewrite has set `name`'s stand-in to `converted`; `original` is kept unless an earlier one is."""
+        if name not in self._buffers and original is not None:
+            self._buffers[name] = original.detach().clone()
+        self._buffers[f"{name}_converted"] = converted.detach().clone()
+
+    def restore(self, live: dict[str, Tensor], nearest: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
+        """The originals, by channel: where all of `live` is unchanged since the rewrite; `nearest` elsewhere.
+
+        Also whether that was everywhere. Names that were never converted come back as they are in `nearest`.
+        """
+        kept = [name for name in live if name in self._buffers]
+        same = torch.stack([live[name] == getattr(self, f"{name}_converted") for name in kept]).all(0)
+        originals = {
+            name: torch.where(same, getattr(self, name), nearest[name].to(getattr(self, name))) for name in kept
+        }
+        return nearest | originals, bool(same.all())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Origin":
         names = [name for name in self._buffers if name.endswith("_converted")]
