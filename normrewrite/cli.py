@@ -76,17 +76,24 @@ source = _together(
     click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1, ..."),
     _as_source,
 )
-data = _together(
-    click.option(
-        "--data",
-        metavar="DATA",
-        help="A .npz (arrays named as forward's arguments, or images; labels), a folder of images, or module:factory.",
-    ),
-    click.option("--input-shape", metavar="N,C,...", help="Random input of this shape instead, as in 1,3,32,32."),
+pixels = _together(
     click.option("--mean", metavar="R,G,B", callback=_numbers, help="Mean of uint8 images, pixels in 0..1."),
     click.option(
         "--std", metavar="R,G,B", callback=_numbers, help="Standard deviation of uint8 images, pixels in 0..1."
     ),
+)
+batch_size = click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=250,
+    show_default=True,
+    help="Inputs at a time; for calibration that of the training to come.",
+)
+data_help = "A .npz (arrays named as forward's arguments, or images; labels), a folder of images, or module:factory."
+data = _together(
+    click.option("--data", metavar="DATA", help=data_help),
+    click.option("--input-shape", metavar="N,C,...", help="Random input of this shape instead, as in 1,3,32,32."),
+    pixels,
 )
 printed = _together(
     click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout."),
@@ -133,6 +140,11 @@ def inspect(source: Any, as_json: bool, quiet: bool) -> None:
 @click.option("--dry-run", is_flag=True, help="Print the plan, write nothing.")
 @click.option("--expect", type=int, metavar="N", help="Fail unless exactly N sites are rewritten.")
 @click.option("--input-shape", metavar="N,C,...", help="Check the whole network too, on random input of this shape.")
+@click.option(
+    "--calibrate", metavar="DATA", help="Match training to the original on this data too, as `calibrate` does."
+)
+@pixels
+@batch_size
 @click.option("--folded", is_flag=True, help="Write a plain state_dict of the network with its norms folded away.")
 @click.option("--output", "-o", type=PATH, help="Output file.  [default: MODEL.TARGET.pt beside the input]")
 @force
@@ -142,7 +154,25 @@ def convert(source: Any, to: str, rules: tuple[str, ...], as_json: bool, quiet: 
     from normrewrite import commands, console
     from normrewrite.rules import parse_rule
 
-    result = commands.convert(source, to, rules=[parse_rule(text) for text in rules], **options)
+    with console.busy("calibrating", quiet=quiet or as_json or not options["calibrate"]) as each:
+        result = commands.convert(source, to, rules=[parse_rule(text) for text in rules], each=each, **options)
+    console.show(result, as_json=as_json, quiet=quiet)
+
+
+@app.command()
+@source
+@click.option("--data", metavar="DATA", required=True, help=data_help)
+@pixels
+@batch_size
+@click.option("--output", "-o", type=PATH, help="Output file.  [default: MODEL.calibrated.pt beside the input]")
+@force
+@printed
+def calibrate(source: Any, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Match a converted network's training to the original, on unlabelled data; eval and the way back stay exact."""
+    from normrewrite import commands, console
+
+    with console.busy("calibrating", quiet=quiet or as_json) as each:
+        result = commands.calibrate(source, each=each, **options)
     console.show(result, as_json=as_json, quiet=quiet)
 
 
@@ -184,7 +214,7 @@ def export(source: Any, as_json: bool, quiet: bool, **options: Any) -> None:
 @source
 @click.argument("other", type=PATH)
 @data
-@click.option("--batch-size", type=click.IntRange(min=1), default=250, show_default=True, help="Inputs at a time.")
+@batch_size
 @click.option("--tolerance", type=float, help="Of max(1, largest output).  [default: by dtype, 1e-4 for fp32]")
 @printed
 def verify(source: Any, other: Path, as_json: bool, quiet: bool, **options: Any) -> None:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from normrewrite import files
+from normrewrite.calibrate import Calibration
+from normrewrite.calibrate import calibrate_ as calibrate_model
 from normrewrite.convert import Plan, pass_for
 from normrewrite.convert import plan as plan_model
 from normrewrite.data import Batch, Data, argument_names, open_data
@@ -64,15 +66,20 @@ class Converted:
     output: str
     form: str
     network: Comparison | None = None
+    calibration: Calibration | None = None
     note: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         network = None if self.network is None else self.network.as_dict()
-        return {"output": self.output, "form": self.form, "network": network, **self.report.as_dict()}
+        calibration = None if self.calibration is None else self.calibration.as_dict()
+        record = {"output": self.output, "form": self.form, "network": network, "calibration": calibration}
+        return record | self.report.as_dict()
 
     def __str__(self) -> str:
         whole = f"whole network: {self.network.verdict}" if self.network else ""
-        return "\n".join(line for line in (str(self.report), whole, f"wrote {self.output}", self.note) if line)
+        calibrated = str(self.calibration) if self.calibration else ""
+        lines = (str(self.report), whole, calibrated, f"wrote {self.output}", self.note)
+        return "\n".join(line for line in lines if line)
 
 
 @dataclass
@@ -111,8 +118,16 @@ def convert(
     dry_run: bool = False,
     expect: int | None = None,
     input_shape: str | None = None,
+    calibrate: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    batch_size: int = 250,
+    each: Callable[[int], object] = lambda done: None,
 ) -> Converted | Planned:
-    """Rewrite the norms of a model file and write the twin beside it, once its function has been checked."""
+    """Rewrite the norms of a model file and write the twin beside it, once its function has been checked.
+
+    calibrate: data to match training on, as `calibrate` does.
+    """
     pass_for(to, gain)  # a wrong target is told before a large file is read
     output = output or derived(source.path, f"{slug(to)}.folded" if folded else slug(to))
     if not dry_run:
@@ -122,11 +137,15 @@ def convert(
     plan.require(expect)
     if dry_run:
         return Planned(plan)
+    examples = None if calibrate is None else _open(calibrate, file.model, mean, std)
     twin, report, network = _rewritten(plan, input_shape, source.device)
+    calibration = None
+    if examples is not None:
+        twin, calibration = calibrate_model(twin, examples, batch_size=batch_size, each=each)
     if folded:
         return _write_folded(twin, report, output, force, network)
     form = files.save(twin.cpu(), output, form=file.form, report=report, force=force)
-    return Converted(report, str(output), form, network, _how_to_load(file.form, form, output))
+    return Converted(report, str(output), form, network, calibration, _how_to_load(file.form, form, output))
 
 
 def _rewritten(plan: Plan, input_shape: str | None, device: str) -> tuple[nn.Module, Report, Comparison | None]:
@@ -152,7 +171,7 @@ def _write_folded(twin: nn.Module, report: Report, output: Path, force: bool, ne
         f"plain state_dict: {len(outcome.into_neighbour)} norms folded into a neighbour (give it a bias, and put nn.Identity "
         f"in the norm's place); {len(outcome.to_affine)} are y = weight * x + bias by channel under the norm's name"
     )
-    return Converted(report, str(output), "folded state_dict", network, "\n".join([note, *notes]))
+    return Converted(report, str(output), "folded state_dict", network, None, "\n".join([note, *notes]))
 
 
 def _how_to_load(wanted: str, written: str, output: Path) -> str:
@@ -169,6 +188,45 @@ def derived(path: Path, word: str) -> Path:
 def slug(target: str) -> str:
     """A target as it stands in file names: `topk:1%` -> `topk-1pct`."""
     return str(metric(target)).replace(":", "-").replace("%", "pct")
+
+
+@dataclass
+class Calibrated:
+    """What `calibrate` did."""
+
+    calibration: Calibration
+    output: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"output": self.output, **self.calibration.as_dict()}
+
+    def __str__(self) -> str:
+        return f"{self.calibration}\nwrote {self.output}"
+
+
+def calibrate(
+    source: Source,
+    *,
+    data: str,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    batch_size: int = 250,
+    output: Path | None = None,
+    force: bool = False,
+    each: Callable[[int], object] = lambda done: None,
+) -> Calibrated:
+    """Match a twin's training to the original on unlabelled data, and write it beside."""
+    output = output or derived(source.path, "calibrated")
+    files.check_writable(output, force)
+    file = source.read()
+    examples = _open(data, file.model, mean, std)
+    twin, calibration = calibrate_model(file.model, examples, batch_size=batch_size, each=each)
+    files.save(twin.cpu(), output, form=file.form, force=force)
+    return Calibrated(calibration, str(output))
+
+
+def _open(data: str, model: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None) -> Data:
+    return open_data(data, argument_names(model), mean=mean, std=std)
 
 
 @dataclass
@@ -230,7 +288,7 @@ def _example_inputs(
         return [example_input(input_shape)]
     if data is None:
         raise NormRewriteError("what goes in? Give --input-shape 1,3,32,32 or --data FILE.")
-    batch = next(iter(open_data(data, argument_names(model), mean=mean, std=std).batches(2)))
+    batch = next(iter(_open(data, model, mean, std).batches(2)))
     return list(batch.inputs.values())
 
 
