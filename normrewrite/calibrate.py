@@ -186,7 +186,7 @@ def _run(
     each: Callable[[int], object],
 ) -> tuple[int, int]:
     """Read every site on every batch, in eval. Returns the inputs used and the batches left out."""
-    hooks = [site.module.register_forward_pre_hook(_reader(site, readings[site.name])) for site in usable]
+    hooks = [site.module.register_forward_pre_hook(_reader(site, readings[site.name]), with_kwargs=True) for site in usable]
     run, inputs, skipped = runner(twin), 0, 0
     try:
         for batch in data.batches(batch_size):
@@ -208,11 +208,11 @@ def _finite(batch: Batch) -> bool:
     return all(bool(torch.isfinite(values).all()) for values in batch.inputs.values())
 
 
-def _reader(site: Site, reading: Reading) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def read(norm: nn.Module, arguments: tuple[Any, ...]) -> None:
+def _reader(site: Site, reading: Reading) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def read(norm: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         assert isinstance(norm, BatchNorm)
         try:
-            reading.add(norm, arguments[0])
+            reading.add(norm, *arguments, *named.values())
         except NormRewriteError as error:
             raise NormRewriteError(f"{site.label}: {error}") from error
 

@@ -8,16 +8,18 @@ w = dscale/dd and one sum of each kind over a channel (two reductions, as batch 
     dbias = sum g      dweight = sum g*d/scale      dx = weight/scale * (g - mean g - dweight * (w - mean w))
 
 It keeps x, two numbers a channel and, for the families that read few elements, their k indices a channel. The sign that
-`mean` needs is read again from x. Twice-differentiation is refused by torch rather than answered wrongly.
+`mean` needs is read again from x. Forward and backward are two custom operators, whole to torch.compile and torch.export:
+the constant C(n) is looked up when they run, so that a dynamic batch needs no formula for it. Twice-differentiation is
+refused by torch rather than answered wrongly.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from normrewrite.norms import Gain, Metric
+from normrewrite.norms import metric as row_of
 
 # What a backward must know of S: nothing more for dense families, (indices, signs), each (C, k), for sparse ones.
 Sparse = tuple[Tensor, Tensor]
@@ -67,38 +69,112 @@ def _power_mean(d: Tensor, dims: list[int], power: int) -> Tensor:
     return d.abs_().pow_(power).mean(dims).pow_(1 / power)
 
 
-class _Normalise(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, row: Metric, gain: float, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        values = wide(x)
-        mean = values.mean([0, *range(2, x.dim())])
-        raw, sparse = measure(values, mean, row)
-        spread = gain * raw
-        ctx.row, ctx.gain, ctx.eps = row, gain, eps
-        ctx.save_for_backward(x, weight, mean, spread, *(sparse or (None, None)))
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.mark_non_differentiable(mean, spread)
-        return affine(x, mean, spread + eps, weight, bias), mean, spread
+@torch.library.custom_op("normrewrite::batch_norm", mutates_args=())
+def _forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, metric: str, gain: str, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y, mean, C * S, and where a sparse family read S (empty for dense ones)."""
+    row, values = row_of(metric), wide(x)
+    mean = values.mean([0, *range(2, x.dim())])
+    raw, sparse = measure(values, mean, row)
+    spread = raw * row.gain(x.numel() // x.shape[1], cast(Gain, gain))
+    y = affine(x, mean, spread + eps, weight, bias)
+    return y, mean, spread, *(sparse or (x.new_empty(0, dtype=torch.int64), mean.new_empty(0)))
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor, _mean: Tensor, _spread: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, spread, indices, signs = ctx.saved_tensors
-        dweight, dbias = _sums(g, x, mean, spread + ctx.eps)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            sparse = None if indices is None else (indices, signs)
-            dx = _dx(ctx, g, x, weight, mean, spread, dweight, dbias, sparse)
-        return (
-            dx,
-            None if weight is None else dweight.to(weight.dtype),
-            None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype),
-            None,
-            None,
-            None,
-        )
+
+@_forward.register_fake
+def _(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, metric: str, gain: str, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    row, channels = row_of(metric), x.shape[1]
+    dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+    mean = x.new_empty(channels, dtype=dtype)
+    taken = _fake_taken(row, x)
+    indices = x.new_empty(taken, dtype=torch.int64)
+    return torch.empty_like(x), mean, torch.empty_like(mean), indices, x.new_empty(taken, dtype=dtype)
+
+
+def _fake_taken(row: Metric, x: Tensor) -> tuple[Any, ...]:
+    """The shape of the indices that a sparse family keeps; a percentage of a symbolic n is known only at run time."""
+    if row.family == "mean":
+        return (0,)
+    if row.family == "span":
+        return (x.shape[1], 2)
+    n = x.numel() // x.shape[1]
+    if row.percent is not None and isinstance(n, torch.SymInt):
+        return (x.shape[1], torch.library.get_ctx().new_dynamic_size(min=1))
+    return (x.shape[1], row.count if row.percent is None else row.k(n))
+
+
+@torch.library.custom_op("normrewrite::batch_norm_backward", mutates_args=())
+def _backward(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    spread: Tensor,
+    indices: Tensor,
+    signs: Tensor,
+    metric: str,
+    gain: str,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx as x, dweight and dbias in the dtype of the statistics."""
+    row, n = row_of(metric), x.numel() // x.shape[1]
+    scale = spread + eps
+    dweight, dbias = _sums(g, x, mean, scale)
+    constant = row.gain(n, cast(Gain, gain))
+    dx = wide(g) - per_channel(dbias / n, x.dim())
+    if row.family == "mean":
+        slope = _dense_slope(wide(x), mean, spread / constant, row).mul_(constant / n)
+        slope -= per_channel(slope.mean([0, *range(2, x.dim())]), x.dim())
+        dx = dx.addcmul_(slope, per_channel(-dweight, x.dim()))
+    else:
+        slope = signs * (constant if row.family == "span" else constant / signs.shape[1])
+        dx += per_channel(dweight * slope.sum(1) / n, x.dim())
+        _add_at(dx, indices, -dweight[:, None] * slope)
+    factor = scale.reciprocal() if weight is None else weight.to(scale.dtype) / scale
+    return (dx * per_channel(factor, x.dim())).to(x.dtype), dweight, dbias
+
+
+@_backward.register_fake
+def _(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    spread: Tensor,
+    indices: Tensor,
+    signs: Tensor,
+    metric: str,
+    gain: str,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, *ctx.settings = inputs
+    _, mean, spread, indices, signs = output
+    ctx.save_for_backward(x, weight, mean, spread, indices, signs)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.mark_non_differentiable(mean, spread, indices, signs)
+
+
+def _gradients(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, *kept = ctx.saved_tensors
+    dx, dweight, dbias = _backward(g, x, weight, *kept, *ctx.settings)
+    return (
+        dx,
+        None if weight is None else dweight.to(weight.dtype),
+        None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype),
+        None,
+        None,
+        None,
+    )
+
+
+_forward.register_autograd(_gradients, setup_context=_keep)
 
 
 def _sums(g: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,33 +184,6 @@ def _sums(g: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Te
         g.to(x.dtype), x, ones, None, None, mean, scale.reciprocal(), True, 0.0, [False, True, True]
     )
     return dweight, dbias
-
-
-def _dx(
-    ctx: Any,
-    g: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    spread: Tensor,
-    dweight: Tensor,
-    dbias: Tensor,
-    sparse: Sparse | None,
-) -> Tensor:
-    row, rank, n = ctx.row, x.dim(), x.numel() // x.shape[1]
-    scale = spread + ctx.eps
-    factor = scale.reciprocal() if weight is None else weight.to(scale.dtype) / scale
-    dx = wide(g) - per_channel(dbias / n, rank)
-    if sparse is None:
-        slope = _dense_slope(wide(x), mean, spread / ctx.gain, row).mul_(ctx.gain / n)
-        slope -= per_channel(slope.mean([0, *range(2, rank)]), rank)
-        dx = dx.addcmul_(slope, per_channel(-dweight, rank))
-    else:
-        indices, signs = sparse
-        slope = signs * (ctx.gain if row.family == "span" else ctx.gain / signs.shape[1])
-        dx += per_channel(dweight * slope.sum(1) / n, rank)
-        _add_at(dx, indices, -dweight[:, None] * slope)
-    return (dx * per_channel(factor, rank)).to(x.dtype)
 
 
 def _dense_slope(x: Tensor, mean: Tensor, spread: Tensor, row: Metric) -> Tensor:
@@ -154,10 +203,8 @@ def _add_at(dx: Tensor, indices: Tensor, values: Tensor) -> None:
 
 
 def normalise(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, row: Metric, gain: Gain, eps: float
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, row: Metric | str, gain: Gain, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalise x: (N, C, *) by its own batch. Returns y (as x), mean (C,) and C * S (C,), the last two detached, fp32+."""
-    n = x.numel() // x.shape[1]
-    apply: Any = _Normalise.apply
-    y, mean, spread = apply(x, weight, bias, row, row.gain(n, gain), eps)
+    y, mean, spread, _, _ = _forward(x, weight, bias, str(row), gain, eps)
     return y, mean, spread

@@ -7,7 +7,6 @@ from torch.overrides import handle_torch_function, has_torch_function
 from normrewrite.errors import NormRewriteError
 from normrewrite.lower import eager
 from normrewrite.norms import Gain
-from normrewrite.norms import metric as row_of
 
 
 def batch_norm(
@@ -53,7 +52,7 @@ def batch_norm(
             )
         return eager.affine(input, running_mean, running_scale + eps, weight, bias)
     _check_trainable(input)
-    y, mean, spread = eager.normalise(input, weight, bias, row_of(metric), gain, eps)
+    y, mean, spread = eager.normalise(input, weight, bias, metric, gain, eps)
     if running_mean is not None and running_scale is not None:
         _update(running_mean, running_scale, mean, spread, momentum)
     return y

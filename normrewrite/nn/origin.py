@@ -43,6 +43,9 @@ class Origin(nn.Module):
         }
         return nearest | originals, bool(same.all())
 
+    def extra_repr(self) -> str:
+        return f"was {self.kind.__name__}"
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Origin":
         names = [name for name in self._buffers if name.endswith("_converted")]
         return parts.keep_wide(self, names, lambda: super(Origin, self)._apply(fn, recurse))  # type: ignore[no-any-return, no-untyped-call]
