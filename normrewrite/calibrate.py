@@ -186,7 +186,9 @@ def _run(
     each: Callable[[int], object],
 ) -> tuple[int, int]:
     """Read every site on every batch, in eval. Returns the inputs used and the batches left out."""
-    hooks = [site.module.register_forward_pre_hook(_reader(site, readings[site.name]), with_kwargs=True) for site in usable]
+    hooks = [
+        site.module.register_forward_pre_hook(_reader(site, readings[site.name]), with_kwargs=True) for site in usable
+    ]
     run, inputs, skipped = runner(twin), 0, 0
     try:
         for batch in data.batches(batch_size):

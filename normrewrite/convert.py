@@ -18,6 +18,7 @@ from normrewrite.exactness import Probe, difference, tolerance
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.norms import Gain, metric
 from normrewrite.passes import RestoreNative, Rewrite, SwapMetric
+from normrewrite.passes.lift_functional import candidates, lift_, lifted
 from normrewrite.report import Report, SiteResult, table
 from normrewrite.rules import KEEP, Rules
 from normrewrite.sites import Site
@@ -41,7 +42,7 @@ class Plan:
 
     model: nn.Module
     choices: list[Choice]
-    notes: list[str] = field(default_factory=list)
+    lifts: list[str] = field(default_factory=list)  # modules whose own forward calls F.batch_norm, and will be traced
 
     @property
     def rewritten(self) -> list[Choice]:
@@ -59,14 +60,17 @@ class Plan:
     def apply(self) -> tuple[nn.Module, Report]:
         """A rewritten copy of the model, and the report. The model itself is not touched."""
         self.require()
-        twin = copy.deepcopy(self.model)
-        found = {site.name: site for site in sites.find(twin)}
-        return _carry_out(twin, [(choice, found[choice.site.name]) for choice in self.choices])
+        return self._carry_out(copy.deepcopy(self.model))
 
     def apply_(self) -> tuple[nn.Module, Report]:
         """Rewrite the model in place; returns it (a new root where the root itself was a norm) and the report."""
         self.require()
-        return _carry_out(self.model, [(choice, choice.site) for choice in self.choices])
+        return self._carry_out(self.model)
+
+    def _carry_out(self, model: nn.Module) -> tuple[nn.Module, Report]:
+        model = lift_(model) if self.lifts else model
+        found = {site.name: site for site in sites.find(model)}
+        return _carry_out(model, [(choice, found.get(choice.site.name, choice.site)) for choice in self.choices])
 
     def require(self, expect: int | None = None) -> None:
         """Raises where no site, or not `expect` sites, would be rewritten; the message carries the reasons."""
@@ -100,16 +104,35 @@ def plan(
         raise NormRewriteError(
             f"the model is wrapped in {type(model).__name__}. Convert model.module, then wrap the result again."
         )
-    found = sites.find(model)
+    found, lifts, refused = _find(model)
     include, exclude, pairs = _as_list(include), _as_list(exclude), rules_.as_rules(rules)
     for option, patterns in (("--include", include), ("--exclude", exclude), ("--rule", [p for p, _ in pairs])):
         rules_.must_match(patterns, found, option) if found else None
     passes = {target: pass_for(target, gain) for target in {to, *(t for _, t in pairs)} if target != KEEP}
-    choices = []
+    choices = [Choice(site, KEEP, None, reason) for site, reason in refused]
     for site in found:
         target = next((t for pattern, t in pairs if rules_.matches(pattern, site)), to)
         choices.append(_choose(site, target, include, exclude, passes))
-    return Plan(model, choices)
+    return Plan(model, choices, lifts)
+
+
+def _find(model: nn.Module) -> tuple[list[Site], list[str], list[tuple[Site, str]]]:
+    """Sites that are modules, or will be once their F.batch_norm is lifted; the modules to lift; and those that can't be."""
+    found, lifts, refused = sites.find(model), [], []
+    for candidate in candidates(model):
+        new = lifted(candidate.module)
+        found = [site for site in found if site.module is not candidate.module]
+        if isinstance(new, str):
+            refused.append((candidate, new))
+            continue
+        lifts.append(candidate.name)
+        known = {id(site.module) for site in found}
+        inside = [site for site in sites.find(new) if id(site.module) not in known]
+        found += [
+            Site(tuple(f"{candidate.name}.{name}".removeprefix(".") for name in site.names), site.module, ())
+            for site in inside
+        ]
+    return found, lifts, refused
 
 
 def _as_list(names: Names) -> list[str]:

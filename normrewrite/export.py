@@ -121,7 +121,7 @@ def _to_onnx(model: nn.Module, inputs: tuple[Tensor, ...], names: list[str], ops
 def _innermost(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    return graph.first_line(error)
 
 
 @contextlib.contextmanager

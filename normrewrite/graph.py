@@ -24,8 +24,12 @@ def trace(model: nn.Module) -> GraphModule:
     try:
         return symbolic_trace(model)
     except Exception as error:  # a model's own forward runs here, and may raise anything
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise Untraceable(f"torch.fx can't trace {type(model).__name__}: {type(error).__name__}: {reason}") from error
+        raise Untraceable(f"torch.fx can't trace {type(model).__name__}: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """An error on one line, for a message that quotes it."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def module_of(graph_module: GraphModule, node: object) -> nn.Module | None:

@@ -16,6 +16,7 @@ from normrewrite.errors import NormRewriteError
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.origin import Origin
 from normrewrite.norms import GAINS, metric
+from normrewrite.passes.lift_functional import lift_
 from normrewrite.report import Report
 
 KEY = "normrewrite"
@@ -69,6 +70,9 @@ def _check_site(entry: object, where: str) -> None:
 
 def replay(model: nn.Module, record: dict[str, Any], where: str) -> nn.Module:
     """Rewrite `model` in place as the record says, without measuring anything; returns it, or its new root."""
+    here = {name for site in sites.find(model) for name in site.names}
+    if any(entry["names"][0] not in here for entry in record["sites"]):
+        model = lift_(model)
     for entry in record["sites"]:
         found = {name: site for site in sites.find(model) for name in site.names}
         site = found.get(entry["names"][0])

@@ -54,7 +54,7 @@ def find(model: nn.Module) -> list[Site]:
     names: dict[int, list[str]] = {}
     homes: dict[int, list[tuple[nn.Module, str]]] = {}
     modules: dict[int, nn.Module] = {}
-    for name, module, home in _registrations(model):
+    for name, module, home in registrations(model):
         if is_norm(module):
             modules[id(module)] = module
             names.setdefault(id(module), []).append(name)
@@ -62,12 +62,22 @@ def find(model: nn.Module) -> list[Site]:
     return [Site(tuple(names[key]), module, tuple(homes[key])) for key, module in modules.items()]
 
 
-def _registrations(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[tuple[nn.Module, str]]]]:
+def registrations(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[tuple[nn.Module, str]]]]:
+    """Every place a module is registered at, depth first, with its dotted name; one used at several comes several times."""
     yield "", model, []
-    for prefix, parent in model.named_modules():
-        for key, child in parent._modules.items():
-            if child is not None:
-                yield f"{prefix}.{key}" if prefix else key, child, [(parent, key)]
+    yield from _below(model, "", {id(model)})
+
+
+def _below(
+    parent: nn.Module, prefix: str, seen: set[int]
+) -> Iterator[tuple[str, nn.Module, list[tuple[nn.Module, str]]]]:
+    for key, child in parent._modules.items():
+        if child is not None:
+            name = f"{prefix}.{key}" if prefix else key
+            yield name, child, [(parent, key)]
+            if id(child) not in seen:
+                seen.add(id(child))
+                yield from _below(child, name, seen)
 
 
 def replace(site: Site, new: nn.Module) -> nn.Module:

@@ -5,10 +5,11 @@
 
 from normrewrite.passes.base import Rewrite
 from normrewrite.passes.fold_affine import FoldAffine
+from normrewrite.passes.lift_functional import LiftFunctional
 from normrewrite.passes.restore_native import RestoreNative
 from normrewrite.passes.swap_metric import SwapMetric
 
-# Norms change first, while their module is whole; folding comes last, as it takes them away.
-PIPELINE: tuple[type[Rewrite], ...] = (RestoreNative, SwapMetric, FoldAffine)
+# Calls get a module first, so that the others find it; folding comes last, as it takes norms away.
+PIPELINE = (LiftFunctional, RestoreNative, SwapMetric, FoldAffine)
 
-__all__ = ["PIPELINE", "FoldAffine", "RestoreNative", "Rewrite", "SwapMetric"]
+__all__ = ["PIPELINE", "FoldAffine", "LiftFunctional", "RestoreNative", "Rewrite", "SwapMetric"]

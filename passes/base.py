@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
 from normrewrite import sites
+from normrewrite.passes.lift_functional import LiftFunctional
 from normrewrite.sites import Site
 
 
@@ -47,7 +48,8 @@ class Rewrite(ABC):
 
     def __call__(self, graph_module: GraphModule) -> PassResult:
         """Graph driver: rewrite every site of the graph module that is not refused."""
+        lifted = LiftFunctional()(graph_module).modified
         _, done = self.apply(graph_module)
         graph_module.graph.lint()
         graph_module.recompile()
-        return PassResult(graph_module, bool(done))
+        return PassResult(graph_module, lifted or bool(done))

@@ -30,6 +30,7 @@ from normrewrite.modes import evaluating
 from normrewrite.nn.affine import ChannelAffine
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.passes.base import Rewrite
+from normrewrite.passes.lift_functional import LiftFunctional
 from normrewrite.sites import Site
 
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
@@ -73,6 +74,7 @@ class FoldAffine(Rewrite):
 
     def __call__(self, graph_module: GraphModule) -> PassResult:
         self.folded = Folded([], [])
+        LiftFunctional()(graph_module)
         ranks = _ranks(graph_module, self.example_inputs)
         norms = {id(site.module): site for site in sites.find(graph_module) if self.why_not(site) is None}
         called = False

@@ -13,7 +13,7 @@ from normrewrite.passes import FoldAffine
 from normrewrite.passes.fold_affine import into_next, into_previous
 from tests.conftest import randomise
 
-EXACT = dict(rtol=1e-10, atol=1e-10)  # float64: folding is a reordering of products
+EXACT = {"rtol": 1e-10, "atol": 1e-10}  # float64: folding is a reordering of products
 _CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 _NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
