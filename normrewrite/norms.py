@@ -56,7 +56,7 @@ class Metric:
     def __str__(self) -> str:
         if not self.countable:
             return self.name
-        return f"{self.name}:{self.percent:g}%" if self.percent is not None else f"{self.name}:{self.count}"
+        return f"{self.name}:{_short(self.percent)}%" if self.percent is not None else f"{self.name}:{self.count}"
 
     def k(self, n: int) -> int:
         """How many of n elements the statistic reads; raises where n has fewer than the metric asks for."""
@@ -72,9 +72,16 @@ class Metric:
 
     def gain(self, n: int, which: Gain = "exact") -> float:
         """C(n), so that C * S estimates the standard deviation of Gaussian data."""
+        if which not in GAINS:
+            raise NormRewriteError(f"unknown gain {which!r}. Known: {', '.join(GAINS)}.")
         if n < 2:
             raise NormRewriteError(f"{self} needs at least 2 elements that share statistics, got {n}.")
         return _cached_gain(self, n, self.k(n), which)
+
+
+def _short(percent: float) -> str:
+    """As few digits as bring the number back."""
+    return f"{percent:g}" if float(f"{percent:g}") == percent else repr(percent)
 
 
 @lru_cache(maxsize=4096)

@@ -55,7 +55,7 @@ def measure(x: Tensor, mean: Tensor, row: Metric) -> tuple[Tensor, Sparse | None
     if row.family == "span":
         high, low = rows.max(1), rows.min(1)
         indices = torch.stack([high.indices, low.indices], 1)
-        signs = torch.tensor([1.0, -1.0], dtype=x.dtype, device=x.device).expand_as(indices)
+        signs = torch.tensor([1.0, -1.0], dtype=x.dtype, device=x.device).repeat(len(indices), 1)
         return high.values - low.values, (indices, signs)
     d = rows - mean[:, None]
     indices = d.abs().topk(row.k(rows.shape[1]), dim=1, sorted=False).indices
@@ -69,6 +69,12 @@ def _power_mean(d: Tensor, dims: list[int], power: int) -> Tensor:
     return d.abs_().pow_(power).mean(dims).pow_(1 / power)
 
 
+def _laid_out_as(values: Tensor, x: Tensor) -> Tensor:
+    """In x's dtype and strides: what the fake operators announce to compilers, whatever layout a kernel chose."""
+    like = torch.empty_like(x)
+    return values.to(x.dtype) if values.stride() == like.stride() else like.copy_(values)
+
+
 @torch.library.custom_op("normrewrite::batch_norm", mutates_args=())
 def _forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, metric: str, gain: str, eps: float
@@ -79,7 +85,7 @@ def _forward(
     raw, sparse = measure(values, mean, row)
     spread = raw * row.gain(x.numel() // x.shape[1], cast(Gain, gain))
     y = affine(x, mean, spread + eps, weight, bias)
-    return y, mean, spread, *(sparse or (x.new_empty(0, dtype=torch.int64), mean.new_empty(0)))
+    return _laid_out_as(y, x), mean, spread, *(sparse or (x.new_empty(0, dtype=torch.int64), mean.new_empty(0)))
 
 
 @_forward.register_fake
@@ -134,7 +140,11 @@ def _backward(
         dx += per_channel(dweight * slope.sum(1) / n, x.dim())
         _add_at(dx, indices, -dweight[:, None] * slope)
     factor = scale.reciprocal() if weight is None else weight.to(scale.dtype) / scale
-    return (dx * per_channel(factor, x.dim())).to(x.dtype), dweight, dbias
+    dx *= per_channel(factor, x.dim())
+    if x.dtype is torch.float16:  # 1/eps of a dead channel lies beyond its range, and one inf would void the whole step
+        largest = torch.where(spread <= eps, torch.finfo(x.dtype).max, torch.inf)
+        dx = dx.clamp(-per_channel(largest, x.dim()), per_channel(largest, x.dim()))
+    return _laid_out_as(dx, x), dweight, dbias
 
 
 @_backward.register_fake

@@ -102,7 +102,7 @@ class BatchNorm(nn.Module):
                 self.weight,
                 self.bias,
                 live,
-                self._factor() if updating else 0.0,
+                self._factor(input) if updating else 0.0,
                 self.eps,
                 self.metric,
                 self.gain,
@@ -112,12 +112,18 @@ class BatchNorm(nn.Module):
                 raise
             raise NormRewriteError(f"{self.site}: {error} (input {tuple(input.shape)})") from error
 
-    def _factor(self) -> float | Tensor:
-        """The weight of this batch in the running statistics; counts the batch, as torch does."""
+    def _factor(self, input: Tensor) -> float | Tensor:
+        """The weight of this batch in the running statistics; counts the batch, as torch does.
+
+        A cumulative average counts only batches that enter it, or one NaN would leave it short for good.
+        """
         if self.num_batches_tracked is None:
             return self.momentum or 0.0
-        self.num_batches_tracked.add_(1)
-        return self.num_batches_tracked.double().reciprocal() if self.momentum is None else self.momentum
+        if self.momentum is not None:
+            self.num_batches_tracked.add_(1)
+            return self.momentum
+        self.num_batches_tracked.add_(torch.isfinite(input).all())
+        return self.num_batches_tracked.double().reciprocal()
 
     def _check_input(self, input: Tensor) -> None:
         if self.ranks is not None and input.dim() not in self.ranks:

@@ -64,8 +64,9 @@ def plain(x: Tensor, weight: Tensor, bias: Tensor, row: Metric) -> Tensor:
         spread = d.abs().sort(1).values[:, n - row.k(n) :].mean(1)
     else:
         spread = d.amax(1) - d.amin(1)
-    y = weight[:, None] * d / (row.gain(n) * spread + EPS)[:, None] + bias[:, None]
-    return y.unflatten(1, (x.shape[0], *x.shape[2:])).transpose(0, 1)
+    rows = weight[:, None] * d / (row.gain(n) * spread + EPS)[:, None] + bias[:, None]
+    y: Tensor = rows.unflatten(1, (x.shape[0], *x.shape[2:])).transpose(0, 1)
+    return y
 
 
 def gradients(function: Callable[[Tensor, Tensor, Tensor], Tensor], g: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -82,16 +83,17 @@ def ours(row: Metric) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 
 def check_forward(found: tuple[Tensor, ...], x: Tensor, weight: Tensor, bias: Tensor, row: Metric) -> None:
-    values, *parameters = as_arrays(x, weight, bias)
-    wanted = reference.batch_norm(values, row, *parameters, eps=EPS)
+    wanted = in_float64(x, weight, bias, row, EPS)
     tolerance = TOLERANCES[x.dtype]
     check_close("y", found[0], wanted[0], tolerance.y)
     check_close("mean", found[1], wanted[1], tolerance.statistics, unit=float(x.double().abs().mean()))
     check_close("C * S", found[2], wanted[2], tolerance.statistics)
 
 
-def as_arrays(*values: Tensor) -> list[Any]:
-    return [value.detach().double().numpy() for value in values]
+def in_float64(x: Tensor, weight: Tensor, bias: Tensor, row: Metric, eps: float) -> tuple[reference.Array, ...]:
+    """y, mean and C * S of the reference."""
+    values, *affine = (value.detach().double().numpy() for value in (x, weight, bias))
+    return reference.batch_norm(values, row, affine[0], affine[1], eps)
 
 
 @every_row
@@ -166,12 +168,10 @@ def variants(x: Tensor) -> dict[str, Tensor]:
 
 
 def grad_checks(row: Metric, x: Tensor, with_affine: bool) -> bool:
-    inputs = [x.detach().requires_grad_()]
-    if with_affine:
-        inputs += [value.requires_grad_() for value in affine_of(x.shape[1], x.dtype)]
-    else:
-        inputs += [None, None]  # type: ignore[list-item]
-    return torch.autograd.gradcheck(ours(row), inputs)
+    weight, bias = (value.requires_grad_() if with_affine else None for value in affine_of(x.shape[1], x.dtype))
+    inputs: Any = (x.detach().requires_grad_(), weight, bias)
+    passed: bool = torch.autograd.gradcheck(ours(row), inputs)
+    return passed
 
 
 @every_row
@@ -203,12 +203,13 @@ def without_ties(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     values[n - 1], values[n - 2] = values[n - 1] + n // 2, values[n - 2] + n // 3
     orders = [values[torch.randperm(n, generator=torch.Generator().manual_seed(seed))] for seed in range(shape[1])]
     rows = torch.stack(orders) * 2.0 ** -torch.arange(shape[1])[:, None]
-    return rows.unflatten(1, (shape[0], *shape[2:])).transpose(0, 1).contiguous().to(dtype)
+    x: Tensor = rows.unflatten(1, (shape[0], *shape[2:])).transpose(0, 1)
+    return x.contiguous().to(dtype)
 
 
 def check_backward(found: tuple[Tensor, ...], x: Tensor, weight: Tensor, bias: Tensor, g: Tensor, row: Metric) -> None:
     wide_inputs = [value.double() for value in (x, weight, bias)]
-    wanted = gradients(lambda *inputs: plain(*inputs, row), g.double(), *wide_inputs)
+    wanted = gradients(lambda x, weight, bias: plain(x, weight, bias, row), g.double(), *wide_inputs)
     tolerance = TOLERANCES[x.dtype]
     terms = float(g.double().abs().transpose(0, 1).flatten(1).sum(1).max())
     check_close("dx", found[0], wanted[0], tolerance.dx)
@@ -298,7 +299,7 @@ def test_ties_share_nothing_but_stay_right(spec: str) -> None:
     weight, bias = affine_of(2, torch.float64)
     g = torch.randn(8, 2, dtype=torch.float64)
     y, _, spread = normalise(x, weight, bias, metric(spec), "exact", 1e-30)
-    check_close("y", y, reference.batch_norm(x.numpy(), metric(spec), *as_arrays(weight, bias), eps=1e-30)[0], 1e-14)
+    check_close("y", y, in_float64(x, weight, bias, metric(spec), 1e-30)[0], 1e-14)
     assert bool((spread > 0).all())
     leaf = x.clone().requires_grad_()
     (dx,) = torch.autograd.grad(normalise(leaf, weight, bias, metric(spec), "exact", 1e-30)[0], leaf, g)
@@ -317,7 +318,7 @@ def test_only_what_requires_a_gradient_gets_one(spec: str) -> None:
         if y.requires_grad:
             y.backward(g)
         for leaf, want, gradient in zip(leaves, wants, wanted, strict=True):
-            assert torch.equal(leaf.grad, gradient) if want else leaf.grad is None
+            assert (leaf.grad is not None and torch.equal(leaf.grad, gradient)) if want else leaf.grad is None
 
 
 @every_row
