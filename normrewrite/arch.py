@@ -31,71 +31,71 @@ def build(arch: str | Factory | nn.Module, arguments: Mapping[str, Any] | None =
     """
     if isinstance(arch, nn.Module):
         return arch
-    with _search_path(arch):
+    with search_path(arch):
         factory = find(arch) if isinstance(arch, str) else arch
         try:
             with torch.random.fork_rng(devices=[]):
                 model = factory(**dict(arguments or {}))
-        except Exception as error:  # the user's code runs here, and may raise anything
+        except (Exception, SystemExit) as error:  # the user's code runs here, and may raise anything
             raise NormRewriteError(f"--arch {arch}: the factory raised {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise NormRewriteError(f"--arch {arch}: the factory gave a {type(model).__name__}, not a torch.nn.Module.")
     return model
 
 
-def find(arch: str) -> Factory:
-    """The factory itself."""
+def find(arch: str, option: str = "--arch", forms: str = _FORMS) -> Factory:
+    """The factory itself; `option` and `forms` are for messages, as data may come from code too."""
     source, colon, name = arch.rpartition(":")
     if not colon or not source or not name:
-        raise NormRewriteError(f"--arch {arch!r}: no factory named. {_FORMS}")
+        raise NormRewriteError(f"{option} {arch!r}: no factory named. {forms}")
+    where = f"{option} {arch}"
     if source == "timm":
-        return lambda **arguments: _module(source, arch).create_model(name, pretrained=False, **arguments)
+        return lambda **arguments: _module(source, where, forms).create_model(name, pretrained=False, **arguments)
     if source == "torchvision":
-        return lambda **arguments: _module("torchvision.models", arch).get_model(name, weights=None, **arguments)
-    factory: Factory = attribute(
-        _file(source, arch) if source.endswith(".py") else _module(source, arch), name, f"--arch {arch}"
-    )
-    return factory
+        return lambda **arguments: _module("torchvision.models", where, forms).get_model(
+            name, weights=None, **arguments
+        )
+    with search_path(arch):
+        module = _file(source, where, forms) if source.endswith(".py") else _module(source, where, forms)
+    return attribute(module, name, where)
 
 
-def attribute(module: ModuleType, name: str, where: str) -> Any:
+def attribute(module: ModuleType, name: str, where: str) -> Factory:
     """A callable of a module, by name."""
     try:
-        found = getattr(module, name)
+        found: Factory = getattr(module, name)
     except AttributeError:
-        public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise NormRewriteError(f"{where}: there is no {name!r} in {module.__name__}.{nearest(name, public)}") from None
+        own = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
+        raise NormRewriteError(f"{where}: there is no {name!r} in {module.__name__}.{nearest(name, own)}") from None
     if not callable(found):
         raise NormRewriteError(f"{where}: {name!r} is a {type(found).__name__}, not a function or class.")
     return found
 
 
 @contextmanager
-def _search_path(arch: object) -> Iterator[None]:
-    """Imports work as if python had been started in this folder, or on that file, while the factory runs."""
+def search_path(arch: object = "") -> Iterator[None]:
+    """Imports work as if python had been started in this folder, or on that file, while the user's code runs."""
     source = arch.rpartition(":")[0] if isinstance(arch, str) else ""
-    extra = [str(Path(source).resolve().parent)] if source.endswith(".py") else [str(Path.cwd())]
-    sys.path[:0] = extra
+    extra = str(Path(source).resolve().parent if source.endswith(".py") else Path.cwd())
+    sys.path.insert(0, extra)
     try:
         yield
     finally:
-        for entry in extra:
-            sys.path.remove(entry)
+        if extra in sys.path:  # the user's code may change the path too
+            sys.path.remove(extra)
 
 
-def _module(name: str, arch: str) -> ModuleType:
+def _module(name: str, where: str, forms: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except Exception as error:  # an import runs the user's code
-        raise NormRewriteError(
-            f"--arch {arch}: can't import {name}: {type(error).__name__}: {error}. {_FORMS}"
-        ) from error
+    except (Exception, SystemExit) as error:  # an import runs the user's code
+        raise NormRewriteError(f"{where}: can't import {name}: {type(error).__name__}: {error}. {forms}") from error
 
 
-def _file(source: str, arch: str) -> ModuleType:
+def _file(source: str, where: str, forms: str) -> ModuleType:
     path = Path(source)
     if not path.is_file():
-        raise NormRewriteError(f"--arch {arch}: there is no file {source}. {_FORMS}")
+        raise NormRewriteError(f"{where}: there is no file {source}. {forms}")
     name = f"normrewrite_arch_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
@@ -103,9 +103,9 @@ def _file(source: str, arch: str) -> ModuleType:
     sys.modules[name] = module  # dataclasses and pickle look a class's module up there
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # the user's code runs here
+    except (Exception, SystemExit) as error:  # the user's code runs here
         del sys.modules[name]
-        raise NormRewriteError(f"--arch {arch}: {source} raised {type(error).__name__}: {error}") from error
+        raise NormRewriteError(f"{where}: {source} raised {type(error).__name__}: {error}") from error
     return module
 
 
@@ -118,6 +118,6 @@ def parse_arguments(pairs: Sequence[str]) -> dict[str, Any]:
             raise NormRewriteError(f"--arch-args {pair!r}: write name=value, as in --arch-args width=64.")
         try:
             arguments[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             arguments[key] = value
     return arguments

@@ -235,16 +235,19 @@ def main() -> None:
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
+        _report(error.format_message(), error.exit_code, error.show)
     except NormRewriteError as error:
-        if "--json" in sys.argv:
-            print(json.dumps({"error": str(error), "exit_code": error.exit_code}))
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _report(str(error), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _report(message: str, exit_code: int, show: Callable[[], None] | None = None) -> None:
+    if "--json" in sys.argv:
+        print(json.dumps({"error": message, "exit_code": exit_code}))
+    show() if show else print(f"error: {message}", file=sys.stderr)
+    sys.exit(exit_code)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,11 @@ class Source:
     trust: bool = False
     device: str = "cpu"
 
+    def __post_init__(self) -> None:
+        """A fault of the input is told before one of the output."""
+        if self.path.suffix != ".onnx":
+            files.recognise(self.path)
+
     def read(self, path: Path | None = None) -> files.ModelFile:
         device = _device(self.device)
         file = files.read(
@@ -52,8 +57,8 @@ class Source:
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        torch.zeros(1, device=device).cpu()
+    except Exception as error:  # every backend has its own way to say that it is not there
         raise NormRewriteError(f"--device {name}: {str(error).splitlines()[0]}") from error
     return device
 
@@ -166,7 +171,7 @@ def _rewritten(plan: Plan, input_shape: str | None, device: str) -> tuple[nn.Mod
 
 def _write_folded(twin: nn.Module, report: Report, output: Path, force: bool, network: Comparison | None) -> Converted:
     whole, outcome, notes = fold(twin)
-    files.write_atomically(output, lambda temporary: torch.save(dict(whole.state_dict()), temporary), force)
+    files.write_tensors(whole.state_dict(), output, force)
     note = (
         f"plain state_dict: {len(outcome.into_neighbour)} norms folded into a neighbour (give it a bias, and put nn.Identity "
         f"in the norm's place); {len(outcome.to_affine)} are y = weight * x + bias by channel under the norm's name"
@@ -175,7 +180,7 @@ def _write_folded(twin: nn.Module, report: Report, output: Path, force: bool, ne
 
 
 def _how_to_load(wanted: str, written: str, output: Path) -> str:
-    if wanted == written:
+    if wanted != "module" or written == "module":
         return ""
     return f"the twin can't be pickled, so its state_dict was written: load it by nr.load({output.name!r}, arch=...)"
 

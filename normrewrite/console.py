@@ -1,6 +1,7 @@
 """What people see: Rich on a terminal, plain text in a pipe. Rich is imported only for a terminal."""
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,10 +17,19 @@ class Result(Protocol):
 def show(result: Result, *, as_json: bool = False, quiet: bool = False) -> None:
     """Print a result: one JSON object for machines, nothing, or its text with tables in colour."""
     if as_json:
-        print(json.dumps(result.as_dict()))
+        print(json.dumps(_finite(result.as_dict()), allow_nan=False))
     elif not quiet:
         text = str(result)
         _coloured(text) if sys.stdout.isatty() else print(text)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity and no NaN: null stands for both."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _coloured(text: str) -> None:

@@ -5,6 +5,7 @@
 """
 
 import inspect
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from normrewrite import arch
-from normrewrite.errors import NormRewriteError
+from normrewrite.errors import NormRewriteError, first_line, possible
 
 Array = npt.NDArray[Any]
+_LARGEST = 1 << 30  # numbers of an example input: four gigabytes in fp32
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 _FORMS = (
     "Give a .npz (arrays named as forward's arguments, or `images`; `labels` optional), "
@@ -74,6 +76,7 @@ def open_data(
     """
     path = Path(source)
     first = names[0] if names else "input"
+    possible(path, "--data ")
     if path.is_dir():
         return Data(_folder(path, first, mean, std))
     if path.suffix == ".npz":
@@ -86,7 +89,7 @@ def open_data(
 
 
 def as_data(source: Tensor | Data | Iterable[Any], names: Sequence[str]) -> Data:
-    """Data from what Python programs have at hand: a tensor, Data, or an iterable of batches that can be gone through."""
+    """Data from what Python programs have at hand: a tensor, Data, or an iterable of batches, gone through once."""
     first = names[0] if names else "input"
     if isinstance(source, Data):
         return source
@@ -103,32 +106,61 @@ def example(shape: str, seed: int = 0) -> Tensor:
         sizes = []
     if not sizes or min(sizes) < 1:
         raise NormRewriteError(f"--input-shape {shape!r}: write whole numbers, as in 1,3,32,32.")
+    if math.prod(sizes) > _LARGEST:
+        raise NormRewriteError(
+            f"--input-shape {shape}: more than {_LARGEST:,} numbers. Give the shape of one small batch."
+        )
     return torch.randn(sizes, generator=torch.Generator().manual_seed(seed))
 
 
 def _npz(path: Path, names: Sequence[str], mean: Sequence[float] | None, std: Sequence[float] | None) -> Batch:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError) as error:
-        raise NormRewriteError(f"--data {path}: can't be read as .npz ({error}). {_FORMS}") from error
+    arrays = _arrays(path)
     labels = arrays.pop("labels", None)
-    inputs = {names[0] if name == "images" and names else name: values for name, values in arrays.items()}
-    unknown = [name for name in inputs if name not in names]
-    if not inputs or (names and unknown):
+    if "images" in arrays and "images" not in names and names:
+        if names[0] in arrays:
+            raise NormRewriteError(
+                f"--data {path}: arrays {', '.join(arrays)}; forward takes {names[0]}: both are its input."
+            )
+        arrays = {names[0] if name == "images" else name: values for name, values in arrays.items()}
+    if not arrays or (names and not set(arrays) <= set(names)):
         raise NormRewriteError(
             f"--data {path}: arrays {', '.join(arrays) or 'none'}; forward takes {', '.join(names)}. Name them so, or `images`."
         )
-    batch = Batch(
-        {name: _tensor(values, f"--data {path}: {name}", mean, std) for name, values in inputs.items()},
-        None if labels is None else torch.from_numpy(np.asarray(labels).astype(np.int64)),
-    )
-    sizes = {len(values) for values in [*batch.inputs.values(), *([] if batch.labels is None else [batch.labels])]}
-    if len(sizes) != 1 or 0 in sizes:
+    where = f"--data {path}"
+    inputs = {name: _tensor(values, f"{where}: {name}", mean, std) for name, values in arrays.items()}
+    return _checked(inputs, labels, where)
+
+
+def _arrays(path: Path) -> dict[str, Array]:
+    try:
+        with path.open("rb") as raw:
+            file: Any = np.load(raw, allow_pickle=False)
+            arrays = {name: file[name] for name in file.files}
+    except Exception as error:  # numpy, zipfile and zlib have a class of their own for every kind of damage
+        raise NormRewriteError(f"--data {path}: can't be read as .npz ({first_line(error)}). {_FORMS}") from error
+    if not all(isinstance(values, np.ndarray) for values in arrays.values()):
+        raise NormRewriteError(f"--data {path}: can't be read as .npz (it holds other things than arrays). {_FORMS}")
+    return arrays
+
+
+def _checked(inputs: dict[str, Tensor], labels: Any, where: str) -> Batch:
+    """A batch whose inputs, and labels if any, have the same number of rows, at least one."""
+    batch = Batch(inputs, None if labels is None else _labels(labels, where))
+    rows = {len(values) for values in [*inputs.values(), *([] if batch.labels is None else [batch.labels])]}
+    if len(rows) != 1 or 0 in rows:
         raise NormRewriteError(
-            f"--data {path}: arrays of {sorted(sizes)} rows. All must have the same number, at least one."
+            f"{where}: arrays of {sorted(rows)} rows. All must have the same number, at least one, labels too."
         )
     return batch
+
+
+def _labels(labels: Any, where: str) -> Tensor:
+    """Class numbers (N,) as int64, from an array or tensor of whole numbers."""
+    values = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else labels
+    whole = isinstance(values, np.ndarray) and values.ndim == 1 and values.dtype.kind in "iuf"
+    if not whole or not bool(np.all(np.isfinite(values) & (values == np.round(values)))):
+        raise NormRewriteError(f"{where}: labels must be whole numbers, one a row: an array or tensor of shape (N,).")
+    return torch.from_numpy(values.astype(np.int64))
 
 
 def _tensor(values: Array, where: str, mean: Sequence[float] | None, std: Sequence[float] | None) -> Tensor:
@@ -150,6 +182,8 @@ def _normalised(pixels: Array, where: str, mean: Sequence[float] | None, std: Se
         raise NormRewriteError(
             f"{where} has {channels} channels; --mean and --std have {len(mean)} and {len(std)} numbers."
         )
+    if not np.all(np.isfinite([*mean, *std])) or min(std) <= 0:
+        raise NormRewriteError(f"{where}: --mean and --std must be finite, and --std above zero.")
     scaled = (pixels.astype(np.float32) / 255 - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
     return torch.from_numpy(np.ascontiguousarray(scaled.transpose(0, 3, 1, 2)))
 
@@ -164,13 +198,13 @@ def _folder(folder: Path, name: str, mean: Sequence[float] | None, std: Sequence
     pixels = [_pixels(path) for path in paths]
     if len({image.shape for image in pixels}) > 1:
         raise NormRewriteError(f"--data {folder}: images of different sizes. Resize them to the network's input first.")
-    classes = sorted({path.parent.name for path in paths})
+    inside = [path.relative_to(folder).parts for path in paths]
+    classes = sorted({parts[0] for parts in inside})
     labels = (
-        torch.tensor([classes.index(path.parent.name) for path in paths])
-        if all(p.parent != folder for p in paths)
-        else None
+        np.array([classes.index(parts[0]) for parts in inside]) if all(len(parts) > 1 for parts in inside) else None
     )
-    return Batch({name: _normalised(np.stack(pixels), f"--data {folder}", mean, std)}, labels)
+    where = f"--data {folder}"
+    return _checked({name: _normalised(np.stack(pixels), where, mean, std)}, labels, where)
 
 
 def _pixels(path: Path) -> Array:
@@ -179,9 +213,10 @@ def _pixels(path: Path) -> Array:
     except ImportError as error:
         raise NormRewriteError("a folder of images needs Pillow: pip install normrewrite[images]") from error
     try:
-        return np.asarray(Image.open(path).convert("RGB"))
-    except OSError as error:
-        raise NormRewriteError(f"--data {path}: can't be read as an image ({error}).") from error
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except Exception as error:  # Pillow's readers raise whatever a damaged file leads them to
+        raise NormRewriteError(f"--data {path}: can't be read as an image ({first_line(error)}).") from error
 
 
 @dataclass(frozen=True)
@@ -192,24 +227,32 @@ class _Factory:
     first: str
 
     def __iter__(self) -> Iterator[Batch]:
+        where = f"--data {self.source}"
         try:
-            batches: Any = arch.find(self.source)()
-            for item in batches:
-                yield _batch(item, self.first, f"--data {self.source}")
+            with arch.search_path(self.source):
+                batches: Any = arch.find(self.source, "--data", _FORMS)()
+                for item in batches:
+                    yield _batch(item, self.first, where)
         except NormRewriteError:
             raise
-        except Exception as error:  # the user's code runs here
-            raise NormRewriteError(f"--data {self.source}: raised {type(error).__name__}: {error}") from error
+        except (Exception, SystemExit) as error:  # the user's code runs here
+            raise NormRewriteError(f"{where}: raised {first_line(error)}") from error
 
 
 def _batch(item: object, first: str, where: str) -> Batch:
     if isinstance(item, Batch):
         return item
+    inputs, labels = _parts(item, first)
+    if not inputs or not all(isinstance(values, Tensor) and values.dim() for values in inputs.values()):
+        raise NormRewriteError(
+            f"{where}: gave a {type(item).__name__}; a batch is a tensor, (tensor, labels) or a dict of tensors."
+        )
+    return _checked(inputs, labels, where)
+
+
+def _parts(item: object, first: str) -> tuple[dict[str, Any], object]:
     if isinstance(item, Mapping):
-        inputs = {str(name): values for name, values in item.items() if name != "labels"}
-        return Batch(inputs, item.get("labels"))
-    if isinstance(item, Sequence) and len(item) == 2:
-        return Batch({first: item[0]}, item[1])
-    if isinstance(item, Tensor):
-        return Batch({first: item})
-    raise NormRewriteError(f"{where}: gave a {type(item).__name__}; a batch is a tensor, (tensor, labels) or a dict.")
+        return {str(name): values for name, values in item.items() if name != "labels"}, item.get("labels")
+    if isinstance(item, Sequence) and len(item) == 2 and not isinstance(item, str):
+        return {first: item[0]}, item[1]
+    return {first: item}, None

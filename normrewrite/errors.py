@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class NormRewriteError(ValueError):
@@ -21,3 +22,16 @@ def nearest(found: str, known: Iterable[str]) -> str:
     """` Did you mean 'l1'?` for a near miss, else an empty string; to be put behind an error's first sentence."""
     close = difflib.get_close_matches(found, list(known), n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def first_line(error: BaseException) -> str:
+    """An error on one line, for a message that quotes it."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+def possible(path: Path, what: str = "") -> None:
+    """Raises where the system can't have a file of this name (it is too long, say); `what` stands before it in the message."""
+    try:
+        path.exists()
+    except OSError as error:
+        raise NormRewriteError(f"{what}{path}: {error.strerror}.") from error

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from normrewrite import graph
-from normrewrite.data import argument_names
-from normrewrite.errors import NormRewriteError
+from normrewrite.data import Batch, argument_names
+from normrewrite.errors import NormRewriteError, first_line
 from normrewrite.files import check_writable, write_atomically
 from normrewrite.passes import FoldAffine
 from normrewrite.passes.fold_affine import Folded
+from normrewrite.verify import runner
 
 OPSET = 20
 _NORM_OPS = {"BatchNormalization", "InstanceNormalization"}
@@ -73,6 +74,7 @@ def export(
         value.detach().cpu() for value in ([example_inputs] if isinstance(example_inputs, Tensor) else example_inputs)
     )
     names = argument_names(model)[: len(inputs)]
+    runner(model)(Batch(dict(zip(names, inputs, strict=True))))  # input that doesn't fit is told in plain words
     folded, outcome, notes = fold(model, inputs)
     proto = _to_onnx(folded, inputs, names, opset, dynamic_batch)
     _write(proto, Path(path), force)
@@ -121,7 +123,7 @@ def _to_onnx(model: nn.Module, inputs: tuple[Tensor, ...], names: list[str], ops
 def _innermost(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
-    return graph.first_line(error)
+    return first_line(error)
 
 
 @contextlib.contextmanager

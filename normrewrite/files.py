@@ -21,7 +21,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from normrewrite import arch as arch_
 from normrewrite import manifest, unpickle
-from normrewrite.errors import NormRewriteError, nearest
+from normrewrite.errors import NormRewriteError, first_line, nearest, possible
 from normrewrite.report import Report
 
 Form = Literal["state_dict", "safetensors", "module"]
@@ -68,13 +68,14 @@ def read(
 ) -> ModelFile:
     """`load`, with the form of the file and its manifest."""
     path = Path(path)
-    _recognise(path)
+    recognise(path)
     form: Form = "safetensors" if path.suffix == ".safetensors" else "state_dict"
     content = _read_safetensors(path) if form == "safetensors" else unpickle.load(path, allow, trust)
     found = _select(content, key, path)
     record = content.get(manifest.KEY) if isinstance(content, Mapping) else None
     checked = None if record is None else manifest.check(record, str(path))
     if isinstance(found, nn.Module):
+        _check_sound(found, path)
         return ModelFile(found, "module", checked)
     if arch is None:
         raise NormRewriteError(
@@ -84,8 +85,9 @@ def read(
     return ModelFile(_fill(arch_.build(arch, arch_args), found, checked, path, arch), form, checked)
 
 
-def _recognise(path: Path) -> None:
+def recognise(path: Path) -> None:
     """Raises for everything that is no file of weights, with what to do instead."""
+    possible(path)
     if path.is_dir():
         raise NormRewriteError(f"{path} is a folder. Give the model file itself.")
     if not path.is_file():
@@ -110,6 +112,23 @@ def _recognise(path: Path) -> None:
         )
 
 
+def _check_sound(model: nn.Module, path: Path) -> None:
+    """A pickled module is whatever its file says; one that is not put together as modules are can't be walked."""
+    waiting, seen = [(model, 0)], set()
+    while waiting:
+        module, depth = waiting.pop()
+        parts = (
+            [vars(module).get(name) for name in ("_modules", "_parameters", "_buffers")]
+            if isinstance(module, nn.Module)
+            else []
+        )
+        if len(parts) != 3 or not all(isinstance(part, dict) for part in parts) or depth > 200:
+            raise NormRewriteError(f"{path}: the module in it is damaged ({type(module).__name__}). Save it again.")
+        if id(module) not in seen:
+            seen.add(id(module))
+            waiting += [(child, depth + 1) for child in parts[0].values() if child is not None]  # type: ignore[union-attr]
+
+
 def _zip_names(path: Path) -> list[str]:
     try:
         with zipfile.ZipFile(path) as archive:
@@ -128,14 +147,16 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         record = {manifest.KEY: json.loads(metadata[manifest.KEY])} if manifest.KEY in metadata else {}
         return {"state_dict": tensors, **record}
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+    except (SafetensorError, json.JSONDecodeError, RecursionError, OSError) as error:
         raise NormRewriteError(
             f"{path}: can't be read as a safetensors file ({error}). It may be truncated."
         ) from error
 
 
-def _select(content: object, key: str | None, path: Path) -> nn.Module | dict[str, Tensor]:
+def _select(content: object, key: str | None, path: Path, depth: int = 0) -> nn.Module | dict[str, Tensor]:
     """The module or state_dict in what a checkpoint holds."""
+    if depth > 8:
+        raise NormRewriteError(f"{path}: its dictionaries are nested without end. Name the state_dict with --key.")
     if key is not None:
         for part in key.split("."):
             if not isinstance(content, Mapping) or part not in content:
@@ -148,25 +169,26 @@ def _select(content: object, key: str | None, path: Path) -> nn.Module | dict[st
         return content
     if isinstance(content, Mapping):
         if content and all(isinstance(value, Tensor) for value in content.values()):
-            return _stripped(content)
+            return _stripped(content, path)
         for name in _KEYS:
             if isinstance(content.get(name), Mapping | nn.Module):
-                return _select(content[name], None, path)
+                return _select(content[name], None, path, depth + 1)
         tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
         if tensors:
-            return _stripped(tensors)
+            return _stripped(tensors, path)
         raise NormRewriteError(
             f"{path}: no state_dict under {', '.join(_KEYS)}. Name it with --key; keys: {', '.join(map(str, list(content)[:12]))}"
         )
     raise NormRewriteError(f"{path} holds a {type(content).__name__}, neither a module nor a state_dict.")
 
 
-def _stripped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _stripped(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Without the prefixes that DistributedDataParallel and torch.compile put in front of every name."""
     state = dict(tensors)
-    for prefix in _PREFIXES:
-        if state and all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    if not all(isinstance(name, str) for name in state):
+        raise NormRewriteError(f"{path}: its state_dict has names that are no text. Save model.state_dict().")
+    while prefix := next((p for p in _PREFIXES if state and all(name.startswith(p) for name in state)), None):
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
 
 
@@ -212,8 +234,8 @@ def save(
     """
     path = Path(path)
     record = manifest.describe(model, report)
-    if path.suffix == ".safetensors":
-        form = "safetensors"
+    if path.suffix == ".safetensors" or form == "safetensors":  # the name decides, as it does when it is read
+        form = "safetensors" if path.suffix == ".safetensors" else "state_dict"
     if form == "module" and not _needs_code(model):
         try:
             write_atomically(path, lambda temporary: torch.save(model, temporary), force)
@@ -225,17 +247,23 @@ def save(
         ):  # a lambda, a local class: the tensors can still be had
             pass
     if form == "safetensors":
-        from safetensors.torch import save_file
-
-        tensors = {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}
-        write_atomically(
-            path, lambda temporary: save_file(tensors, temporary, {manifest.KEY: json.dumps(record)}), force
-        )
+        write_tensors(model.state_dict(), path, force, {manifest.KEY: json.dumps(record)})
     else:
         content = {"state_dict": dict(model.state_dict()), manifest.KEY: record}
         form = "state_dict"
         write_atomically(path, lambda temporary: torch.save(content, temporary), force)
     return form
+
+
+def write_tensors(state: Mapping[str, Tensor], path: Path, force: bool, metadata: dict[str, str] | None = None) -> None:
+    """Plain tensors by name: .safetensors where the file is called so, else as torch.save writes them."""
+    if path.suffix == ".safetensors":
+        from safetensors.torch import save_file
+
+        tensors = {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
+        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata), force)
+    else:
+        write_atomically(path, lambda temporary: torch.save(dict(state), temporary), force)
 
 
 def _needs_code(model: nn.Module) -> bool:
@@ -246,6 +274,7 @@ def _needs_code(model: nn.Module) -> bool:
 def check_writable(path: str | Path, force: bool) -> None:
     """Raises early, before any work, where the output can't be written."""
     path = Path(path)
+    possible(path, "output ")
     if path.is_dir():
         raise NormRewriteError(f"output {path} is a folder. Name a file with -o.")
     if path.exists() and not force:
@@ -272,8 +301,10 @@ def write_atomically(path: Path, write: Callable[[str], object], force: bool) ->
         write(temporary)
         Path(temporary).chmod(0o666 & ~_umask())
         Path(temporary).replace(path)
-    except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as RuntimeError
-        raise NormRewriteError(f"output {path}: {str(error).splitlines()[0]}. Nothing was written.") from error
+    except (pickle.PicklingError, AttributeError, TypeError, MemoryError):
+        raise
+    except Exception as error:  # a full disk is OSError, RuntimeError of torch's writer, or safetensors' own
+        raise NormRewriteError(f"output {path}: {first_line(error)}. Nothing was written.") from error
     finally:
         Path(temporary).unlink(missing_ok=True)
 

@@ -5,7 +5,7 @@ from collections import Counter
 from torch import nn
 from torch.fx import GraphModule, Node, symbolic_trace
 
-from normrewrite.errors import NormRewriteError
+from normrewrite.errors import NormRewriteError, first_line
 
 
 class Untraceable(NormRewriteError):
@@ -25,11 +25,6 @@ def trace(model: nn.Module) -> GraphModule:
         return symbolic_trace(model)
     except Exception as error:  # a model's own forward runs here, and may raise anything
         raise Untraceable(f"torch.fx can't trace {type(model).__name__}: {first_line(error)}") from error
-
-
-def first_line(error: BaseException) -> str:
-    """An error on one line, for a message that quotes it."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def module_of(graph_module: GraphModule, node: object) -> nn.Module | None:

@@ -65,7 +65,10 @@ def _check_site(entry: object, where: str) -> None:
         raise NormRewriteError(f"{where}: a site of its manifest has no names. The file is damaged.")
     if entry.get("gain") not in GAINS or not isinstance(entry.get("to"), str):
         raise NormRewriteError(f"{where}: site {entry['names'][0]!r} of its manifest has no valid target or gain.")
-    metric(entry["to"])
+    try:
+        metric(entry["to"])
+    except NormRewriteError as error:
+        raise NormRewriteError(f"{where}: site {entry['names'][0]!r} of its manifest: {error}") from error
 
 
 def replay(model: nn.Module, record: dict[str, Any], where: str) -> nn.Module:

@@ -7,6 +7,8 @@ in exactly the module and under exactly the name that the file asks for, in a pa
 
 import importlib
 import pickle
+import re
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,31 +16,32 @@ from typing import Any
 import torch
 from torch import nn
 
-from normrewrite.errors import NormRewriteError
+from normrewrite.arch import search_path
+from normrewrite.errors import NormRewriteError, first_line
 
 PACKAGES = ("torch.nn.modules.", "normrewrite.nn.")
+_OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # torch's magic number, pickled
+_PROTOCOL = re.compile(r"pickle protocol (\d)")
 # Plain functions that layers of torch.nn keep as attributes: calling them with anything is harmless.
 FUNCTIONS = {
     "torch.nn.functional.relu": torch.nn.functional.relu,
     "torch.nn.functional.silu": torch.nn.functional.silu,
     "torch.nn.functional.leaky_relu": torch.nn.functional.leaky_relu,
     "torch._C._nn.gelu": torch.nn.functional.gelu,
-    "torch.tanh": torch.tanh,
-    "torch.relu": torch.relu,
-    "torch.sigmoid": torch.sigmoid,
 }
 
 
 def load(path: Path, allow: Sequence[str] = (), trust: bool = False) -> Any:
     """What the file holds, on the CPU. `allow`: further classes, `module:Class`; `trust`: unpickle freely, running its code."""
     try:
-        if trust:
-            return torch.load(path, map_location="cpu", weights_only=False)
-        return _load_safely(path, allow)
+        with search_path():  # the user's own classes are found as python would find them here
+            if trust:
+                return torch.load(path, map_location="cpu", weights_only=False)
+            return _load_safely(path, allow)
     except NormRewriteError:
         raise
-    except Exception as error:  # whatever a damaged or hostile file makes the reader raise
-        raise NormRewriteError(f"{path}: {_why_unreadable(error)}") from error
+    except (Exception, SystemExit) as error:  # whatever a damaged or hostile file makes the reader raise
+        raise NormRewriteError(f"{path}: {_why_unreadable(path, error)}") from error
 
 
 def _load_safely(path: Path, allow: Sequence[str]) -> Any:
@@ -56,9 +59,19 @@ def _load_safely(path: Path, allow: Sequence[str]) -> Any:
 
 def _read(path: Path) -> Any:
     """Mapped into memory where the file is of torch's present zip format."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=_zipped(path))
+        except Exception as error:
+            for warning in caught:  # of a pickle protocol that torch does not read in full
+                error.add_note(str(warning.message))
+            raise
+
+
+def _zipped(path: Path) -> bool:
     with path.open("rb") as file:
-        zipped = file.read(4) == b"PK\x03\x04"
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        return file.read(4) == b"PK\x03\x04"
 
 
 def _globals_in(path: Path, error: pickle.UnpicklingError) -> list[str]:
@@ -96,9 +109,20 @@ def _refusal(path: Path, names: Iterable[str]) -> str:
     )
 
 
-def _why_unreadable(error: Exception) -> str:
-    text = (str(error).strip().splitlines() or [""])[0]
+def _why_unreadable(path: Path, error: BaseException) -> str:
+    protocol = _PROTOCOL.search(" ".join(getattr(error, "__notes__", ())))
+    if protocol:
+        reason, remedy = f"pickle protocol {protocol[1]}", "; if you made it yourself, it loads with --trust"
+    elif not isinstance(error, pickle.UnpicklingError):
+        reason, remedy = first_line(error)[:200], ""
+    elif _zipped(path):
+        reason, remedy = "its pickle is damaged", ""
+    else:
+        reason, remedy = (
+            "damaged, or of the format before torch 1.6",
+            "; an old module that you made yourself loads with --trust",
+        )
     return (
-        f"can't be read as a torch file ({type(error).__name__}: {text[:200]}). It may be truncated, or no checkpoint at "
-        "all. Give a file written by torch.save (a state_dict or a module) or a .safetensors file."
+        f"can't be read as a torch file ({reason}). It may be truncated, or no checkpoint at all. Give a file written by "
+        f"torch.save (a state_dict or a module) or a .safetensors file{remedy}."
     )

@@ -43,11 +43,10 @@ class OutputDifference:
 
     @property
     def snr_db(self) -> float:
-        return (
-            10 * math.log10(self.signal / self.noise)
-            if self.noise and self.signal
-            else (math.inf if not self.noise else -math.inf)
-        )
+        if not self.noise:
+            return math.inf
+        ratio = self.signal / self.noise
+        return 10 * math.log10(ratio) if 0 < ratio < math.inf else -math.inf
 
     def add(self, a: Tensor, b: Tensor, labels: Tensor | None) -> None:
         if a.shape != b.shape:
@@ -57,7 +56,7 @@ class OutputDifference:
         a, b = a.double().cpu(), b.double().cpu()
         gap = torch.where(a.isnan() & b.isnan() | (a == b), 0.0, (a - b).abs()).nan_to_num(nan=math.inf)
         self.max_abs = max(self.max_abs, float(gap.max()) if gap.numel() else 0.0)
-        self.largest = max(self.largest, float(b.abs().nan_to_num().max()) if b.numel() else 0.0)
+        self.largest = max(self.largest, float(b[b.isfinite()].abs().max()) if b.isfinite().any() else 0.0)
         self.signal += float((b * b).nansum())
         self.noise += float((gap * gap).sum())
         if a.dim() == 2 and a.shape[1] > 1:

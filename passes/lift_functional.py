@@ -21,7 +21,8 @@ from torch.fx.operator_schemas import normalize_function
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn import functional as F
 
-from normrewrite import graph, kinds, sites
+from normrewrite import kinds, sites
+from normrewrite.errors import first_line
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.native import AnyBatchNorm
 from normrewrite.nn.parts import assemble, attributes
@@ -181,7 +182,7 @@ def lifted(module: nn.Module) -> GraphModule | str:
             with _undisturbed(module, training):
                 traces.append(fx.symbolic_trace(module))
         except Exception as error:  # the module's own forward runs here
-            return f"{name} calls F.batch_norm, and can't be traced: {graph.first_line(error)}"
+            return f"{name} calls F.batch_norm, and can't be traced: {first_line(error)}"
     evaluated, trained = traces
     calls = list(zip(_calls(evaluated), _calls(trained), strict=False))
     if not calls:

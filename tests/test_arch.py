@@ -187,7 +187,8 @@ def test_wrong_arguments() -> None:
 
 
 def test_find_and_attribute() -> None:
-    assert find("os.path:join") is os.path.join
+    found: object = find("os.path:join")
+    assert found is os.path.join
     assert attribute(os.path, "join", "here") is os.path.join
     with pytest.raises(NormRewriteError, match=r"^here: there is no 'jion' in posixpath\. Did you mean 'join'"):
         attribute(os.path, "jion", "here")

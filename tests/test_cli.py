@@ -101,7 +101,7 @@ def _trained(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def convolutional() -> nn.Module:
+def convolutional() -> Any:
     return _trained(nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)))
 
 
@@ -177,8 +177,7 @@ def _networks(folder: Path, digits: dict[str, Tensor]) -> None:
     torch.save(user.UserNet(*convolutional()), folder / "user.pt")
     del sys.modules["userland"]
     torch.save({"state_dict": digits}, folder / "nested.pt")
-    store = torch.distributed.FileStore(str(folder / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=0, world_size=1)
     torch.save(nn.parallel.DistributedDataParallel(convolutional()), folder / "ddp.pt")
     torch.distributed.destroy_process_group()
     with warnings.catch_warnings():  # TorchScript is deprecated; people still have its files
@@ -685,7 +684,8 @@ def without_norms(net: nn.Module) -> nn.Module:
     for module in net.modules():
         if isinstance(module, nn.Sequential) and len(module) == 2 and isinstance(module[1], nn.BatchNorm2d):
             module[1] = nn.Identity()
-            module[0].bias = nn.Parameter(torch.zeros(module[0].out_channels))
+            conv: Any = module[0]
+            conv.bias = nn.Parameter(torch.zeros(conv.out_channels))
     return net
 
 

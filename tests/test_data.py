@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from normrewrite import NormRewriteError
-from normrewrite.data import Batch, Data, argument_names, example, open_data
+from normrewrite.data import Batch, Data, argument_names, as_data, example, open_data
 
 Arrays = dict[str, Any]
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -145,7 +145,7 @@ def test_labels(dtype: str) -> None:
 class Effect:
     """Leaves a file behind when it is unpickled."""
 
-    def __reduce__(self) -> object:
+    def __reduce__(self) -> tuple[Any, ...]:
         return eval, ("open('marker', 'w').close()",)
 
 
@@ -479,6 +479,42 @@ def test_module_comes_from_the_current_folder(factories: None) -> None:
 def test_bad_code(factories: None, source: str, said: str) -> None:
     with pytest.raises(NormRewriteError, match=f"^--data {source}: .*{said}"):
         list(open_data(source, ["x"]).batches())
+
+
+X, LABELS = torch.zeros(2, 3), torch.tensor([1, 0])
+
+
+@pytest.mark.parametrize(
+    ("source", "names", "inputs"),
+    [
+        (X, ["x"], [{"x": X}]),
+        (X, [], [{"input": X}]),  # nothing is known of the arguments
+        (Data(Batch({"x": X})), ["y"], [{"x": X}]),
+        ([X, (X, LABELS), [X, LABELS]], ["x"], [{"x": X}] * 3),
+        ([{"y": X, "x": X, "labels": LABELS}, Batch({"x": X})], ["x", "y"], [{"y": X, "x": X}, {"x": X}]),
+        ([], ["x"], []),
+    ],
+)
+def test_data_from_python(source: Any, names: list[str], inputs: list[dict[str, Tensor]]) -> None:
+    data = as_data(source, names)
+    for _ in range(2):
+        assert [list(batch.inputs) for batch in data.batches()] == [list(wanted) for wanted in inputs]
+        assert all(
+            values is X or torch.equal(values, X) for batch in data.batches() for values in batch.inputs.values()
+        )
+
+
+def test_generator_can_be_gone_through_again() -> None:
+    data = as_data((batch for batch in [X, X]), ["x"])
+    assert [len(list(data.batches())) for _ in range(2)] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("batch", "said"), [("images", "gave a str"), (None, "gave a NoneType"), (np.zeros(3), "gave a ndarray")]
+)
+def test_bad_data_from_python(batch: object, said: str) -> None:
+    with pytest.raises(NormRewriteError, match=f"{said}; a batch is a tensor"):
+        as_data([batch], ["x"])
 
 
 # --- random input -----------------------------------------------------------------------------------------------------

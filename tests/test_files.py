@@ -264,8 +264,8 @@ def test_norm_that_is_the_model(root: nn.Module, suffix: str) -> None:
 @pytest.mark.parametrize(("form", "suffix"), [form for form in FORMS if form != ("safetensors", ".pt")])
 @pytest.mark.parametrize("converted", [True, False])
 def test_dtypes_stay(small: Make, form: files.Form, suffix: str, dtype: torch.dtype, converted: bool) -> None:
-    model = small().to(dtype)
-    model[7].float()  # type: ignore[index,operator]  # a head kept in fp32, as mixed checkpoints have it
+    model: Any = small().to(dtype)
+    model[7].float()  # a head kept in fp32, as mixed checkpoints have it
     twin = nr.convert(model) if converted else model
     nr.save(twin, f"model{suffix}", form=form)
     back = nr.load(f"model{suffix}", small)
@@ -316,7 +316,7 @@ def with_lambda(model: nn.Module) -> nn.Module:
     return model
 
 
-def of_a_local_class(model: nn.Module) -> nn.Module:
+def of_a_local_class(model: Any) -> nn.Module:
     class Local(nn.Sequential):
         pass
 
@@ -361,7 +361,7 @@ def test_loading_leaves_the_file_and_random_state_alone(folder: Path, small: Mak
 
     def make() -> nn.Module:
         torch.rand(3)
-        return nn.Sequential(*small()).requires_grad_(False)
+        return small().requires_grad_(False)
 
     model = nr.load("model.pt", make)
     with torch.no_grad():
@@ -445,7 +445,7 @@ def test_safetensors_with_a_false_manifest(small: Make, record: str) -> None:
 
 
 def test_views_and_strides_go_into_safetensors() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).eval()
+    model: Any = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).eval()
     model[0].weight = nn.Parameter(model[0].weight.detach().t())
     model[0].register_buffer("part", model[0].weight.detach()[1:3])
     nr.save(model, "model.safetensors")

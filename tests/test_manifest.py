@@ -1,7 +1,7 @@
 """The record of a rewrite: what it says, that it can be replayed, and that a false one is refused."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -76,23 +76,34 @@ def test_replay_of_a_twin_of_a_twin(small: Make) -> None:
     assert {module.metric for module in fresh.modules() if isinstance(module, nr.nn.BatchNorm)} == {"linf"}
 
 
-@pytest.mark.parametrize(
-    ("record", "said"),
-    [
-        *((record, "is no record of sites") for record in ([], "text", 3, 1.5, True, {}, {"sites": None})),
-        ({"format": 1, "sites": {"1": "l1"}}, "is no record of sites"),
-        ({"format": 1, "sites": "all"}, "is no record of sites"),
-        *((record_of(format=number), "Update normrewrite") for number in (None, 2, 0, "1", [1], {}, float("nan"))),
-        *((record_of(item), "has no names") for item in (None, 3, "1", [], {}, {"names": []})),
-        *((record_of(entry() | {"names": names}), "has no names") for names in ("1", None, 1, [1], [None], [["1"]])),
-        *((record_of(entry(gain=gain)), "no valid target or gain") for gain in (None, "guess", 1, [], {}, ["exact"])),
-        *((record_of(entry() | {"to": to}), "no valid target or gain") for to in (None, 1, [], {}, ["l1"])),
-        *((record_of(entry(to=to)), "unknown metric") for to in ("", "l3", "__class__", "os.system")),
-        *((record_of(entry(to=to)), "is no count") for to in ("topk:0", "topk:x", "topk:-1%", "topk:9e9%")),
-        (record_of(entry(to="l1:3")), "takes no argument"),
-        (record_of(entry(), entry(to="l3")), "unknown metric"),  # any site, not the first alone
+ODD: tuple[Any, ...] = (None, 1, [], {}, [1], [None], [["1"]])  # where a text or a list of texts belongs
+FALSE: dict[str, Sequence[object]] = {
+    "is no record of sites": [
+        None,
+        "text",
+        3,
+        1.5,
+        True,
+        [],
+        {},
+        record_of() | {"sites": "all"},
+        record_of() | {"sites": {}},
     ],
-)
+    "Update normrewrite": [record_of(format=odd) for odd in (*ODD[2:], None, 0, 2, "1", float("nan"))],
+    "has no names": [record_of(odd) for odd in ODD]
+    + [record_of(entry() | {"names": odd}) for odd in (*ODD, "1", {"1": "1"})],
+    "no valid target or gain": [record_of(entry(**{key: odd})) for key in ("gain", "to") for odd in ODD]
+    + [record_of(entry(gain="guess"))],
+    "unknown metric": [record_of(entry(to=odd)) for odd in ("", "l3", "__class__", "os.system")],
+    "is no count": [record_of(entry(to=f"topk:{odd}")) for odd in ("", "0", "x", "-1%", "9e9%", "nan%")],
+    "takes no argument": [
+        record_of(entry(to="l1:3")),
+        record_of(entry(), entry(to="l1:3")),
+    ],  # any site, not the first alone
+}
+
+
+@pytest.mark.parametrize(("record", "said"), [(record, said) for said, records in FALSE.items() for record in records])
 def test_check_refuses(record: object, said: str) -> None:
     """Every message begins with the place: a manifest is not the user's request."""
     with pytest.raises(nr.NormRewriteError, match=f"^here: .*{said}"):
