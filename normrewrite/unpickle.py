@@ -115,14 +115,19 @@ def _why_unreadable(path: Path, error: BaseException) -> str:
         reason, remedy = f"pickle protocol {protocol[1]}", "; if you made it yourself, it loads with --trust"
     elif not isinstance(error, pickle.UnpicklingError):
         reason, remedy = first_line(error)[:200], ""
-    elif _zipped(path):
-        reason, remedy = "its pickle is damaged", ""
-    else:
-        reason, remedy = (
-            "damaged, or of the format before torch 1.6",
-            "; an old module that you made yourself loads with --trust",
+    elif _starts_as_old(path):
+        return (
+            "is a module in the format before torch 1.6, which is only read freely. Save it again with a newer torch, or, if "
+            "you made it yourself, use --trust."
         )
+    else:
+        reason, remedy = "its pickle is damaged", ""
     return (
         f"can't be read as a torch file ({reason}). It may be truncated, or no checkpoint at all. Give a file written by "
         f"torch.save (a state_dict or a module) or a .safetensors file{remedy}."
     )
+
+
+def _starts_as_old(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(_OLD)) == _OLD
