@@ -5,11 +5,13 @@
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim import Optimizer
 
 from normrewrite import rules as rules_
 from normrewrite import sites
@@ -17,6 +19,7 @@ from normrewrite.errors import NormRewriteError
 from normrewrite.exactness import Probe, difference, tolerance
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.norms import Gain, metric
+from normrewrite.optimizers import rebind
 from normrewrite.passes import RestoreNative, Rewrite, SwapMetric
 from normrewrite.passes.lift_functional import candidates, lift_, lifted
 from normrewrite.report import Report, SiteResult, table
@@ -57,13 +60,22 @@ class Plan:
         head = f"{len(self.rewritten)} of {len(self.choices)} sites to be rewritten"
         return f"{head}\n{table(('site', 'was', 'channels', 'becomes', 'left because'), rows)}"
 
-    def apply(self) -> tuple[nn.Module, Report]:
-        """A rewritten copy of the model, and the report. The model itself is not touched."""
+    def apply(self, optimizers: Iterable[Optimizer] = ()) -> tuple[nn.Module, Report]:
+        """A rewritten copy of the model, and the report. The model itself is not touched.
+
+        optimizers: made for the model; they step the copy from now on, with the state they have.
+        """
         self.require()
-        return self._carry_out(copy.deepcopy(self.model))
+        copies: dict[int, Any] = {}
+        twin = copy.deepcopy(self.model, copies)
+        rebind(optimizers, {id(parameter): copies[id(parameter)] for parameter in self.model.parameters()})
+        return self._carry_out(twin)
 
     def apply_(self) -> tuple[nn.Module, Report]:
-        """Rewrite the model in place; returns it (a new root where the root itself was a norm) and the report."""
+        """Rewrite the model in place; returns it (a new root where the root itself was a norm) and the report.
+
+        Parameters stay the same objects, so that optimisers need nothing.
+        """
         self.require()
         return self._carry_out(self.model)
 
@@ -159,14 +171,16 @@ def pass_for(target: str, gain: Gain = "exact") -> Rewrite:
     return RestoreNative() if row.native else SwapMetric(str(row), gain)
 
 
-def convert(model: nn.Module, to: str = "l1", **options: object) -> nn.Module:
+def convert(model: nn.Module, to: str = "l1", *, optimizers: Iterable[Optimizer] = (), **options: object) -> nn.Module:
     """A copy of `model` with its batch norms measured by `to`; in eval the same function. Options are those of `plan`.
 
-    >>> twin = convert(model, to="topk:10", exclude="stem.*")
+    >>> twin = convert(model, to="topk:10", exclude="stem.*", optimizers=[optimizer])
+
+    optimizers: made for `model`; they step the copy from now on, with the state they have.
 
     Raises NormRewriteError where no site can be rewritten, or where a rewritten site differs beyond tolerance (exit_code 1).
     """
-    return _checked(*plan(model, to, **options).apply())  # type: ignore[arg-type]
+    return _checked(*plan(model, to, **options).apply(optimizers))  # type: ignore[arg-type]
 
 
 def convert_(model: nn.Module, to: str = "l1", **options: object) -> nn.Module:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normrewrite import graph
+from normrewrite import graph, sites
 from normrewrite.data import Batch, argument_names
 from normrewrite.errors import NormRewriteError, first_line
 from normrewrite.files import check_writable, write_atomically
@@ -76,10 +76,20 @@ def export(
     names = argument_names(model)[: len(inputs)]
     runner(model)(Batch(dict(zip(names, inputs, strict=True))))  # input that doesn't fit is told in plain words
     folded, outcome, notes = fold(model, inputs)
+    _refuse_live(folded)
     proto = _to_onnx(folded, inputs, names, opset, dynamic_batch)
     _write(proto, Path(path), force)
     nodes = dict(Counter(node.op_type for node in proto.graph.node))
     return Exported(str(path), opset, outcome.into_neighbour, outcome.to_affine, notes, nodes)
+
+
+def _refuse_live(model: nn.Module) -> None:
+    live = [site.label for site in sites.find(model) if getattr(site.module, "running_mean", None) is None]
+    if live:
+        raise NormRewriteError(
+            f"{len(live)} norms keep no running statistics ({', '.join(live[:4])}): plain ONNX has no batch norm that "
+            "measures at inference. Train them with track_running_stats=True, or leave them out of the exported part."
+        )
 
 
 def fold(model: nn.Module, example_inputs: Sequence[Tensor] | None = None) -> tuple[nn.Module, Folded, list[str]]:

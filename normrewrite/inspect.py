@@ -13,6 +13,7 @@ from normrewrite.kinds import recognise
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.report import table
 from normrewrite.sites import Site
+from normrewrite.traps import Trap, find_traps
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,12 @@ class SiteFacts:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Every norm of a model, and its size."""
+    """Every norm of a model, its size, and the traps it holds."""
 
     model: str
     parameters: int
     sites: list[SiteFacts]
+    traps: list[Trap]
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -44,7 +46,7 @@ class Inspection:
     def __str__(self) -> str:
         head = f"{self.model}: {self.parameters:,} parameters, {len(self.sites)} batch norms"
         if not self.sites:
-            return head
+            return "\n".join([head, *map(_explained, self.traps)])
         rows = [
             (
                 facts.names[0] or "(the model itself)",
@@ -57,10 +59,16 @@ class Inspection:
             )
             for facts in self.sites
         ]
-        return f"{head}\n{table(HEAD, rows)}"
+        return "\n".join([head, table(HEAD, rows), *map(_explained, self.traps)])
 
 
 HEAD = ("site", "class", "metric", "channels", "eps", "momentum", "note")
+
+
+def _explained(trap: Trap) -> str:
+    some = f"{', '.join(trap.sites[:4])}{' ...' if len(trap.sites) > 4 else ''}"
+    head = f"\n! {trap.title} ({len(trap.sites)}: {some})"
+    return f"{head}\n  what goes wrong:    {trap.wrong}\n  what is done here:  {trap.remedy}"
 
 
 def _notes(facts: SiteFacts) -> list[str]:
@@ -73,7 +81,7 @@ def _notes(facts: SiteFacts) -> list[str]:
 def inspect(model: nn.Module) -> Inspection:
     """Look, and touch nothing."""
     count = sum(parameter.numel() for parameter in model.parameters())
-    return Inspection(type(model).__name__, count, [_facts(site) for site in sites.find(model)])
+    return Inspection(type(model).__name__, count, [_facts(site) for site in sites.find(model)], find_traps(model))
 
 
 def _facts(site: Site) -> SiteFacts:

@@ -94,3 +94,4 @@ def carry_over(old: nn.Module, new: nn.Module) -> None:
     for name, hooks in vars(old).items():
         if "hooks" in name and hooks:
             getattr(new, name).update(hooks)
+    new._is_full_backward_hook = old._is_full_backward_hook

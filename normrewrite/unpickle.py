@@ -2,7 +2,8 @@
 
 Everything goes through torch's weights_only unpickler, which builds nothing but tensors and plain containers. A pickled
 module also names classes; one is let through only if it is what it claims to be: a class, a subclass of nn.Module, defined
-in exactly the module and under exactly the name that the file asks for, in a package of this list.
+in exactly the module and under exactly the name that the file asks for, in a package of this list (of transformers, a model's
+configuration too).
 """
 
 import importlib
@@ -19,7 +20,7 @@ from torch import nn
 from normrewrite.arch import search_path
 from normrewrite.errors import NormRewriteError, first_line
 
-PACKAGES = ("torch.nn.modules.", "normrewrite.nn.")
+PACKAGES = ("torch.nn.modules.", "normrewrite.nn.", "torchvision.", "timm.", "transformers.")
 _OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # torch's magic number, pickled
 _PROTOCOL = re.compile(r"pickle protocol (\d)")
 # Plain functions that layers of torch.nn keep as attributes: calling them with anything is harmless.
@@ -96,7 +97,14 @@ def _allowed(name: str, allow: Sequence[str]) -> Any:
             raise NormRewriteError(f"--allow {module_name}:{class_name}: {error}") from error
         return None
     genuine = isinstance(found, type) and (found.__module__, found.__qualname__) == (module_name, class_name)
-    return found if genuine and (by_user or issubclass(found, nn.Module)) else None
+    return found if genuine and (by_user or issubclass(found, nn.Module) or _is_config(found)) else None
+
+
+def _is_config(cls: type) -> bool:
+    """The plain record of settings that a model of transformers keeps."""
+    return any(
+        base.__name__ == "PreTrainedConfig" and base.__module__.startswith("transformers.") for base in cls.__mro__
+    )
 
 
 def _refusal(path: Path, names: Iterable[str]) -> str:
