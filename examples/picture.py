@@ -1,6 +1,6 @@
 """Draws docs/demo.svg, the picture in the README, from what the commands really print.
 
-    python examples/picture.py
+python examples/picture.py
 """
 
 import shlex

@@ -52,6 +52,18 @@ def listed(): yield torch.zeros(2, 1, 8, 8), [1, 2]
 def wrong_rows(): yield torch.zeros(2, 1, 8, 8), torch.tensor([1, 2, 3])
 def strings(): yield "images"
 def nothing(): return []
+
+def checking(check):
+    class Checking(nn.Sequential):
+        def forward(self, *inputs):
+            if inputs[0].shape[1] != 1: check()
+            return super().forward(inputs[0])
+    return Checking(nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
+def fail(error): raise error
+def asserting(): return checking(lambda: fail(AssertionError("one channel only")))
+def looking_up(): return checking(lambda: fail(KeyError(3)))
+def wordless(): return checking(lambda: fail(ValueError()))
+def talking(): print("building"); return checking(print)
 """
 USERLAND = """
 from torch import nn
@@ -171,6 +183,7 @@ def _damaged(folder: Path, digits: dict[str, Tensor]) -> None:
 def _networks(folder: Path, digits: dict[str, Tensor]) -> None:
     torch.save(convolutional(), folder / "conv.pt")
     torch.save(transformer(), folder / "transformer.pt")
+    torch.save(convolutional().state_dict(), folder / "checking.pt")
     torch.save(nn.Sequential(nn.Linear(4, 4)), folder / "no_norm.pt")
     torch.save(nn.DataParallel(convolutional()), folder / "data_parallel.pt")
     user = _import(folder / "userland.py", "userland")
@@ -396,9 +409,22 @@ BAD: dict[str, tuple[str, str]] = {
     "shape, too large": (f"{CONVERT} {TO} --input-shape 1000000000000,1,8,8", "--input-shape"),
     "shape, far too large": (f"{CONVERT} {TO} --input-shape {10**30}", "--input-shape"),
     "shape, an assertion of torch's": (f"convert transformer.pt {TO} --input-shape 2,5,7", "can't run on"),
+    **{
+        f"shape, model {name}": (
+            f"convert checking.pt {TO} --arch zoo.py:{name} --input-shape 2,3,8,8",
+            rf"can't run on .*\(2, 3, 8, 8\): .*{said}",
+        )
+        for name, said in (
+            ("asserting", "one channel only"),
+            ("looking_up", "3"),
+            ("wordless", "ValueError"),
+        )
+    },
     "shape, export": (f"export digits.pt {DIGITS} -o x.onnx --input-shape 1,3,8,8", "torch can't export|can't run"),
     "no input, export": (f"export digits.pt {DIGITS} -o x.onnx", "what goes in\\? Give --input-shape"),
     "no input, verify": (VERIFY, "compared on what\\? Give --data FILE"),
+    "onnx, missing": (f"verify digits.pt nosuch.onnx {DIGITS} --data digits.npz", "nosuch.onnx: there is no such file"),
+    "onnx, text": (f"verify digits.pt net.onnx {DIGITS} --data digits.npz", "net.onnx: onnxruntime can't load it"),
     "data, missing": (f"{VERIFY} --data nosuch.npz", "--data nosuch.npz: "),
     "data, text": (f"{VERIFY} --data text.npz", "--data text.npz: can't be read as .npz"),
     "data, model": (f"{VERIFY} --data digits.pt", "--data digits.pt: not such data. Give a .npz"),
@@ -518,6 +544,31 @@ def test_output_has_a_name_of_its_own_and_can_be_read(
     if "--folded" not in options:
         twin = nr.load(folder / output, arch=f"{folder / 'digits.py'}:digits_resnet")
         assert sum(isinstance(module, nr.nn.BatchNorm) for module in twin.modules()) == 9
+
+
+def test_stdout_is_for_the_result_alone(run: Command) -> None:
+    """What the user's own code prints must not get into the JSON."""
+    outcome = run(f"convert checking.pt {TO} --arch zoo.py:talking --json")
+    assert outcome.code == 0 and outcome.json["rewritten"] == 1
+
+
+def test_forward_may_take_any_number_of_inputs(run: Command, folder: Path) -> None:
+    """Its arguments have no names then."""
+    line = "--arch zoo.py:asserting --input-shape 2,1,8,8"
+    assert run(f"convert checking.pt {TO} {line}").code == 0
+    assert run(f"verify checking.pt checking.l1.pt {line}").code == 0
+    outcome = run(f"export checking.l1.pt -o checking.onnx {line}")
+    assert outcome.code == 0, outcome.err
+    assert run(f"verify checking.pt checking.onnx {line}").code == 0
+
+
+def test_convert_to_l2_is_the_way_back_too(run: Command, folder: Path) -> None:
+    assert run(f"{CONVERT} --to linf").code == 0
+    assert run(f"convert digits.linf.pt {DIGITS} --to l1").code == 0
+    again = run(f"convert digits.linf.l1.pt {DIGITS} --to l1")
+    assert again.code == 2 and "is l1 already" in again.err
+    assert run(f"convert digits.linf.l1.pt {DIGITS} --to l2 -o back.pt").code == 0
+    assert bits(as_saved(folder / "back.pt")) == bits(torch.load(folder / "digits.pt", weights_only=True))
 
 
 def test_dry_run_writes_nothing(run: Command, folder: Path) -> None:
