@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from normrewrite.nn import batch
+from normrewrite.nn import batch, parts
 from normrewrite.nn.batch import BatchNorm, FrozenBatchNorm
 
 # The rank check tells the dimensions that a class stands for, also in subclasses that leave it alone.
@@ -59,7 +59,25 @@ def recognise(module: nn.Module) -> Kind | str:
         module._buffers.get("running_var"), Tensor
     ):
         return f"{name} overrides forward and keeps no running statistics, so it can't be told what it computes"
-    return _watched(module) or f"{name} overrides forward, and does more than a batch norm followed by its own children"
+    alike = _alike(module)
+    if alike not in _SEEN:
+        _SEEN[alike] = _watched(module)
+    return _SEEN[alike] or f"{name} overrides forward, and does more than a batch norm followed by its own children"
+
+
+_SEEN: dict[tuple[Any, ...], "Kind | None"] = {}  # a network has dozens of norms that differ in their width alone
+
+
+def _alike(module: nn.Module) -> tuple[Any, ...]:
+    """What two modules of one behaviour have in common: class, plain attributes, children, and which tensors there are."""
+    plain = sorted((name, repr(value)) for name, value in parts.attributes(module).items() if name != "num_features")
+    tensors = sorted(name for name, value in {**module._parameters, **module._buffers}.items() if value is not None)
+    return (
+        type(module),
+        tuple(plain),
+        tuple(tensors),
+        tuple((name, repr(child)) for name, child in module._modules.items()),
+    )
 
 
 def _watched(module: nn.Module) -> Kind | None:
