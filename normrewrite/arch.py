@@ -5,11 +5,12 @@
 """
 
 import ast
+import contextlib
+import copy
 import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,11 +27,11 @@ _FORMS = "Write PATH.py:factory, module:factory, timm:NAME or torchvision:NAME."
 def build(arch: str | Factory | nn.Module, arguments: Mapping[str, Any] | None = None) -> nn.Module:
     """The module that `arch` names, freshly made; global random state is left alone.
 
-    arch: `PATH.py:factory`, `module:factory`, `timm:NAME`, `torchvision:NAME`, a callable, or a module (taken as it is).
+    arch: `PATH.py:factory`, `module:factory`, `timm:NAME`, `torchvision:NAME`, a callable, or a module (copied).
     arguments: keyword arguments of the factory. Raises NormRewriteError where it can't be found or made.
     """
     if isinstance(arch, nn.Module):
-        return arch
+        return copy.deepcopy(arch)
     with search_path(arch):
         factory = find(arch) if isinstance(arch, str) else arch
         try:
@@ -72,14 +73,15 @@ def attribute(module: ModuleType, name: str, where: str) -> Factory:
     return found
 
 
-@contextmanager
+@contextlib.contextmanager
 def search_path(arch: object = "") -> Iterator[None]:
     """Imports work as if python had been started in this folder, or on that file, while the user's code runs."""
     source = arch.rpartition(":")[0] if isinstance(arch, str) else ""
     extra = str(Path(source).resolve().parent if source.endswith(".py") else Path.cwd())
     sys.path.insert(0, extra)
     try:
-        yield
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
+            yield
     finally:
         if extra in sys.path:  # the user's code may change the path too
             sys.path.remove(extra)

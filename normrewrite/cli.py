@@ -1,6 +1,7 @@
 """The command line. Thin: each command is the function of the same name in normrewrite.commands."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -241,6 +242,9 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort):
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except OSError as error:  # stdout is full, or nobody reads it any more
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 (what is buffered goes nowhere)
+        _report(f"stdout: {error.strerror}. Nothing else is wrong; files were written as asked.", 2)
 
 
 def _report(message: str, exit_code: int, show: Callable[[], None] | None = None) -> None:

@@ -74,7 +74,8 @@ def export(
         value.detach().cpu() for value in ([example_inputs] if isinstance(example_inputs, Tensor) else example_inputs)
     )
     names = argument_names(model)[: len(inputs)]
-    runner(model)(Batch(dict(zip(names, inputs, strict=True))))  # input that doesn't fit is told in plain words
+    keys = names if len(names) == len(inputs) else [f"input_{i}" for i in range(len(inputs))]  # forward(*inputs)
+    runner(model)(Batch(dict(zip(keys, inputs, strict=True))))  # input that doesn't fit is told in plain words
     folded, outcome, notes = fold(model, inputs)
     _refuse_live(folded)
     proto = _to_onnx(folded, inputs, names, opset, dynamic_batch)
@@ -110,7 +111,9 @@ def _to_onnx(model: nn.Module, inputs: tuple[Tensor, ...], names: list[str], ops
     """An onnx.ModelProto."""
     if dynamic_batch:  # a batch of one would be taken for a constant
         inputs = tuple(value.expand(2, *value.shape[1:]) if value.shape[0] == 1 else value for value in inputs)
-    shapes = [{0: torch.export.Dim("batch")} for _ in inputs] if dynamic_batch else None
+    shapes: Any = [{0: torch.export.Dim("batch")} for _ in inputs] if dynamic_batch else None
+    if shapes and not names:  # forward(*inputs) has one argument, a tuple
+        shapes = [tuple(shapes)]
     try:
         with _quiet():
             program = torch.onnx.export(

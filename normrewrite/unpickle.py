@@ -11,6 +11,7 @@ import pickle
 import re
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ FUNCTIONS = {
 def load(path: Path, allow: Sequence[str] = (), trust: bool = False) -> Any:
     """What the file holds, on the CPU. `allow`: further classes, `module:Class`; `trust`: unpickle freely, running its code."""
     try:
-        with search_path():  # the user's own classes are found as python would find them here
+        # Only what the user vouched for may come from the current folder: an import runs code.
+        with search_path() if allow or trust else nullcontext():
             if trust:
                 return torch.load(path, map_location="cpu", weights_only=False)
             return _load_safely(path, allow)
@@ -109,10 +111,12 @@ def _is_config(cls: type) -> bool:
 
 def _refusal(path: Path, names: Iterable[str]) -> str:
     names = sorted(names)
-    flags = " ".join(f"--allow {':'.join(name.rsplit('.', 1))}" for name in names)
+    classes = [name for name in names if name.rpartition(".")[2][:1].isupper()]
+    flags = " ".join(f"--allow {':'.join(name.rsplit('.', 1))}" for name in classes)
+    allow = f"For classes that you know: {flags}. " if classes else ""
     return (
         f"{path} asks for {len(names)} class(es) or function(s) that are not on the allow-list, and nothing of it was run: "
-        f"{', '.join(names)}. Best: save a state_dict and name its code with --arch. For classes that you know: {flags}. "
+        f"{', '.join(names)}. Best: save a state_dict and name its code with --arch. {allow}"
         "With --trust the file may run any code that it contains, with your rights; only for files that you made yourself."
     )
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from normrewrite.data import Batch, Data, argument_names
-from normrewrite.errors import NormRewriteError
+from normrewrite.errors import NormRewriteError, first_line
 from normrewrite.modes import evaluating
 from normrewrite.report import table
 from normrewrite.tolerances import SAME_NETWORK
@@ -202,9 +202,11 @@ def _torch_runner(model: nn.Module) -> Callable[[Batch], Outputs]:
         try:
             with evaluating(model), torch.inference_mode():
                 return _flat(model(**inputs) if by_name else model(*inputs.values()))
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        except NormRewriteError:
+            raise
+        except Exception as error:  # the model's code runs here, and may raise anything
             shapes = ", ".join(f"{name} {tuple(values.shape)}" for name, values in inputs.items())
-            raise NormRewriteError(f"the model can't run on {shapes}: {str(error).splitlines()[0]}") from error
+            raise NormRewriteError(f"the model can't run on {shapes}: {first_line(error)}") from error
 
     return run
 

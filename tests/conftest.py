@@ -59,9 +59,15 @@ class RealNetwork:
         """Real images with labels; tones for the pitch tracker (labels None)."""
         if self.name == "crepe_tiny":
             return tones(count), None
-        load = _module(REAL / "load.py")
-        images, labels = load.imagenet1000(count) if self.name.startswith("imagenet") else load.cifar10("test")
-        return torch.from_numpy(load.normalised(images[:count])), torch.from_numpy(labels[:count])
+        return real_images("imagenet" if self.name.startswith("imagenet") else "test", count)
+
+
+def real_images(source: str, count: int) -> tuple[Tensor, Tensor]:
+    """Normalised images and labels: `imagenet`, or CIFAR-10's `train` or `test`."""
+    load = _module(REAL / "load.py")
+    sheets = (count + 4999) // 5000
+    images, labels = load.imagenet1000(count) if source == "imagenet" else load.cifar10(source, sheets)
+    return torch.from_numpy(load.normalised(images[:count])), torch.from_numpy(labels[:count])
 
 
 NETWORKS = (
