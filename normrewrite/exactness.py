@@ -40,14 +40,25 @@ def _rank(norm: nn.Module) -> int:
 
 @torch.no_grad()
 def difference(old: Any, new: nn.Module, probe: Probe) -> float | None:
-    """Largest |new(x) - old(x)| in eval, in units of max(1, largest |old(x)|).
+    """Largest |new(x) - old(x)| in eval, in units of max(1, largest |old(x)|, largest |weight * mean / scale|).
 
+    The last is what both forms subtract to reach y: where a mean is many times its scale, rounding is relative to that.
     None where there is nothing to compare: no running statistics (live ones differ by intent), or tensors on `meta`.
     """
     if getattr(old, "running_mean", None) is None or old.running_mean.is_meta:
         return None
     x = probe.input(old)
-    return worst(in_eval(new, x), in_eval(old, x))
+    ours = new if isinstance(new, BatchNorm) else old
+    return worst(in_eval(new, x), in_eval(old, x), max(1.0, _offset(ours)))
+
+
+def _offset(norm: Any) -> float:
+    """Largest |weight * mean / scale| of one of our norms; 0 for others."""
+    if not isinstance(norm, BatchNorm) or norm.running_scale is None or norm.running_mean is None:
+        return 0.0
+    offset = norm.running_mean.double() / (norm.running_scale + norm.eps).double()
+    offset = (offset if norm.weight is None else offset * norm.weight.double()).abs()
+    return float(offset[offset.isfinite()].max()) if offset.isfinite().any() else 0.0
 
 
 def in_eval(norm: nn.Module, x: Tensor) -> Tensor:

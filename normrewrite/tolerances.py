@@ -22,13 +22,13 @@ SAME_NETWORK: dict[torch.dtype, float] = {
 }
 
 
-def worst(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Largest |a - b| in units of max(1, largest |b|), in float64; NaN against NaN is no difference, NaN else infinite."""
+def worst(a: torch.Tensor, b: torch.Tensor, size: float = 1.0) -> float:
+    """Largest |a - b| in units of max(size, largest |b|), in float64; NaN against NaN is no difference, NaN else infinite."""
     a, b = a.detach(), b.detach()
     gap = float((a.double() - b.double()).abs().max()) if b.numel() else 0.0
     if math.isfinite(gap):
-        return gap / max(1.0, float(b.abs().max())) if gap else 0.0
+        return gap / max(size, float(b.abs().max())) if gap else 0.0
     same = (a == b) | (a.isnan() & b.isnan())
     finite = b[b.isfinite()].abs()
     gaps = torch.where(same, 0.0, (a.double() - b.double()).abs()).nan_to_num(nan=math.inf)
-    return float(gaps.max()) / max(1.0, float(finite.max()) if finite.numel() else 1.0)
+    return float(gaps.max()) / max(size, float(finite.max()) if finite.numel() else 0.0)
