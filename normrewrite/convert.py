@@ -81,8 +81,15 @@ class Plan:
 
     def _carry_out(self, model: nn.Module) -> tuple[nn.Module, Report]:
         model = lift_(model) if self.lifts else model
-        found = {site.name: site for site in sites.find(model)}
-        return _carry_out(model, [(choice, found.get(choice.site.name, choice.site)) for choice in self.choices])
+        found, probe, results = {site.name: site for site in sites.find(model)}, Probe(), []
+        for choice in self.choices:
+            site = found.get(choice.site.name)
+            if choice.rewrite is None or site is None:
+                results.append(SiteResult.kept(choice.site, choice.reason or "the traced forward does not use it"))
+                continue
+            model, [(_, new)] = choice.rewrite.apply(model, [site])
+            results.append(_measured(site, new, choice.target, probe))
+        return model, Report(results)
 
     def require(self, expect: int | None = None) -> None:
         """Raises where no site, or not `expect` sites, would be rewritten; the message carries the reasons."""
@@ -118,8 +125,9 @@ def plan(
         )
     found, lifts, refused = _find(model)
     include, exclude, pairs = _as_list(include), _as_list(exclude), rules_.as_rules(rules)
-    for option, patterns in (("--include", include), ("--exclude", exclude), ("--rule", [p for p, _ in pairs])):
-        rules_.must_match(patterns, found, option) if found else None
+    if found:
+        for option, patterns in (("--include", include), ("--exclude", exclude), ("--rule", [p for p, _ in pairs])):
+            rules_.must_match(patterns, found, option)
     passes = {target: pass_for(target, gain) for target in {to, *(t for _, t in pairs)} if target != KEEP}
     choices = [Choice(site, KEEP, None, reason) for site, reason in refused]
     for site in found:
@@ -191,18 +199,6 @@ def convert_(model: nn.Module, to: str = "l1", **options: object) -> nn.Module:
 def _checked(model: nn.Module, report: Report) -> nn.Module:
     report.require_exact()
     return model
-
-
-def _carry_out(model: nn.Module, choices: list[tuple[Choice, Site]]) -> tuple[nn.Module, Report]:
-    probe = Probe()
-    results = []
-    for choice, site in choices:
-        if choice.rewrite is None:
-            results.append(SiteResult.kept(site, choice.reason or ""))
-            continue
-        model, [(_, new)] = choice.rewrite.apply(model, [site])
-        results.append(_measured(site, new, choice.target, probe))
-    return model, Report(results)
 
 
 def _measured(site: Site, new: nn.Module, target: str, probe: Probe) -> SiteResult:

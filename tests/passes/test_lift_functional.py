@@ -113,3 +113,18 @@ def test_tracing_leaves_counters_and_flags_alone() -> None:
     model[1].eval()
     nr.plan(model, "l1")
     assert model[0].num_batches_tracked == 0 and model[0].training and not model[1].training
+
+
+class WithUnused(Block):
+    """A norm that forward never reaches, in a module that will be traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.BatchNorm2d(6)
+
+
+def test_a_norm_that_the_trace_does_not_reach_is_left_and_the_original_untouched() -> None:
+    model = WithUnused().eval()
+    twin, report = nr.plan(model, "l1").apply()
+    assert [site.label for site in report.rewritten] == ["batch_norm"] and "does not use it" in str(report)
+    assert type(model.unused) is nn.BatchNorm2d and not hasattr(twin, "unused")
