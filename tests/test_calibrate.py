@@ -1,31 +1,20 @@
 """calibrate: train mode matched on unlabelled data; eval and the way back stay exact."""
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 import normrewrite as nr
+from benchmarks.calibrate import in_training
 from normrewrite.lower import reference
 from normrewrite.norms import metric
 from tests.conftest import TARGETS, RealNetwork, randomise
 
 # How far train mode may be from the original's eval, in units of what the original batch norm's own train mode is.
 REACHED = {"l1": 0.7, "topk:10": 0.8, "linf": 0.95}
-
-
-@torch.no_grad()
-def _in_training(model: nn.Module, x: Tensor) -> Tensor:
-    """Logits with the norms alone in training, in batches of 250."""
-    model = copy.deepcopy(model)
-    for module in model.modules():
-        if isinstance(module, _BatchNorm | nr.nn.BatchNorm):
-            module.training = True
-    return torch.cat([model(batch) for batch in x.split(250)])
 
 
 def _far(a: Tensor, b: Tensor) -> float:
@@ -39,10 +28,10 @@ def test_training_is_matched_on_a_real_network(resnet20: RealNetwork, tmp_path: 
     unlabelled, x = images[2000:], images[:2000]
     with torch.no_grad():
         expected = model(x)
-    own = _far(_in_training(model, x), expected)
+    own = _far(in_training(model, x), expected)
     for to, most in REACHED.items():
         twin, calibration = nr.calibrate(nr.convert(model, to), unlabelled, batch_size=250)
-        assert _far(_in_training(twin, x), expected) <= most * own
+        assert _far(in_training(twin, x), expected) <= most * own
         assert calibration.inputs == 500  # the last batch is smaller, and another size would read another scale
         assert nr.verify(model, twin, x).max_abs <= 1e-4
         nr.save(twin, tmp_path / "twin.pt", force=True)
