@@ -10,6 +10,7 @@ that of the training to come; scales are averaged over the calls, and batches th
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -155,9 +156,10 @@ def calibrate_(
     found = [site for site in sites.find(twin) if isinstance(site.module, BatchNorm)]
     if not found:
         raise NormRewriteError(f"{type(twin).__name__} holds no norm of normrewrite's. Convert it first.")
-    usable = [site for site in found if _why_not(site) is None]
+    shared = _shared_weights(twin)
+    usable = [site for site in found if _why_not(site, shared) is None]
     if not usable:
-        raise NormRewriteError(f"no site can be calibrated. {found[0].label}: {_why_not(found[0])}.")
+        raise NormRewriteError(f"no site can be calibrated. {found[0].label}: {_why_not(found[0], shared)}.")
     readings = {site.name: Reading() for site in usable}
     inputs, skipped = _run(twin, usable, readings, as_data(data, argument_names(twin)), batch_size, each)
     if not inputs:
@@ -165,11 +167,20 @@ def calibrate_(
             f"nothing to calibrate on: {skipped} batches were not finite." if skipped else "the data held no batch."
         )
     probe = Probe()
-    return twin, Calibration([_apply(site, readings.get(site.name), probe) for site in found], inputs, skipped)
+    rows = [_apply(site, readings.get(site.name), probe, _why_not(site, shared)) for site in found]
+    return twin, Calibration(rows, inputs, skipped)
 
 
-def _why_not(site: Site) -> str | None:
+def _shared_weights(model: nn.Module) -> set[int]:
+    """The parameters (by id) that more than one module holds: a factor for one would change the others."""
+    holders = Counter(id(parameter) for module in model.modules() for parameter in set(module._parameters.values()))
+    return {parameter for parameter, count in holders.items() if count > 1}
+
+
+def _why_not(site: Site, shared: set[int]) -> str | None:
     norm = site.module
+    if norm.weight is not None and id(norm.weight) in shared:
+        return "its weight is shared with another module"
     if isinstance(norm, FrozenBatchNorm):
         return "frozen: training never measures it"
     if norm.running_mean is None:
@@ -222,11 +233,11 @@ def _reader(site: Site, reading: Reading) -> Callable[[nn.Module, tuple[Any, ...
 
 
 @torch.no_grad()
-def _apply(site: Site, reading: Reading | None, probe: Probe) -> SiteCalibration:
+def _apply(site: Site, reading: Reading | None, probe: Probe, refusal: str | None) -> SiteCalibration:
     norm = site.module
     assert isinstance(norm, BatchNorm)
     if reading is None or not reading.calls or norm.running_scale is None or norm.weight is None:
-        note = _why_not(site) or "not reached by the data"
+        note = refusal or "not reached by the data"
         return SiteCalibration(site.label, 0, None, None, 0, norm.num_features, None, None, None, note)
     x = probe.input(norm)
     before = in_eval(norm, x)
@@ -259,11 +270,18 @@ def _headroom(largest: float) -> float:
 
 
 def _remember(norm: BatchNorm, scale: Tensor, weight: Tensor) -> None:
-    """Set the calibrated tensors, and keep the originals that revert needs."""
+    """Set the calibrated tensors, and keep what revert is to give back: the originals, or the nearest where trained since."""
     assert norm.running_scale is not None and norm.weight is not None
-    original = norm.weight.detach().clone()
+    before = {"running_var": norm.running_scale.clone(), "weight": norm.weight.detach().clone()}
     norm.running_scale.copy_(scale)
     norm.weight.copy_(weight)
-    if isinstance(norm.origin, Origin):
-        norm.origin.converted("running_var", norm.running_scale)
-        norm.origin.converted("weight", norm.weight, original)
+    origin = norm.origin
+    if not isinstance(origin, Origin) or issubclass(
+        origin.kind, BatchNorm
+    ):  # ours from the start: it stays as calibrated
+        return
+    nearest = before | {"running_var": ((before["running_var"] + norm.eps) ** 2 - norm.eps).clamp_min(0)}
+    originals, exact = origin.restore(before, nearest)
+    origin.trained.fill_(not exact)
+    origin.converted("running_var", norm.running_scale, originals["running_var"])
+    origin.converted("weight", norm.weight, originals["weight"])

@@ -67,9 +67,10 @@ class Plan:
         """
         self.require()
         copies: dict[int, Any] = {}
-        twin = copy.deepcopy(self.model, copies)
-        rebind(optimizers, {id(parameter): copies[id(parameter)] for parameter in self.model.parameters()})
-        return self._carry_out(twin)
+        twin, report = self._carry_out(copy.deepcopy(self.model, copies))
+        if report.ok:  # else the copy is not for use
+            rebind(optimizers, {id(parameter): copies[id(parameter)] for parameter in self.model.parameters()})
+        return twin, report
 
     def apply_(self) -> tuple[nn.Module, Report]:
         """Rewrite the model in place; returns it (a new root where the root itself was a norm) and the report.
@@ -80,7 +81,7 @@ class Plan:
         return self._carry_out(self.model)
 
     def _carry_out(self, model: nn.Module) -> tuple[nn.Module, Report]:
-        model = lift_(model) if self.lifts else model
+        model = lift_(model, self.lifts) if self.lifts else model
         found, probe, results = {site.name: site for site in sites.find(model)}, Probe(), []
         for choice in self.choices:
             site = found.get(choice.site.name)
@@ -133,25 +134,30 @@ def plan(
     for site in found:
         target = next((t for pattern, t in pairs if rules_.matches(pattern, site)), to)
         choices.append(_choose(site, target, include, exclude, passes))
-    return Plan(model, choices, lifts)
+    wanted = [name for name in lifts if any(_within(c.site.name, name) for c in choices if c.rewrite is not None)]
+    return Plan(model, choices, wanted)
+
+
+def _within(name: str, module: str) -> bool:
+    return not module or name.startswith(f"{module}.")
 
 
 def _find(model: nn.Module) -> tuple[list[Site], list[str], list[tuple[Site, str]]]:
     """Sites that are modules, or will be once their F.batch_norm is lifted; the modules to lift; and those that can't be."""
     found, lifts, refused = sites.find(model), [], []
     for candidate in candidates(model):
-        new = lifted(candidate.module)
+        new = lifted(copy.deepcopy(candidate.module))  # a trace runs the module's own code
         found = [site for site in found if site.module is not candidate.module]
         if isinstance(new, str):
             refused.append((candidate, new))
             continue
         lifts.append(candidate.name)
-        known = {id(site.module) for site in found}
-        inside = [site for site in sites.find(new) if id(site.module) not in known]
-        found += [
+        known = {name for site in found for name in site.names}
+        inside = [
             Site(tuple(f"{candidate.name}.{name}".removeprefix(".") for name in site.names), site.module, ())
-            for site in inside
+            for site in sites.find(new)
         ]
+        found += [site for site in inside if site.name not in known]
     return found, lifts, refused
 
 

@@ -26,6 +26,7 @@ from normrewrite.passes.fold_affine import Folded
 from normrewrite.verify import runner
 
 OPSET = 20
+_OPSETS = range(18, 24)
 _NORM_OPS = {"BatchNormalization", "InstanceNormalization"}
 
 
@@ -70,6 +71,8 @@ def export(
     where torch can't export the model, or the file can't be written.
     """
     check_writable(path, force)
+    if opset not in _OPSETS:
+        raise NormRewriteError(f"--opset {opset}: the exporter gives {_OPSETS.start} to {_OPSETS.stop - 1}.")
     inputs = tuple(
         value.detach().cpu() for value in ([example_inputs] if isinstance(example_inputs, Tensor) else example_inputs)
     )
@@ -80,6 +83,9 @@ def export(
     _refuse_live(folded)
     proto = _to_onnx(folded, inputs, names, opset, dynamic_batch)
     _write(proto, Path(path), force)
+    written = next(entry.version for entry in proto.opset_import if entry.domain == "")
+    if written != opset:
+        raise NormRewriteError(f"--opset {opset}: torch's exporter gave opset {written} instead. Ask for that one.")
     nodes = dict(Counter(node.op_type for node in proto.graph.node))
     return Exported(str(path), opset, outcome.into_neighbour, outcome.to_affine, notes, nodes)
 

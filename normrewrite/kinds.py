@@ -21,6 +21,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from normrewrite.nn import batch, parts
 from normrewrite.nn.batch import BatchNorm, FrozenBatchNorm
+from normrewrite.tolerances import SAME_FUNCTION
 
 # The rank check tells the dimensions that a class stands for, also in subclasses that leave it alone.
 _BY_RANK_CHECK = {
@@ -51,6 +52,12 @@ def recognise(module: nn.Module) -> Kind | str:
         is_lazy(tensor) for tensor in [*module._parameters.values(), *module._buffers.values()] if tensor is not None
     ):
         return "is lazy and has no size yet; run the model on one batch first"
+    dtypes = {
+        tensor.dtype for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None
+    }
+    odd = [dtype for dtype in dtypes if dtype.is_floating_point and dtype not in SAME_FUNCTION]
+    if odd:
+        return f"keeps {odd[0]}, which batch norm can't compute in"
     if isinstance(module, _BatchNorm) and type(module).forward in _PLAIN_FORWARDS and "forward" not in vars(module):
         return Kind(_BY_RANK_CHECK.get(type(module)._check_input_dim, BatchNorm), module.eps)
     if module._forward_hooks or module._forward_pre_hooks:
@@ -60,11 +67,13 @@ def recognise(module: nn.Module) -> Kind | str:
     ):
         return f"{name} overrides forward and keeps no running statistics, so it can't be told what it computes"
     alike = _alike(module)
-    if alike not in _SEEN:
-        _SEEN[alike] = _watched(module)
-    return _SEEN[alike] or f"{name} overrides forward, and does more than a batch norm followed by its own children"
+    kind = _SEEN[alike] if alike in _SEEN else _watched(module)
+    if all(isinstance(value, _PLAIN) for value in parts.attributes(module).values()):
+        _SEEN[alike] = kind
+    return kind or f"{name} overrides forward, and does more than a batch norm followed by its own children"
 
 
+_PLAIN = (bool, int, float, str, tuple, type(None))
 _SEEN: dict[tuple[Any, ...], "Kind | None"] = {}  # a network has dozens of norms that differ in their width alone
 
 

@@ -90,7 +90,7 @@ def replace(site: Site, new: nn.Module) -> nn.Module:
 
 def carry_over(old: nn.Module, new: nn.Module) -> None:
     """Training flag and every kind of hook. Parameters are handed over by the rewrites themselves."""
-    new.train(old.training)
+    new.training = old.training
     for name, hooks in vars(old).items():
         if "hooks" in name and hooks:
             getattr(new, name).update(hooks)

@@ -4,6 +4,9 @@ Everything goes through torch's weights_only unpickler, which builds nothing but
 module also names classes; one is let through only if it is what it claims to be: a class, a subclass of nn.Module, defined
 in exactly the module and under exactly the name that the file asks for, in a package of this list (of transformers, a model's
 configuration too).
+
+Such classes may be constructed with arguments that the file chooses: those listed build layers and take memory, and do
+nothing else that is known. Where even that is too much, take state_dicts only.
 """
 
 import importlib

@@ -164,6 +164,10 @@ def verify(
         each(len(batch))
     if not count:
         raise NormRewriteError("the data held no batch. Give at least one input.")
+    if not differences:
+        raise NormRewriteError(
+            "forward returns no tensor (alone, in a list or in a dict), so there is nothing to compare."
+        )
     limit = tolerance if tolerance is not None else max(_tolerance(a), _tolerance(b))
     return Comparison(list(differences.values()), limit, labelled, count)
 

@@ -6,6 +6,7 @@ module in place, as torch.fx passes do, and returns PassResult. Modules that the
 was traced from are never altered, only replaced.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 
@@ -13,7 +14,7 @@ from torch import nn
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
-from normrewrite import sites
+from normrewrite import graph, sites
 from normrewrite.passes.lift_functional import LiftFunctional
 from normrewrite.sites import Site
 
@@ -48,8 +49,29 @@ class Rewrite(ABC):
 
     def __call__(self, graph_module: GraphModule) -> PassResult:
         """Graph driver: rewrite every site of the graph module that is not refused."""
+        own_parents(graph_module)
         lifted = LiftFunctional()(graph_module).modified
         _, done = self.apply(graph_module)
         graph_module.graph.lint()
         graph_module.recompile()
         return PassResult(graph_module, lifted or bool(done))
+
+
+def own_parents(graph_module: GraphModule) -> None:
+    """Give the graph module its own copy of every module that it calls whole and that holds norms inside.
+
+    A trace shares such a module (torch.nn's TransformerEncoderLayer, say) with the original, down to its children.
+    """
+    for node in graph_module.graph.nodes:
+        module = graph.module_of(graph_module, node)
+        if module is not None and any(site.name for site in sites.find(module)):
+            graph_module.set_submodule(str(node.target), _unshared(module))
+
+
+def _unshared(module: nn.Module) -> nn.Module:
+    new = copy.copy(module)
+    new._modules = {
+        key: child if child is None or not child._modules else _unshared(child)
+        for key, child in module._modules.items()
+    }
+    return new

@@ -15,6 +15,7 @@ Statistics are fixed at their running values whatever the training flag: this is
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -29,8 +30,8 @@ from normrewrite.kinds import Kind, recognise
 from normrewrite.modes import evaluating
 from normrewrite.nn.affine import ChannelAffine
 from normrewrite.nn.batch import BatchNorm
-from normrewrite.passes.base import Rewrite
-from normrewrite.passes.lift_functional import LiftFunctional
+from normrewrite.passes.base import Rewrite, own_parents
+from normrewrite.passes.lift_functional import LiftFunctional, free_name
 from normrewrite.sites import Site
 
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
@@ -66,7 +67,9 @@ class FoldAffine(Rewrite):
     def rewrite(self, site: Site) -> nn.Module:
         a, b = affine_of(site.module)
         weight = site.module.weight
-        dtype = weight.dtype if isinstance(weight, Tensor) else torch.float32
+        like = weight if isinstance(weight, Tensor) else site.module.running_mean
+        assert isinstance(like, Tensor)
+        dtype = like.dtype
         self.folded.to_affine.append(site.name)
         affine = ChannelAffine(a.to(dtype), b.to(dtype))
         tail = tail_of(site.module)
@@ -74,6 +77,7 @@ class FoldAffine(Rewrite):
 
     def __call__(self, graph_module: GraphModule) -> PassResult:
         self.folded = Folded([], [])
+        own_parents(graph_module)
         LiftFunctional()(graph_module)
         ranks = _ranks(graph_module, self.example_inputs)
         norms = {id(site.module): site for site in sites.find(graph_module) if self.why_not(site) is None}
@@ -113,7 +117,11 @@ class FoldAffine(Rewrite):
             node.replace_all_uses_with(before)  # type: ignore[arg-type]
             graph_module.graph.erase_node(node)
         else:
-            graph_module.set_submodule(str(node.target), tail)
+            name = free_name(graph_module, f"{node.target}_tail")  # another call of the norm still needs the norm
+            graph_module.add_submodule(name, tail)
+            self.folded.into_neighbour.append(str(node.target))
+            node.target = name
+            return
         self.folded.into_neighbour.append(str(node.target))
 
     def _leave_affine(self, graph_module: GraphModule, node: Node, norm: nn.Module) -> None:
@@ -195,8 +203,17 @@ def _may_fold(graph_module: GraphModule, node: Node, only_user: Node | None, ran
         return False
     if isinstance(layer, nn.Linear) and ranks.get(node) != 2:
         return False
+    if _read_elsewhere(graph_module, layer):
+        return False
     plain = not (_has_hooks(layer) or is_parametrized(layer) or "forward" in vars(layer))
     return plain and graph.call_counts(graph_module)[id(layer)] == 1
+
+
+def _read_elsewhere(graph_module: GraphModule, layer: nn.Module) -> bool:
+    """Whether the graph reads a tensor of the layer itself, beside calling it."""
+    own = {id(parameter) for parameter in layer.parameters()}
+    reads = [str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"]
+    return any(id(attrgetter(target)(graph_module)) in own for target in reads)
 
 
 def _takes_affine_input(layer: nn.Module) -> bool:

@@ -10,7 +10,8 @@ bake them in.
 """
 
 import dis
-from collections.abc import Iterator
+import inspect
+from collections.abc import Collection, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -38,10 +39,18 @@ class LiftFunctional:
     """
 
     def __call__(self, graph_module: GraphModule) -> PassResult:
-        lifted = [_lift(graph_module, node) for node in _calls(graph_module) if _why_not(node) is None]
+        lifted = [
+            _lift(graph_module, node) for node in _calls(graph_module) if self._why_not(graph_module, node) is None
+        ]
         graph_module.graph.lint()
         graph_module.recompile()
         return PassResult(graph_module, bool(lifted))
+
+    @staticmethod
+    def _why_not(graph_module: GraphModule, node: Node) -> str | None:
+        if _why_not(node) is None and _arguments(node)["training"] != graph_module.training:
+            return "its training flag is not the graph's: it normalises in one way whatever the mode"
+        return _why_not(node)
 
 
 def _calls(graph_module: GraphModule) -> list[Node]:
@@ -70,7 +79,7 @@ def _lift(graph_module: GraphModule, node: Node) -> str:
     arguments = _arguments(node)
     tensors = {name: _tensor(graph_module, arguments[name]) for name in _TENSORS}
     norm = _norm(tensors, arguments)
-    name = _free_name(graph_module, arguments)
+    name = free_name(graph_module, _wanted_name(graph_module, arguments))
     graph_module.add_submodule(name, norm)
     with graph_module.graph.inserting_before(node):
         call = graph_module.graph.call_module(name, (arguments["input"],))
@@ -109,24 +118,32 @@ def _parameter(value: Tensor | None) -> nn.Parameter | None:
     return value if value is None or isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
 
 
-def _free_name(graph_module: GraphModule, arguments: dict[str, Any]) -> str:
-    """`batch_norm`, counted on where it is taken, beside the tensors of the call."""
+def _wanted_name(graph_module: GraphModule, arguments: dict[str, Any]) -> str:
+    """`batch_norm`, beside the tensors of the call where they stand in a module of the trace's own making."""
     first = next((arguments[name] for name in _TENSORS if arguments[name] is not None), None)
-    prefix = "" if first is None else str(first.target).rpartition(".")[0]
-    names = {name for name, _ in graph_module.named_modules()}
-    for count in range(len(names) + 1):
-        name = f"{prefix}.batch_norm{count or ''}".removeprefix(".")
-        if name not in names:
-            return name
-    raise AssertionError("more names than modules")
+    holder = "" if first is None else str(first.target).rpartition(".")[0]
+    return f"{holder}.batch_norm" if holder and not _called(graph_module, holder) else "batch_norm"
+
+
+def _called(graph_module: GraphModule, holder: str) -> bool:
+    """Whether the graph calls this module or one around it: then it is the original's own, and must not be altered."""
+    calls = [str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"]
+    return any(holder == call or holder.startswith(f"{call}.") for call in calls)
+
+
+def free_name(graph_module: GraphModule, wanted: str) -> str:
+    """`wanted`, counted on where that is taken."""
+    taken = {name for name, _ in graph_module.named_modules()}
+    return next(name for i in range(len(taken) + 1) if (name := f"{wanted}{i or ''}") not in taken)
 
 
 def _forget(graph_module: GraphModule, node: Node) -> None:
     """Drop an attribute that the new module holds now, so that it stands in the state_dict once."""
     target = str(node.target)
     graph_module.graph.erase_node(node)
-    if all(other.op != "get_attr" or other.target != target for other in graph_module.graph.nodes):
-        holder, _, name = target.rpartition(".")
+    holder, _, name = target.rpartition(".")
+    unread = all(other.op != "get_attr" or other.target != target for other in graph_module.graph.nodes)
+    if unread and not (holder and _called(graph_module, holder)):
         delattr(graph_module.get_submodule(holder), name)
 
 
@@ -176,11 +193,15 @@ def lifted(module: nn.Module) -> GraphModule | str:
     name = type(module).__name__
     if getattr(module, "momentum", 0.0) is None:
         return f"{name} calls F.batch_norm with a cumulative average of its own"
-    traces = []
+    traces, fixed = [], _defaults(module)
     for training in (False, True):
         try:
             with _undisturbed(module, training):
                 traces.append(fx.symbolic_trace(module))
+                if fixed and _shape(fx.symbolic_trace(module, concrete_args=fixed)) != _shape(
+                    traces[-1], ignore=set(fixed)
+                ):
+                    return f"{name} does other things by its optional arguments {', '.join(fixed)}, which a trace would fix"
         except Exception as error:  # the module's own forward runs here
             return f"{name} calls F.batch_norm, and can't be traced: {first_line(error)}"
     evaluated, trained = traces
@@ -196,8 +217,15 @@ def lifted(module: nn.Module) -> GraphModule | str:
     result: GraphModule = LiftFunctional()(trained).graph_module
     for key, value in attributes(module).items():
         vars(result).setdefault(key, value)
-    result.train(module.training)
+    for part in result.modules():  # what the trace made itself; the module's own children keep their flags
+        if part is result or isinstance(part, AnyBatchNorm):
+            part.training = module.training
     return result
+
+
+def _defaults(module: nn.Module) -> dict[str, Any]:
+    parameters = inspect.signature(module.forward).parameters
+    return {name: p.default for name, p in parameters.items() if p.default is not p.empty}
 
 
 def _flag(in_eval: bool, in_training: bool) -> str | None:
@@ -224,9 +252,10 @@ class _undisturbed:
             buffer.copy_(before)
 
 
-def _shape(graph_module: GraphModule) -> list[tuple[Any, ...]]:
-    """The graph as data, without what F.batch_norm is told of training."""
-    place = {node: i for i, node in enumerate(graph_module.graph.nodes)}
+def _shape(graph_module: GraphModule, ignore: Collection[str] = ()) -> list[tuple[Any, ...]]:
+    """The graph as data, without what F.batch_norm is told of training, and without the inputs named in `ignore`."""
+    nodes = [node for node in graph_module.graph.nodes if not _fixed(node, ignore)]
+    place = {node: i for i, node in enumerate(nodes)}
 
     def plain(node: Node) -> Iterator[Any]:
         arguments = _arguments(node) if node.target is F.batch_norm else {"args": node.args, "kwargs": node.kwargs}
@@ -234,18 +263,26 @@ def _shape(graph_module: GraphModule) -> list[tuple[Any, ...]]:
             if key not in ("training", "momentum"):
                 yield key, _named(value, place)
 
-    return [(node.op, str(node.target), *plain(node)) for node in graph_module.graph.nodes]
+    return [(node.op, str(node.target), *plain(node)) for node in nodes]
+
+
+def _fixed(node: Node, ignore: Collection[str]) -> bool:
+    """A placeholder with a default, and torch.fx's own check that a concrete argument keeps its value."""
+    own_check = node.op == "call_function" and getattr(node.target, "__name__", "") == "_assert_is_none"
+    return own_check or (node.op == "placeholder" and (str(node.target) in ignore or bool(node.args) or not node.users))
 
 
 def _named(value: Any, place: dict[Node, int]) -> str:
-    return repr(fx.node.map_aggregate(value, lambda leaf: f"%{place[leaf]}" if isinstance(leaf, Node) else leaf))
+    return repr(
+        fx.node.map_aggregate(value, lambda leaf: f"%{place.get(leaf, '?')}" if isinstance(leaf, Node) else leaf)
+    )
 
 
 @torch.no_grad()
-def lift_(model: nn.Module) -> nn.Module:
-    """Lift every candidate of the model that can be, in place. Returns the model, or its new root."""
+def lift_(model: nn.Module, names: Collection[str] | None = None) -> nn.Module:
+    """Lift the candidates of the model that can be (or those named), in place. Returns the model, or its new root."""
     for site in candidates(model):
-        new = lifted(site.module)
+        new = lifted(site.module) if names is None or site.name in names else "not asked for"
         if isinstance(new, GraphModule):
             sites.replace(site, new)
             model = new if site.module is model else model

@@ -22,7 +22,8 @@ class ChannelAffine(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
             return as_one_node(self, input)
-        return torch.addcmul(per_channel(self.bias, input.dim()), input, per_channel(self.weight, input.dim()))
+        weight, bias = per_channel(self.weight, input.dim()), per_channel(self.bias, input.dim())
+        return torch.addcmul(bias, input, weight).to(input.dtype)
 
     def extra_repr(self) -> str:
         return str(len(self.weight))

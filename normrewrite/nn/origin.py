@@ -17,18 +17,20 @@ class Origin(nn.Module):
     the converted bits. As buffers they travel through state_dict, deepcopy and files. It is never called.
     """
 
+    trained: Tensor
+
     def __init__(self, old: nn.Module, pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
         super().__init__()
         self.kind = type(old)
         self.attributes = parts.attributes(old)
         self.difference: float | None = None  # of the site in eval, as measured when it was rewritten
+        self.register_buffer("trained", torch.zeros((), dtype=torch.bool))  # before its last calibration
         for name, (original, converted) in pairs.items():
             self.converted(name, converted, original)
 
-    def converted(self, name: str, converted: Tensor, original: Tensor | None = None) -> None:
-        """A rewrite has set `name`'s stand-in to `converted`; `original` is kept unless an earlier one is."""
-        if name not in self._buffers and original is not None:
-            self._buffers[name] = original.detach().clone()
+    def converted(self, name: str, converted: Tensor, original: Tensor) -> None:
+        """A rewrite has set `name`'s stand-in to `converted`; `original` is what a revert is to give back."""
+        self._buffers[name] = original.detach().clone()
         self._buffers[f"{name}_converted"] = converted.detach().clone()
 
     def restore(self, live: dict[str, Tensor], nearest: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
@@ -37,11 +39,13 @@ class Origin(nn.Module):
         Also whether that was everywhere. Names that were never converted come back as they are in `nearest`.
         """
         kept = [name for name in live if name in self._buffers]
+        if not kept:
+            return nearest, False
         same = torch.stack([live[name] == getattr(self, f"{name}_converted") for name in kept]).all(0)
         originals = {
             name: torch.where(same, getattr(self, name), nearest[name].to(getattr(self, name))) for name in kept
         }
-        return nearest | originals, bool(same.all())
+        return nearest | originals, bool(same.all()) and not bool(self.trained)
 
     def extra_repr(self) -> str:
         return f"was {self.kind.__name__}"

@@ -22,9 +22,12 @@ def assemble(
     return module
 
 
+_INTERNAL = frozenset(vars(nn.Module()))
+
+
 def attributes(module: nn.Module) -> dict[str, Any]:
-    """The plain attributes of a module: not its tensors, submodules, hooks or training flag."""
-    return {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "training"}
+    """The attributes of a module's own class, private ones too: not its tensors, submodules, hooks or training flag."""
+    return {name: value for name, value in vars(module).items() if name not in _INTERNAL}
 
 
 def shallow(module: nn.Module) -> Any:
