@@ -132,8 +132,8 @@ class _Worker:
         if kind == "done":
             return dict(rest[0])
         self.stage, self.row = rest
-        if self.stage == "export":
-            self.deadline = time.monotonic() + limits.export_seconds
+        if self.stage in ("convert", "export"):  # a slow original is to leave conversion its full time
+            self.deadline = time.monotonic() + (limits.export_seconds if self.stage == "export" else limits.seconds)
         return None
 
     def trouble(self, limits: Limits) -> str | None:
