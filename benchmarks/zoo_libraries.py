@@ -101,6 +101,7 @@ class Torchvision:
         named = {"weights_backbone": None} if is_detector or name in models.list_models(models.segmentation) else {}
         model = models.get_model(name, weights=None, **named)
         if is_detector:
+            _uncompile_roi_align()
             return Architecture(_DetectorHeads(model), [(draw(1, 3, 128, 128),), (draw(1, 3, 320, 320),)])
         if name in models.list_models(models.video):
             return Architecture(
@@ -109,6 +110,12 @@ class Torchvision:
         if name in models.list_models(models.optical_flow):
             return Architecture(model, [(draw(1, 3, 128, 128), draw(1, 3, 128, 128).flip(-1), 2)])
         return Architecture(model, images(64, 128, 224, 299))
+
+
+def _uncompile_roi_align() -> None:
+    """torchvision gives its Python form of the operator to torch.compile, which takes half a minute and a C++ compiler."""
+    module: Any = importlib.import_module("torchvision.ops.roi_align")
+    module._roi_align = getattr(module._roi_align, "__wrapped__", module._roi_align)
 
 
 class _DetectorHeads(nn.Module):
@@ -502,7 +509,7 @@ def _waves(config: Any) -> list[Inputs]:
 
 
 def _features(config: Any) -> list[Inputs]:
-    width = getattr(config, "num_mel_bins", None) or getattr(config, "input_dim", 80)
+    width: int = getattr(config, "num_mel_bins", 0) or getattr(config, "input_dim", 80)
     return [{"input_features": draw(BATCH, 60, width)}]
 
 

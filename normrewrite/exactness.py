@@ -48,8 +48,11 @@ def difference(old: Any, new: nn.Module, probe: Probe) -> float | None:
     if getattr(old, "running_mean", None) is None or old.running_mean.is_meta:
         return None
     x = probe.input(old)
-    ours = new if isinstance(new, BatchNorm) else old
-    return worst(in_eval(new, x), in_eval(old, x), max(1.0, _offset(ours)))
+    after, before = in_eval(new, x), in_eval(old, x)
+    gap = worst(after, before)
+    if gap <= tolerance(old):
+        return gap
+    return worst(after, before, max(1.0, _offset(new if isinstance(new, BatchNorm) else old)))
 
 
 def _offset(norm: Any) -> float:
@@ -63,6 +66,8 @@ def _offset(norm: Any) -> float:
 
 def in_eval(norm: nn.Module, x: Tensor) -> Tensor:
     """The bare function of the norm: no hooks, no updates."""
+    if not norm.training and all(not child.training for child in norm._modules.values() if child is not None):
+        return norm.forward(x)  # type: ignore[no-any-return]
     with evaluating(norm):
         return norm.forward(x)  # type: ignore[no-any-return]
 

@@ -24,7 +24,8 @@ class Origin(nn.Module):
         self.kind = type(old)
         self.attributes = parts.attributes(old)
         self.difference: float | None = None  # of the site in eval, as measured when it was rewritten
-        self.register_buffer("trained", torch.zeros((), dtype=torch.bool))  # before its last calibration
+        self.training = False  # it has no mode
+        self._buffers["trained"] = torch.zeros((), dtype=torch.bool)  # before its last calibration
         for name, (original, converted) in pairs.items():
             self.converted(name, converted, original)
 
