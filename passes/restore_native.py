@@ -13,9 +13,10 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from normrewrite import sites
 from normrewrite.nn import batch
 from normrewrite.nn.batch import BatchNorm
-from normrewrite.nn.parts import assemble
+from normrewrite.nn.parts import assemble, shallow
 from normrewrite.passes.base import Rewrite
 from normrewrite.sites import Site
 
@@ -34,11 +35,18 @@ class RestoreNative(Rewrite):
     `trained` names the sites whose tensors had changed since the rewrite, filled as sites are rewritten.
     """
 
+    target = "l2"
+
     def __init__(self) -> None:
         self.trained: list[str] = []
 
+    def wants(self, module: nn.Module) -> bool:
+        return sites.is_norm(module) or sites.is_rewritten(module)
+
     def why_not(self, site: Site) -> str | None:
         old = site.module
+        if sites.is_rewritten(old):
+            return None
         if not isinstance(old, BatchNorm):
             return "is no norm of normrewrite's"
         if old.origin is None and type(old) not in _NATIVE:
@@ -47,7 +55,8 @@ class RestoreNative(Rewrite):
 
     def rewrite(self, site: Site) -> nn.Module:
         old = site.module
-        assert isinstance(old, BatchNorm)
+        if not isinstance(old, BatchNorm):
+            return self._given_back(site)
         children = {name: child for name, child in old._modules.items() if name != "origin"}
         if old.origin is not None and issubclass(old.origin.kind, BatchNorm):  # it was ours already, of another metric
             new = assemble(old.origin.kind, old.origin.attributes, old._parameters, old._buffers)
@@ -55,11 +64,38 @@ class RestoreNative(Rewrite):
             tensors, exact = _tensors(old)
             if not exact:
                 self.trained.append(site.name)
-            frozen = {name: tensors.pop(name) for name in ("weight", "bias") if name in old._buffers}
             parameters: dict[str, Any] = {name: tensors.pop(name) for name in ("weight", "bias") if name in tensors}
+            frozen = {name: parameters.pop(name) for name in _frozen(old) if name in parameters}
+            parameters = {name: _parameter(value) for name, value in parameters.items()}
             new = assemble(*_class(old), parameters, frozen | tensors)
         new._modules.update(children)
         return new  # type: ignore[no-any-return]
+
+    def _given_back(self, site: Site) -> nn.Module:
+        """What stood here before a norm of another scope; trained since, that norm itself, as torch has it."""
+        old: Any = site.module
+        norm = old._modules.get("norm", old)
+        if not old.origin.unchanged(norm._parameters):
+            self.trained.append(site.name)
+            return without_origin(old)
+        new: nn.Module = old.origin.module()
+        new._modules.update({name: old._modules[name] for name in getattr(old, "tail", ())})
+        return new
+
+
+def _frozen(old: BatchNorm) -> tuple[str, ...]:
+    """Which of weight and bias the native norm keeps as buffers."""
+    return tuple(old._buffers) if old.origin is None else old.origin.slots[1]
+
+
+def _parameter(value: Any) -> nn.Parameter | None:
+    return value if value is None or isinstance(value, nn.Parameter) else nn.Parameter(value)
+
+
+def without_origin(module: nn.Module) -> nn.Module:
+    new: nn.Module = shallow(module)
+    new._modules.pop("origin", None)
+    return new
 
 
 def _class(old: BatchNorm) -> tuple[type[nn.Module], dict[str, Any]]:

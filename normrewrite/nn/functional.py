@@ -51,14 +51,14 @@ def batch_norm(
                 "batch_norm in eval needs running_mean and running_scale; pass training=True without them."
             )
         return eager.affine(input, running_mean, running_scale + eps, weight, bias)
-    _check_trainable(input)
+    check_trainable(input)
     y, mean, spread = eager.normalise(input, weight, bias, metric, gain, eps)
     if running_mean is not None and running_scale is not None:
-        _update(running_mean, running_scale, mean, spread, momentum)
+        update_running(running_mean, running_scale, mean, spread, momentum)
     return y
 
 
-def _check_trainable(input: Tensor) -> None:
+def check_trainable(input: Tensor) -> None:
     if input.dim() < 2:
         raise NormRewriteError(f"batch_norm needs (N, C, *), got shape {tuple(input.shape)}.")
     if input.numel() // input.shape[1] < 2:
@@ -69,7 +69,7 @@ def _check_trainable(input: Tensor) -> None:
 
 
 @torch.no_grad()
-def _update(
+def update_running(
     running_mean: Tensor, running_scale: Tensor, mean: Tensor, spread: Tensor, momentum: float | Tensor
 ) -> None:
     """Average the batch in, unless it is not finite: one NaN under mixed precision would poison the buffers for good."""
