@@ -31,7 +31,8 @@ class RowNorm(nn.Module):
     """
 
     centred: bool = True
-    eps: float | None
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -52,12 +53,9 @@ class RowNorm(nn.Module):
         self.gain: Gain = gain
         self.site = ""  # the dotted name in a converted model, for errors
         self.origin: Origin | None = None  # what it was before a rewrite
-        self.weight: nn.Parameter | None = None
-        self.bias: nn.Parameter | None = None
-        if weight:
-            self.weight = nn.Parameter(torch.ones(*shape, device=device, dtype=dtype))
-        if bias:
-            self.bias = nn.Parameter(torch.zeros(*shape, device=device, dtype=dtype))
+        ones, zeros = (make(*shape, device=device, dtype=dtype) for make in (torch.ones, torch.zeros))
+        self.register_parameter("weight", nn.Parameter(ones) if weight else None)
+        self.register_parameter("bias", nn.Parameter(zeros) if bias else None)
 
     def view(self, x: Tensor) -> Tensor:
         """x as (B, G, K, S), without a copy where its strides allow."""
