@@ -23,6 +23,7 @@ from normrewrite.errors import NormRewriteError
 from normrewrite.exactness import Probe, in_eval, tolerance
 from normrewrite.least_squares import Fit, fit_, fittable
 from normrewrite.lower import eager
+from normrewrite.lower.families import wide
 from normrewrite.nn.batch import BatchNorm, FrozenBatchNorm
 from normrewrite.nn.origin import Origin
 from normrewrite.norms import metric
@@ -48,7 +49,7 @@ class Reading:
     dead: Any = None
 
     def add(self, norm: BatchNorm, x: Tensor) -> None:
-        values = eager.wide(x.detach())
+        values = wide(x.detach())
         n = values.numel() // values.shape[1]
         row = metric(norm.metric)
         mean = values.mean([0, *range(2, values.dim())])

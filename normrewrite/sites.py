@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.origin import Origin
+from normrewrite.nn.rows import RowNorm
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,24 @@ def is_rewritten(module: nn.Module) -> bool:
     return isinstance(module._modules.get("origin"), Origin)
 
 
+_ROW_NORMS = (RowNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _InstanceNorm)
+
+
+def is_row_norm(module: nn.Module) -> bool:
+    """A norm within a sample: torch's, ours, or what is called a norm and holds a weight by channel and little else.
+
+    A pass may refuse it by name.
+    """
+    if isinstance(module, _ROW_NORMS):
+        return True
+    tensors = {name: value for name, value in module._parameters.items() if value is not None}
+    held = [*module._modules.values(), *module._buffers.values()]
+    named = "norm" in type(module).__name__.lower() and tensors.keys() <= {"weight", "bias"} and "weight" in tensors
+    return named and not is_norm(module) and tensors["weight"].dim() == 1 and all(value is None for value in held)
+
+
 def find(model: nn.Module, wanted: Callable[[nn.Module], bool] = is_norm) -> list[Site]:
-    """All batch norms (or `wanted` modules) in registration order; a module used at several places is one site."""
+    """All wanted modules, batch norms by default, in registration order; one used at several places is one site."""
     names: dict[int, list[str]] = {}
     homes: dict[int, list[tuple[nn.Module, str]]] = {}
     modules: dict[int, nn.Module] = {}

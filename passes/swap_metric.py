@@ -15,10 +15,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from normrewrite.kinds import Kind, recognise
-from normrewrite.nn import batch
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.origin import Origin
-from normrewrite.nn.parts import assemble, attributes, shallow
+from normrewrite.nn.parts import assemble, attributes, shallow, statistics_dtype
 from normrewrite.norms import Gain, metric
 from normrewrite.passes.base import Rewrite
 from normrewrite.sites import Site
@@ -98,4 +97,4 @@ def _attributes(old: Any, kind: Kind, to: str, gain: Gain) -> dict[str, Any]:
 
 
 def _wide(values: Tensor) -> Tensor:
-    return values.detach().to(batch.statistics_dtype(values.dtype), copy=True)
+    return values.detach().to(statistics_dtype(values.dtype), copy=True)

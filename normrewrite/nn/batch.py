@@ -10,7 +10,7 @@ from torch.fx import Proxy
 from normrewrite.errors import NormRewriteError
 from normrewrite.nn.functional import batch_norm
 from normrewrite.nn.origin import Origin
-from normrewrite.nn.parts import keep_wide
+from normrewrite.nn.parts import keep_wide, statistics_dtype
 from normrewrite.nn.tracing import as_one_node
 from normrewrite.norms import GAINS, Gain
 from normrewrite.norms import metric as row_of
@@ -164,11 +164,6 @@ class BatchNorm(nn.Module):
         """`.half()`, `.to(...)`: parameters follow, running statistics keep fp32 at least, to the bit."""
         names = ["running_mean", "running_scale"]
         return keep_wide(self, names, lambda: super(BatchNorm, self)._apply(fn, recurse))  # type: ignore[no-any-return, no-untyped-call]
-
-
-def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, else fp32."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 class BatchNorm1d(BatchNorm):

@@ -54,7 +54,7 @@ def batch_norm(
     check_trainable(input)
     y, mean, spread = eager.normalise(input, weight, bias, metric, gain, eps)
     if running_mean is not None and running_scale is not None:
-        update_running(running_mean, running_scale, mean, spread, momentum)
+        update_running_(running_mean, running_scale, mean, spread, momentum)
     return y
 
 
@@ -69,7 +69,7 @@ def check_trainable(input: Tensor) -> None:
 
 
 @torch.no_grad()
-def update_running(
+def update_running_(
     running_mean: Tensor, running_scale: Tensor, mean: Tensor, spread: Tensor, momentum: float | Tensor
 ) -> None:
     """Average the batch in, unless it is not finite: one NaN under mixed precision would poison the buffers for good."""
