@@ -6,6 +6,7 @@
 
 from normrewrite import nn, norms, passes
 from normrewrite._version import __version__
+from normrewrite.bake import bake, bake_
 from normrewrite.calibrate import calibrate, calibrate_
 from normrewrite.convert import Plan, convert, convert_, plan
 from normrewrite.errors import NormRewriteError
@@ -20,6 +21,8 @@ __all__ = [
     "Plan",
     "Report",
     "__version__",
+    "bake",
+    "bake_",
     "calibrate",
     "calibrate_",
     "convert",
