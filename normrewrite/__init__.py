@@ -12,6 +12,7 @@ from normrewrite.convert import Plan, convert, convert_, plan
 from normrewrite.errors import NormRewriteError
 from normrewrite.export import export
 from normrewrite.files import load, save
+from normrewrite.initialise import initialise_
 from normrewrite.report import Report
 from normrewrite.revert import revert, revert_
 from normrewrite.verify import verify
@@ -28,6 +29,7 @@ __all__ = [
     "convert",
     "convert_",
     "export",
+    "initialise_",
     "load",
     "nn",
     "norms",

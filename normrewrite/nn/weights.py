@@ -171,6 +171,14 @@ def weight_norm_of(layer: nn.Module) -> WeightNorm | None:
     return norm if isinstance(norm, WeightNorm) else None
 
 
+def gain_of(layer: nn.Module) -> nn.Parameter | None:
+    """g of a layer with one of our weight norms, (N,); None where the form is strict or the layer has none."""
+    if weight_norm_of(layer) is None:
+        return None
+    gain: nn.Parameter | None = getattr(layer.parametrizations["weight"], "original1", None)  # type: ignore[index]
+    return gain
+
+
 def remember(layer: nn.Module) -> Origin:
     """What `original` needs: the layer's class, attributes and copies of its parameters (None for a bias it has not)."""
     origin = Origin(layer, {})
