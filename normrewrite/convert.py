@@ -154,19 +154,23 @@ def plan(
         )
     scopes = as_scopes(scope)
     pairs = rules_.as_rules(rules)
-    passes = {target: rewrite(target, gain, scopes) for target in {to, *(t for _, t in pairs)} if target != KEEP}
+    asked = dict.fromkeys([to, *(target for _, target in pairs if target != KEEP)])
+    passes = {target: rewrite(target, gain, scopes, example_inputs) for target in asked}
     found, lifts, refused = _find(model, list(passes.values()))
     include, exclude = _as_list(include), _as_list(exclude)
     if found:
         for option, patterns in (("--include", include), ("--exclude", exclude), ("--rule", [p for p, _ in pairs])):
             rules_.must_match(patterns, found, option)
-    seen = {name: {site.name: site for site in each.look(model, found)} for name, each in passes.items()}
+    seen = {}
+    for name, each in passes.items():
+        own = [site for site in found if each.wants(site.module)]
+        seen[name] = {site.name: site for site in each.look(model, own)}
     choices = [Choice(site, KEEP, None, reason) for site, reason in refused]
     for site in found:
         target = next((t for pattern, t in pairs if rules_.matches(pattern, site)), to)
-        if target == KEEP or passes[target].wants(site.module):
-            site = site if target == KEEP else seen[target][site.name]
-            choices.append(_choose(site, target, include, exclude, passes))
+        known = site if target == KEEP else seen[target].get(site.name)
+        if known is not None:
+            choices.append(_choose(known, target, include, exclude, passes))
     wanted = [name for name in lifts if any(_within(c.site.name, name) for c in choices if c.rewrite is not None)]
     return Plan(model, choices, wanted, list(passes.values()))
 
@@ -252,7 +256,8 @@ def _measured(site: Site, before: nn.Module | None, new: nn.Module, choice: Choi
         gap = folded_difference((site.before.module, site.module), (before, new))
     elif not reason:
         gap = difference(site.module, new, probe)
-    if sites.is_rewritten(new):
-        new.origin.difference = gap  # type: ignore[union-attr]
+    origin = sites.origin_of(new)
+    if origin is not None:
+        origin.difference = gap
     limit = None if reason else tolerance(site.module)
     return SiteResult(site.names, site.kind, site.channels, choice.target, gap, limit, None, choice.note)

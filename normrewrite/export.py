@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from normrewrite import graph, sites
+from normrewrite.bake import bake_
 from normrewrite.data import Batch, argument_names
 from normrewrite.errors import NormRewriteError, first_line
 from normrewrite.files import check_writable, write_atomically
+from normrewrite.nn.weights import weight_norm_of
 from normrewrite.passes import FoldAffine
 from normrewrite.passes.fold_affine import Outcome
 from normrewrite.verify import runner
@@ -105,6 +107,8 @@ def fold(model: nn.Module, example_inputs: Sequence[Tensor] | None = None) -> tu
     A model that torch.fx can't trace keeps an affine by channel in the place of each norm.
     """
     copied = copy.deepcopy(model).cpu().eval()
+    if any(weight_norm_of(module) is not None for module in copied.modules()):
+        bake_(copied)
     rewrite = FoldAffine(example_inputs)
     try:
         return rewrite(graph.trace(copied)).graph_module, rewrite.outcome, []

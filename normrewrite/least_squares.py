@@ -25,6 +25,7 @@ from normrewrite.data import Batch, Data
 from normrewrite.errors import NormRewriteError
 from normrewrite.kinds import Kind, recognise
 from normrewrite.modes import evaluating
+from normrewrite.nn.rows import RowNorm
 from normrewrite.passes.fold_affine import as_affine
 from normrewrite.sites import Site
 from normrewrite.verify import device_of, runner
@@ -80,8 +81,16 @@ class _Moments:
 
 
 def fittable(twin: nn.Module) -> list[Site]:
-    """The sites whose eval is not the original's, as their rewrite said."""
-    return [site for site in sites.find(twin, sites.is_rewritten) if site.module.origin.inexact]  # type: ignore[union-attr]
+    """The sites that measure each sample, and so compute another function than the original."""
+    return sites.find(twin, lambda module: sites.is_rewritten(module) and isinstance(_norm(module), _ROW_NORMS))
+
+
+_ROW_NORMS = (nn.GroupNorm, RowNorm)
+
+
+def _norm(module: nn.Module) -> Any:
+    """The norm itself, where a tail follows it in the same place."""
+    return module._modules.get("norm", module)
 
 
 @torch.no_grad()
@@ -104,12 +113,18 @@ def fit_(
     runner(original)(batches[0])  # input that doesn't fit is told in plain words
     with evaluating(twin), evaluating(original):
         traced = _traced(original, pairs)
-        fits = _lockstep(traced, original, twin, pairs, batches) if traced else _from_the_start(original, twin, pairs, batches)
+        fits = (
+            _lockstep(traced, original, twin, pairs, batches)
+            if traced
+            else _from_the_start(original, twin, pairs, batches)
+        )
         done = {}
         for fit in fits:
             done[fit.name] = fit
             each(1, of=len(pairs))
-    missing = [Fit(pair.site.label, 0.0, 0.0, 0, "not reached by the data") for pair in pairs if pair.site.label not in done]
+    missing = [
+        Fit(pair.site.label, 0.0, 0.0, 0, "not reached by the data") for pair in pairs if pair.site.label not in done
+    ]
     return [*done.values(), *missing]
 
 
@@ -122,7 +137,7 @@ def _pair(site: Site, original: nn.Module) -> _Pair:
     old = original.get_submodule(site.name)
     kind = None if not sites.is_norm(old) else recognise(old)
     target: Callable[[Tensor], Tensor] = as_affine(old) if isinstance(kind, Kind) and kind.tail else old
-    return _Pair(site, module._modules.get("norm", module), old, target)
+    return _Pair(site, _norm(module), old, target)
 
 
 # --- one site ---------------------------------------------------------------------------------------------------------
@@ -257,7 +272,9 @@ def _in_order(original: nn.Module, pairs: list[_Pair], batch: Batch) -> list[_Pa
     """The sites in order of their first call; those that are never called are left out."""
     order: dict[int, _Pair] = {}
     hooks = [
-        pair.original.register_forward_pre_hook(lambda module, _, pair=pair: order.setdefault(id(module), pair) and None)
+        pair.original.register_forward_pre_hook(
+            lambda module, _, pair=pair: order.setdefault(id(module), pair) and None
+        )
         for pair in pairs
     ]
     try:
@@ -279,4 +296,6 @@ def _input_of(model: nn.Module, module: nn.Module, batch: Batch) -> Tensor:
         return found.value
     finally:
         hook.remove()
-    raise NormRewriteError("a norm that one batch reaches is not reached by another: the model's path depends on its input.")
+    raise NormRewriteError(
+        "a norm that one batch reaches is not reached by another: the model's path depends on its input."
+    )

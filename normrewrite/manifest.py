@@ -30,7 +30,9 @@ def describe(model: nn.Module, report: Report | None = None) -> dict[str, Any]:
     """The manifest of a twin, read off the twin itself; the report of the rewrite goes along where it is at hand."""
     record: dict[str, Any] = {KEY: __version__, "format": FORMAT, "torch": str(torch.__version__), "sites": []}
     for site in sites.find(model, sites.is_rewritten):
-        origin: Any = site.module.origin
+        origin = sites.origin_of(site.module)
+        if origin is None or not origin.target:  # a layer that took a norm in: that norm's place tells
+            continue
         record["sites"].append(
             {
                 "names": list(site.names),

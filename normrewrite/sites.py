@@ -15,6 +15,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.origin import Origin
 from normrewrite.nn.rows import RowNorm
+from normrewrite.nn.weights import weight_norm_of
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,16 @@ def is_norm(module: nn.Module) -> bool:
     )
 
 
+def origin_of(module: nn.Module) -> Origin | None:
+    """What the module was before a rewrite, if it was one: of a weight norm, the layer itself."""
+    norm = weight_norm_of(module)
+    origin = module._modules.get("origin") if norm is None else norm.origin
+    return origin if isinstance(origin, Origin) else None
+
+
 def is_rewritten(module: nn.Module) -> bool:
-    """Whether the module stands for a norm that it can give back."""
-    return isinstance(module._modules.get("origin"), Origin)
+    """Whether the module stands for one that it can give back."""
+    return origin_of(module) is not None
 
 
 _ROW_NORMS = (RowNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _InstanceNorm)

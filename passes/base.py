@@ -10,13 +10,13 @@ graph module shares with the model it was traced from are never altered, only re
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from torch import nn
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
 from normrewrite import graph, sites
+from normrewrite.nn.stand_in import StandIn
 from normrewrite.norms import Gain
 from normrewrite.passes.lift_functional import LiftFunctional
 from normrewrite.sites import Site
@@ -74,8 +74,10 @@ class Rewrite(ABC):
             if before is not None and site.before is not None:
                 sites.replace(site.before, before)
             sites.replace(site, new)
-            if sites.is_rewritten(new):
-                origin: Any = new.origin
+            if isinstance(new, StandIn) and before is not None:
+                new.layer = (before,)
+            origin = sites.origin_of(new)
+            if origin is not None:
                 origin.target, origin.gain, origin.inexact = self.target, self.gain, self.inexact(site)
             done.append((site, before, new))
             if site.module is model:

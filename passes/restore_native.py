@@ -3,6 +3,9 @@
 before:  y = weight * (x - running_mean) / (running_scale + eps') + bias           any metric
 after:   y = weight * (x - running_mean) / sqrt(running_var + eps) + bias          the class that it once was
 
+before:  any other module that a rewrite put in a norm's place, or a layer with a weight norm
+after:   what it was
+
 Wherever a tensor still has the bits that the rewrite gave it, the original's bits come back. Elsewhere (after training)
 running_var = (running_scale + eps')^2 - eps, the nearest: the same function in eval. A norm that never was torch's gets the
 class of its rank.
@@ -10,13 +13,17 @@ class of its rank.
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from normrewrite import sites
+from normrewrite.bake import bake
 from normrewrite.nn import batch
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.parts import assemble, shallow
+from normrewrite.nn.rows import RowNorm
+from normrewrite.nn.weights import original, unchanged, weight_norm_of
 from normrewrite.passes.base import Rewrite
 from normrewrite.sites import Site
 
@@ -72,15 +79,57 @@ class RestoreNative(Rewrite):
         return new  # type: ignore[no-any-return]
 
     def _given_back(self, site: Site) -> nn.Module:
-        """What stood here before a norm of another scope; trained since, that norm itself, as torch has it."""
+        """What stood here before another module took its place; the nearest where that was trained since."""
         old: Any = site.module
-        norm = old._modules.get("norm", old)
-        if not old.origin.unchanged(norm._parameters):
+        if weight_norm_of(old) is not None:
+            new, exact = _layer(old)
+        else:
+            new, exact = _norm(old)
+            new._modules.update({name: old._modules[name] for name in getattr(old, "tail", ())})
+        if not exact:
             self.trained.append(site.name)
-            return without_origin(old)
-        new: nn.Module = old.origin.module()
-        new._modules.update({name: old._modules[name] for name in getattr(old, "tail", ())})
         return new
+
+
+def _layer(old: Any) -> tuple[nn.Module, bool]:
+    """The layer behind a weight norm; with the weight that it computes now, where that was trained."""
+    was = original(old) if unchanged(old) else None
+    return (bake(old), False) if was is None else (was, True)
+
+
+def _norm(old: Any) -> tuple[nn.Module, bool]:
+    """The norm behind an affine, a folded place or a norm of another scope, and whether that is what it was."""
+    origin, norm = old.origin, old._modules.get("norm", old)
+    if origin.unchanged(norm._parameters) and all(unchanged(layer) for layer in getattr(old, "layer", ())):
+        return origin.module(), True
+    if isinstance(norm, RowNorm | nn.GroupNorm):
+        return _nearest_row_norm(old), False
+    return _nearest_batch_norm(old), False
+
+
+def _nearest_row_norm(old: Any) -> Any:
+    """A norm within a sample keeps what it has learned, in torch's class where it was one; else it stays as it is."""
+    if isinstance(old, RowNorm) and not old.origin.slots[1]:
+        was = old.origin.module()
+        was._parameters.update(old._parameters)
+        return was
+    new: nn.Module = shallow(old)
+    new._modules.pop("origin", None)
+    return new
+
+
+def _nearest_batch_norm(old: Any) -> nn.Module:
+    """The batch norm that does in eval what an affine, a mean-only norm or nothing does here."""
+    new = old.origin.module()
+    channels = len(new.running_mean)
+    ones, zeros = torch.ones(channels).to(new.running_mean), torch.zeros(channels).to(new.running_mean)
+    tensors = {name: getattr(old, name, None) for name in ("weight", "bias")}
+    new.weight = nn.Parameter(ones if tensors["weight"] is None else tensors["weight"].detach().clone())
+    new.bias = nn.Parameter(zeros if tensors["bias"] is None else tensors["bias"].detach().clone())
+    new.running_mean = getattr(old, "running_mean", zeros).clone()
+    new.running_var = ones - getattr(new, "eps", 1e-5)
+    new.affine = True
+    return new  # type: ignore[no-any-return]
 
 
 def _frozen(old: BatchNorm) -> tuple[str, ...]:
@@ -90,12 +139,6 @@ def _frozen(old: BatchNorm) -> tuple[str, ...]:
 
 def _parameter(value: Any) -> nn.Parameter | None:
     return value if value is None or isinstance(value, nn.Parameter) else nn.Parameter(value)
-
-
-def without_origin(module: nn.Module) -> nn.Module:
-    new: nn.Module = shallow(module)
-    new._modules.pop("origin", None)
-    return new
 
 
 def _class(old: BatchNorm) -> tuple[type[nn.Module], dict[str, Any]]:

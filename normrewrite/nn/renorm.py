@@ -7,7 +7,7 @@ from torch import Tensor
 
 from normrewrite.lower import eager
 from normrewrite.nn.batch import BatchNorm
-from normrewrite.nn.functional import check_trainable, update_running_
+from normrewrite.nn.functional import average_in, averaging_factor, check_trainable
 from normrewrite.norms import Gain
 
 # Steps of Ioffe 2017, section 4: all is batch norm until the first, r is free at the second, d at the third.
@@ -59,7 +59,8 @@ class BatchRenorm(BatchNorm):
             running = self.running_scale + self.eps
             r = ((spread + self.eps) / running).clamp(1 / r_max, r_max)
             d = ((mean - self.running_mean) / running).clamp(-d_max, d_max)
-            update_running_(self.running_mean, self.running_scale, mean, spread, self._factor(input))
+            factor = averaging_factor(self, input)
+            average_in(factor, (self.running_mean, mean), (self.running_scale, spread))
         r, d = (r, d) if self.weight is None else (self.weight * r, self.weight * d)
         d = d if self.bias is None else d + self.bias
         return torch.addcmul(eager.per_channel(d, y.dim()), y, eager.per_channel(r, y.dim())).to(input.dtype)

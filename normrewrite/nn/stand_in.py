@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from normrewrite.nn.origin import Origin
+from normrewrite.nn.parts import through_tail
 
 
 class StandIn(nn.Module):
@@ -24,7 +25,5 @@ class StandIn(nn.Module):
         self._modules.update(tail)
 
     def forward(self, input: Tensor) -> Tensor:
-        for name in ("norm", *self.tail):
-            module = self._modules.get(name)
-            input = input if module is None else module(input)
-        return input
+        norm = self._modules.get("norm")
+        return through_tail(self, input if norm is None else norm(input))
