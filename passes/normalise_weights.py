@@ -108,7 +108,7 @@ class NormaliseWeights(Rewrite):
         a, b = affine_of(site.module)
         layer = into_previous(site.before.module, (a, torch.zeros_like(b) if self.form.mean_bn else b))
         if self.form.mean_bn and site.before.module.bias is None:
-            layer.bias = None  # type: ignore[assignment]
+            layer.bias = None
         return self._normalised(layer, site.before.module)
 
     def _normalised(self, layer: nn.Module, was: nn.Module) -> nn.Module:
