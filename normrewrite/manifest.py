@@ -1,9 +1,10 @@
 """The manifest: the JSON record of a rewrite inside the saved file, enough to replay it, to check it and to undo it.
 
 {"normrewrite": "0.1.0", "format": 1, "torch": "2.13.0", "sites": [{"names": ["bn1"], "was": "BatchNorm2d",
- "to": "l1", "gain": "exact", "difference": 1.2e-07}, ...], "report": {...}}
+ "to": "l1", "gain": "exact", "difference": 1.2e-07}, ...], "report": {...}}; a norm that a layer took in has the `layer`.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from normrewrite.norms import GAINS, Gain
 from normrewrite.passes import Rewrite
 from normrewrite.passes.change_scope import SCOPES
 from normrewrite.passes.lift_functional import lift_
+from normrewrite.neighbours import is_layer
 from normrewrite.report import Report
 from normrewrite.sites import Site
 from normrewrite.targets import measures
@@ -41,6 +43,7 @@ def describe(model: nn.Module, report: Report | None = None) -> dict[str, Any]:
                 "gain": origin.gain,
                 "difference": origin.difference,
                 "calibrated": hasattr(origin, "weight"),
+                **({"layer": origin.layer} if origin.layer else {}),
             }
         )
     if report is not None:
@@ -93,6 +96,7 @@ def replay(model: nn.Module, record: dict[str, Any], where: str) -> nn.Module:
                 f"{where}: its manifest rewrites {entry['names'][0]!r}, and the architecture has no norm of that name. "
                 "Is --arch the one that the file was converted with?"
             )
+        site = _with_layer(model, site, entry.get("layer"), where)
         refusal = "it is rewritten already" if site.name in done else rewrite.why_not(site)
         done.add(site.name)
         if refusal:
@@ -107,3 +111,16 @@ def _pass_and_sites(model: nn.Module, to: str, gain: Gain) -> tuple[Rewrite, dic
     rewrite = make(to, gain, ("batch", *SCOPES) if measures(to) else ("batch",))
     found = rewrite.look(model, sites.find(model, rewrite.wants))
     return rewrite, {name: site for site in found for name in site.names}
+
+
+def _with_layer(model: nn.Module, site: Site, layer: object, where: str) -> Site:
+    """The site with the layer that took it in: convert may have known it from example inputs, which no file holds."""
+    if not layer or site.before is not None:
+        return site
+    found = next((each for each in sites.find(model, is_layer) if layer in each.names), None)
+    if found is None:
+        raise NormRewriteError(
+            f"{where}: its manifest folds {site.label} into {layer!r}, and the architecture has no such layer. "
+            "Is --arch the one that the file was converted with?"
+        )
+    return replace(site, before=found, alone="")

@@ -79,6 +79,7 @@ class Rewrite(ABC):
             origin = sites.origin_of(new)
             if origin is not None:
                 origin.target, origin.gain, origin.inexact = self.target, self.gain, self.inexact(site)
+                origin.layer = "" if before is None or site.before is None else site.before.name
             done.append((site, before, new))
             if site.module is model:
                 model = new

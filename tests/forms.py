@@ -1,0 +1,130 @@
+"""What the suites over the registry share: the forms of every target, and the networks that they are tried on.
+
+A new row of targets.TARGETS is tried by its own name from the day it stands there; `FORMS` adds what it may be written as.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+import normrewrite as nr
+from normrewrite import sites
+from normrewrite.targets import TARGETS
+from tests.conftest import randomise
+from tests.test_kinds import NormAct
+
+_SPELT = {
+    "topk": ["topk:10", "topk:1%"],
+    "group": ["group", "group:4"],
+    "bwn": ["bwn", "bwn:strict", "bwn:mean-bn", "bwn:l1"],
+    "wn": ["wn", "wn:mean-bn", "wn:l1", "wn:linf"],
+}
+FORMS = [form for name in TARGETS for form in _SPELT.get(name, [name])]
+FROM_OURS = {"l2"}  # the way back: needs a twin to start from
+FOR_GOOD = {"none", "l2"}  # leave no norm of ours, and nothing to revert
+REVERSIBLE = [form for form in FORMS if form not in FOR_GOOD]
+
+
+class Chain(nn.Module):
+    """Convolutions of every kind, each with its norm; a residual; a linear layer with BatchNorm1d."""
+
+    shape = (12, 3, 6, 6)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn1 = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.depthwise, self.bn2 = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False), nn.BatchNorm2d(8)
+        self.grouped, self.bn3 = nn.Conv2d(8, 8, 3, padding=1, groups=2), nn.BatchNorm2d(8, eps=1e-3, momentum=None)
+        self.up, self.bn4 = nn.ConvTranspose2d(8, 4, 2, stride=2, groups=2), nn.BatchNorm2d(4)
+        self.linear, self.bn5 = nn.Linear(16, 12), nn.BatchNorm1d(12)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn1(self.conv(x)).relu()
+        x = (x + self.bn3(self.grouped(self.bn2(self.depthwise(x)).relu()))).relu()
+        x = self.bn4(self.up(x)).relu()
+        x = nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)
+        logits: Tensor = self.head(self.bn5(self.linear(x)).relu())
+        return logits
+
+
+class PreActivation(nn.Module):
+    """Norms that no layer in front can take: at the start, behind ReLU, behind a layer called twice; one used twice."""
+
+    shape = (12, 4, 6, 6)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.conv = nn.BatchNorm2d(4), nn.Conv2d(4, 8, 3, padding=1)
+        self.behind_relu, self.twice = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.one, self.other = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+        self.shared, self.last = nn.BatchNorm2d(8), nn.Conv2d(8, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.behind_relu(self.conv(self.first(x).relu()).relu())
+        y = self.one(self.twice(x)).relu()
+        y = self.other(self.twice(y)).relu()
+        maps: Tensor = self.last(self.shared(y).relu() + self.shared(x).relu())
+        return maps
+
+
+class Fused(nn.Module):
+    """Norms that apply their own activation, as timm's BatchNormAct2d."""
+
+    shape = (12, 3, 6, 6)
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = nn.Conv2d(3, 8, 3, bias=False), NormAct(8), nn.MaxPool2d(2), NormAct(8), nn.Conv2d(8, 6, 2)
+        self.body = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps: Tensor = self.body(x)
+        return maps
+
+
+NETWORKS: dict[str, type[Chain] | type[PreActivation] | type[Fused]] = {
+    "chain": Chain,
+    "pre-activation": PreActivation,
+    "fused": Fused,
+}
+
+
+def inputs(network: str, seed: int = 0) -> Tensor:
+    return torch.randn(NETWORKS[network].shape, generator=torch.Generator().manual_seed(seed))
+
+
+def start(form: str, network: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """What the form is asked of, trained-looking, in eval: of torch's norms, or of an l1 twin for the way back."""
+    model = randomise(NETWORKS[network]()).to(dtype).eval()
+    return nr.convert(model, "l1") if form in FROM_OURS else model
+
+
+def fresh(form: str, network: str) -> nn.Module:
+    """The same as it is made, in training."""
+    model = NETWORKS[network]()
+    return nr.convert(model, "l1") if form in FROM_OURS else model
+
+
+def is_exact(form: str, network: str) -> bool:
+    """Whether the form says of itself that it keeps the function."""
+    return not any(choice.rewrite.inexact(choice.site) for choice in nr.plan(start(form, network), form).rewritten if choice.rewrite)
+
+
+def same_bits(a: nn.Module, b: nn.Module) -> bool:
+    """The same names in the same order, with the same bits and dtypes."""
+    ours, theirs = a.state_dict(), b.state_dict()
+    same: Callable[[Tensor, Tensor], bool] = lambda x, y: x.dtype == y.dtype and torch.equal(x, y)
+    return list(ours) == list(theirs) and all(same(ours[name], theirs[name]) for name in ours)
+
+
+def weight_of(model: nn.Module, layer: str) -> Tensor:
+    """What a layer multiplies with now, parametrised or not."""
+    value = getattr(model.get_submodule(layer), "weight")
+    assert isinstance(value, Tensor)
+    return value.detach().clone()
+
+
+def rewritten(model: nn.Module) -> list[sites.Site]:
+    return sites.find(model, sites.is_rewritten)
