@@ -1,4 +1,4 @@
-"""The way back: torch's own batch norms from ours, to the bit where nothing was trained since."""
+"""The way back: torch's own norms from ours, to the bit where nothing was trained since."""
 
 import copy
 
@@ -7,11 +7,12 @@ from torch import nn
 from normrewrite import sites
 from normrewrite.errors import NormRewriteError
 from normrewrite.nn.batch import BatchNorm
+from normrewrite.nn.rows import RowNorm
 from normrewrite.passes import RestoreNative
 
 
 def revert(twin: nn.Module) -> nn.Module:
-    """A copy of `twin` with torch's batch norms; `revert_` does it in place.
+    """A copy of `twin` with torch's norms; `revert_` does it in place.
 
     >>> back = revert(convert(model))          # the same bits as model, parameter by parameter
 
@@ -28,7 +29,7 @@ def revert_(twin: nn.Module) -> nn.Module:
 
 def reverted(twin: nn.Module) -> tuple[nn.Module, list[str], list[str]]:
     """In place; also the names of the sites that came back, and of those that had been trained since."""
-    found = [site for site in sites.find(twin) if isinstance(site.module, BatchNorm)]
+    found = sites.find(twin, lambda module: isinstance(module, BatchNorm | RowNorm))
     if not found:
         raise NormRewriteError(f"{type(twin).__name__} holds no norm of normrewrite's, so there is nothing to revert.")
     rewrite = RestoreNative()

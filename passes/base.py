@@ -8,13 +8,15 @@ was traced from are never altered, only replaced.
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import nn
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
 from normrewrite import graph, sites
+from normrewrite.fused import step_aside_
+from normrewrite.nn.rows import RowNorm
 from normrewrite.passes.lift_functional import LiftFunctional
 from normrewrite.sites import Site
 
@@ -30,6 +32,10 @@ class Rewrite(ABC):
     def rewrite(self, site: Site) -> nn.Module:
         """The module that takes the site's place. Alters nothing."""
 
+    def wanted(self, module: nn.Module) -> bool:
+        """Whether a module is a site of this pass; it may be refused."""
+        return sites.is_norm(module)
+
     def apply(
         self, model: nn.Module, chosen: Iterable[Site] | None = None
     ) -> tuple[nn.Module, list[tuple[Site, nn.Module]]]:
@@ -38,18 +44,20 @@ class Rewrite(ABC):
         Returns the model (a new root where the root itself was a norm) and each site with the module it got.
         """
         if chosen is None:
-            chosen = [site for site in sites.find(model) if self.why_not(site) is None]
+            chosen = [site for site in sites.find(model, self.wanted) if self.why_not(site) is None]
         done = []
         for site in chosen:
             new = sites.replace(site, self.rewrite(site))
             done.append((site, new))
             if site.module is model:
                 model = new
+        if any(isinstance(norm, RowNorm) for site, new in done for norm in (site.module, new)):
+            step_aside_(model)
         return model, done
 
     def __call__(self, graph_module: GraphModule) -> PassResult:
         """Graph driver: rewrite every site of the graph module that is not refused."""
-        own_parents(graph_module)
+        own_parents(graph_module, self.wanted)
         lifted = LiftFunctional()(graph_module).modified
         _, done = self.apply(graph_module)
         graph_module.graph.lint()
@@ -57,14 +65,14 @@ class Rewrite(ABC):
         return PassResult(graph_module, lifted or bool(done))
 
 
-def own_parents(graph_module: GraphModule) -> None:
+def own_parents(graph_module: GraphModule, wanted: Callable[[nn.Module], bool] = sites.is_norm) -> None:
     """Give the graph module its own copy of every module that it calls whole and that holds norms inside.
 
     A trace shares such a module (torch.nn's TransformerEncoderLayer, say) with the original, down to its children.
     """
     for node in graph_module.graph.nodes:
         module = graph.module_of(graph_module, node)
-        if module is not None and any(site.name for site in sites.find(module)):
+        if module is not None and any(site.name for site in sites.find(module, wanted)):
             graph_module.set_submodule(str(node.target), _unshared(module))
 
 

@@ -16,8 +16,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from normrewrite.nn import batch
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.parts import assemble
+from normrewrite.nn.rows import RowNorm
+from normrewrite.passes import restore_rows
 from normrewrite.passes.base import Rewrite
-from normrewrite.sites import Site
+from normrewrite.sites import Site, is_norm
 
 _NATIVE: dict[type[BatchNorm], type[nn.Module]] = {
     batch.BatchNorm1d: nn.BatchNorm1d,
@@ -37,8 +39,13 @@ class RestoreNative(Rewrite):
     def __init__(self) -> None:
         self.trained: list[str] = []
 
+    def wanted(self, module: nn.Module) -> bool:
+        return is_norm(module) or isinstance(module, RowNorm)
+
     def why_not(self, site: Site) -> str | None:
         old = site.module
+        if isinstance(old, RowNorm):
+            return restore_rows.why_not(old)
         if not isinstance(old, BatchNorm):
             return "is no norm of normrewrite's"
         if old.origin is None and type(old) not in _NATIVE:
@@ -47,6 +54,11 @@ class RestoreNative(Rewrite):
 
     def rewrite(self, site: Site) -> nn.Module:
         old = site.module
+        if isinstance(old, RowNorm):
+            row, exact = restore_rows.rewrite(old)
+            if not exact:
+                self.trained.append(site.name)
+            return row
         assert isinstance(old, BatchNorm)
         children = {name: child for name, child in old._modules.items() if name != "origin"}
         if old.origin is not None and issubclass(old.origin.kind, BatchNorm):  # it was ours already, of another metric
