@@ -99,10 +99,10 @@ def _watched(module: nn.Module) -> RowKind | str:
     for tensor in subject.parameters():
         tensor.data = 0.5 + torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
     width = len(subject.weight)  # type: ignore[arg-type]
-    for shape in ((3, 5, width), (3, width, 4, 5), (3, width, 7)):
+    for channels_first, shape in ((False, (3, 5, width)), (True, (3, width, 4, 5)), (True, (3, width, 7))):
         noise = 0.5 + torch.randn(shape, generator=generator, dtype=torch.float64)
         seen = _outputs(subject, [scale * noise for scale in _SCALES])
-        for kind in _candidates(module, width, channels_first=shape[1] == width and shape[-1] != width) if seen else ():
+        for kind in _candidates(module, width, channels_first) if seen else ():
             if all(_same(got, _expected(kind, subject, x)) for x, got in seen):
                 return kind
     return f"{name} has its own forward, and is no layer, RMS, group or instance norm with a weight and a bias"
