@@ -73,6 +73,18 @@ def recognise(module: nn.Module) -> Kind | str:
     return kind or f"{name} overrides forward, and does more than a batch norm followed by its own children"
 
 
+def native(module: nn.Module, *, tracked: bool = False, frozen: bool = True) -> Kind | str:
+    """`recognise`, for rewrites that start from a norm that is not ours: with running statistics, or not frozen, if so asked."""
+    if isinstance(module, BatchNorm):
+        return f"is {module.metric} already: revert it first"
+    kind = recognise(module)
+    if isinstance(kind, Kind) and kind.cls is FrozenBatchNorm and not frozen:
+        return "is frozen: training never measures it"
+    if isinstance(kind, Kind) and tracked and not isinstance(module.running_mean, Tensor):
+        return "has no running statistics"
+    return kind
+
+
 _PLAIN = (bool, int, float, str, tuple, type(None))
 _SEEN: dict[tuple[Any, ...], "Kind | None"] = {}  # a network has dozens of norms that differ in their width alone
 Found = TypeVar("Found")

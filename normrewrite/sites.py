@@ -4,6 +4,7 @@
 ['bn1', 'layer1.0.bn1', 'layer1.0.bn2']
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -12,16 +13,24 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from normrewrite.nn.batch import BatchNorm
+from normrewrite.nn.origin import Origin
 from normrewrite.nn.rows import RowNorm
+from normrewrite.nn.weights import WeightNorm, weight_norm_of
 
 
 @dataclass(frozen=True)
 class Site:
-    """One norm module, every name it goes by, and every place (parent, key) it is registered at; none for a root."""
+    """One norm module, every name it goes by, and every place (parent, key) it is registered at; none for a root.
+
+    before: the layer that feeds this norm alone, so that the norm can be folded into it; alone: why there is none. Both
+    are known only where a rewrite has looked (normrewrite.neighbours).
+    """
 
     names: tuple[str, ...]
     module: nn.Module
     homes: tuple[tuple[nn.Module, str], ...]
+    before: "Site | None" = None
+    alone: str = ""
 
     @property
     def name(self) -> str:
@@ -49,6 +58,20 @@ def is_norm(module: nn.Module) -> bool:
     return all(isinstance(tensor, Tensor) for tensor in statistics) and not isinstance(
         module, nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d
     )
+
+
+def origin_of(module: nn.Module) -> Origin | None:
+    """What the module was before a rewrite, if it was one: of a weight norm, the layer itself."""
+    if isinstance(module, WeightNorm):  # a part of its layer
+        return None
+    norm = weight_norm_of(module)
+    origin = module._modules.get("origin") if norm is None else norm.origin
+    return origin if isinstance(origin, Origin) else None
+
+
+def is_rewritten(module: nn.Module) -> bool:
+    """Whether the module stands for one that it can give back."""
+    return origin_of(module) is not None
 
 
 _ROW_NORMS = (RowNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _InstanceNorm)
@@ -113,3 +136,9 @@ def carry_over(old: nn.Module, new: nn.Module) -> None:
         if "hooks" in name and hooks:
             getattr(new, name).update(hooks)
     new._is_full_backward_hook = old._is_full_backward_hook
+
+
+def shared_parameters(model: nn.Module) -> set[int]:
+    """The parameters (by id) that more than one module holds: to change one for a module would change the others."""
+    holders = Counter(id(parameter) for module in model.modules() for parameter in set(module._parameters.values()))
+    return {parameter for parameter, count in holders.items() if count > 1}

@@ -1,14 +1,15 @@
 """What every pass shares: one rule for one site, and the two drivers that carry it through a model.
 
-A pass states `why_not(site)` (a refusal, or None) and `rewrite(site)` (the new module; pure, sees one site). The tree
-driver `apply` walks any nn.Module. Called on a torch.fx.GraphModule a pass is a torch.fx pass: it rewrites the graph
-module in place, as torch.fx passes do, and returns PassResult. Modules that the graph module shares with the model it
-was traced from are never altered, only replaced.
+A pass states which modules it `wants`, `why_not(site)` (a refusal, or None) and `rewrite(site)` (the new module; pure, sees
+one site). One that folds a norm into the layer in front of it also has `look(model, sites)`, which tells each site's
+neighbour, and `rewrite_before(site)`. The tree driver `apply` walks any nn.Module. Called on a torch.fx.GraphModule a pass is
+a torch.fx pass: it rewrites the graph module in place, as torch.fx passes do, and returns PassResult. Modules that the
+graph module shares with the model it was traced from are never altered, only replaced.
 """
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import nn
 from torch.fx import GraphModule
@@ -17,6 +18,8 @@ from torch.fx.passes.infra.pass_base import PassResult
 from normrewrite import graph, sites
 from normrewrite.fused import step_aside_
 from normrewrite.nn.rows import RowNorm
+from normrewrite.nn.stand_in import StandIn
+from normrewrite.norms import Gain
 from normrewrite.passes.lift_functional import LiftFunctional
 from normrewrite.sites import Site
 
@@ -24,40 +27,72 @@ from normrewrite.sites import Site
 class Rewrite(ABC):
     """One rewrite of a model, usable alone, in a Plan, or in torch.fx's PassManager."""
 
+    target = ""  # as people write it
+    gain: Gain = "exact"
+
+    def wants(self, module: nn.Module) -> bool:
+        """Whether the module is a site of this pass at all, refused or not."""
+        return sites.is_norm(module)
+
+    def look(self, model: nn.Module, found: Sequence[Site]) -> list[Site]:
+        """The sites with what has to be known of their surroundings."""
+        return list(found)
+
     @abstractmethod
     def why_not(self, site: Site) -> str | None:
         """The reason why this site must stay as it is, or None."""
+
+    def inexact(self, site: Site) -> str:
+        """Why eval can't stay the same function here; empty where it does."""
+        return ""
+
+    def note(self, site: Site) -> str:
+        """What people should know of this site's rewrite."""
+        where = f"affine: {site.alone}" if site.alone else ""
+        where = where if site.before is None else f"folded into {site.before.name}"
+        reason = self.inexact(site)
+        return "; ".join(part for part in (where, f"not exact: {reason}" if reason else "") if part)
 
     @abstractmethod
     def rewrite(self, site: Site) -> nn.Module:
         """The module that takes the site's place. Alters nothing."""
 
-    def wanted(self, module: nn.Module) -> bool:
-        """Whether a module is a site of this pass; it may be refused."""
-        return sites.is_norm(module)
+    def rewrite_before(self, site: Site) -> nn.Module | None:
+        """The module that takes the place of the layer before the site, if that changes too. Alters nothing."""
+        return None
 
     def apply(
         self, model: nn.Module, chosen: Iterable[Site] | None = None
-    ) -> tuple[nn.Module, list[tuple[Site, nn.Module]]]:
+    ) -> tuple[nn.Module, list[tuple[Site, nn.Module | None, nn.Module]]]:
         """Tree driver, in place: rewrite the chosen sites, which must not be refused (all such, by default).
 
-        Returns the model (a new root where the root itself was a norm) and each site with the module it got.
+        Returns the model (a new root where the root itself was a norm) and each site with the layer before it, if that
+        changed too, and the module it got.
         """
         if chosen is None:
-            chosen = [site for site in sites.find(model, self.wanted) if self.why_not(site) is None]
+            found = self.look(model, sites.find(model, self.wants))
+            chosen = [site for site in found if self.why_not(site) is None]
         done = []
         for site in chosen:
-            new = sites.replace(site, self.rewrite(site))
-            done.append((site, new))
+            before, new = self.rewrite_before(site), self.rewrite(site)
+            if before is not None and site.before is not None:
+                sites.replace(site.before, before)
+            sites.replace(site, new)
+            if isinstance(new, StandIn) and before is not None:
+                new.layer = (before,)
+            origin = sites.origin_of(new)
+            if origin is not None:
+                origin.target, origin.gain, origin.inexact = self.target, self.gain, self.inexact(site)
+            done.append((site, before, new))
             if site.module is model:
                 model = new
-        if any(isinstance(norm, RowNorm) for site, new in done for norm in (site.module, new)):
+        if any(isinstance(norm, RowNorm) for site, _, new in done for norm in (site.module, new)):
             step_aside_(model)
         return model, done
 
     def __call__(self, graph_module: GraphModule) -> PassResult:
         """Graph driver: rewrite every site of the graph module that is not refused."""
-        own_parents(graph_module, self.wanted)
+        own_parents(graph_module, self.wants)
         lifted = LiftFunctional()(graph_module).modified
         _, done = self.apply(graph_module)
         graph_module.graph.lint()
@@ -65,14 +100,14 @@ class Rewrite(ABC):
         return PassResult(graph_module, lifted or bool(done))
 
 
-def own_parents(graph_module: GraphModule, wanted: Callable[[nn.Module], bool] = sites.is_norm) -> None:
+def own_parents(graph_module: GraphModule, wants: Callable[[nn.Module], bool] = sites.is_norm) -> None:
     """Give the graph module its own copy of every module that it calls whole and that holds norms inside.
 
     A trace shares such a module (torch.nn's TransformerEncoderLayer, say) with the original, down to its children.
     """
     for node in graph_module.graph.nodes:
         module = graph.module_of(graph_module, node)
-        if module is not None and any(site.name for site in sites.find(module, wanted)):
+        if module is not None and any(site.name for site in sites.find(module, wants)):
             graph_module.set_submodule(str(node.target), _unshared(module))
 
 

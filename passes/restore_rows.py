@@ -10,6 +10,7 @@ they are elsewhere; a bias that a calibration added goes. A norm that never was 
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from normrewrite.nn import rows
 from normrewrite.nn.parts import assemble, attributes
@@ -24,6 +25,14 @@ _NATIVE: dict[type[RowNorm], type[nn.Module]] = {
     rows.InstanceNorm3d: nn.InstanceNorm3d,
 }
 _OURS = ("metric", "gain", "site", "origin", "centred", "channels_first")
+
+
+def knows(old: nn.Module) -> bool:
+    """Whether it is one of ours that was a norm within a sample before, and no batch norm of another scope."""
+    if not isinstance(old, RowNorm) or old.origin is None:
+        return isinstance(old, RowNorm)
+    statistics = {"running_var", "running_scale"} & set(old.origin.slots[1])
+    return not statistics or issubclass(old.origin.kind, _InstanceNorm | RowNorm)
 
 
 def why_not(old: RowNorm) -> str | None:
@@ -65,7 +74,7 @@ def _variance(old: InstanceNorm) -> Tensor:
 
 def _parameters(old: RowNorm, originals: dict[str, Tensor]) -> dict[str, nn.Parameter | None]:
     """The same parameter objects, with the original's values; without those that it didn't have."""
-    kept: dict[str, nn.Parameter | None] = {"weight": None, "bias": None}
+    kept: dict[str, nn.Parameter | None] = dict.fromkeys(old._parameters if old.origin is None else old.origin.slots[0])
     for name, parameter in old._parameters.items():
         if parameter is not None and (old.origin is None or name in old.origin._buffers):
             parameter.data = originals[name]

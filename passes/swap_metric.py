@@ -41,6 +41,7 @@ class SwapMetric(Rewrite):
     def __init__(self, to: str = "l1", gain: Gain = "exact", scopes: Sequence[str] = ("batch",)) -> None:
         self.to = metric(to)
         self.gain: Gain = gain
+        self.target = str(self.to)
         self.scopes = tuple(scopes)
         unknown = [scope for scope in self.scopes if scope not in SCOPES]
         if unknown:
@@ -48,8 +49,12 @@ class SwapMetric(Rewrite):
                 f"unknown scope {unknown[0]!r}.{nearest(unknown[0], SCOPES)} Known: {', '.join(SCOPES)}."
             )
 
-    def wanted(self, module: nn.Module) -> bool:
+    def wants(self, module: nn.Module) -> bool:
         return ("batch" in self.scopes and is_norm(module)) or (self.scopes != ("batch",) and is_row_norm(module))
+
+    def inexact(self, site: Site) -> str:
+        tracked = getattr(site.module, "running_mean", None) is not None
+        return "" if tracked or not is_row_norm(site.module) else "another metric on statistics of each sample"
 
     def why_not(self, site: Site) -> str | None:
         old = site.module
@@ -75,12 +80,13 @@ class SwapMetric(Rewrite):
         else:
             kind = recognise(old)
             assert isinstance(kind, Kind)
-            new = _from_native(old, kind, str(self.to), self.gain)
+            new = from_native(old, kind, str(self.to), self.gain)
         new.site = site.name
         return new
 
 
-def _from_native(old: Any, kind: Kind, to: str, gain: Gain) -> BatchNorm:
+def from_native(old: Any, kind: Kind, to: str, gain: Gain) -> BatchNorm:
+    """One of our batch norms, of `kind.cls`, with the tensors of one that is not ours."""
     mean, var = old.running_mean, old.running_var
     buffers: dict[str, Tensor | None] = {"running_mean": None, "running_scale": None, "num_batches_tracked": None}
     pairs: dict[str, tuple[Tensor, Tensor]] = {}

@@ -2,6 +2,8 @@
 
 from normrewrite.nn.affine import ChannelAffine
 from normrewrite.nn.batch import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
+from normrewrite.nn.mean_only import MeanOnlyBatchNorm
+from normrewrite.nn.renorm import BatchRenorm
 from normrewrite.nn.rows import (
     GroupNorm,
     InstanceNorm,
@@ -11,12 +13,16 @@ from normrewrite.nn.rows import (
     LayerNorm,
     RMSNorm,
 )
+from normrewrite.nn.stand_in import StandIn
+from normrewrite.nn.weights import BoundedWeightNorm, WeightNorm, normalise_weight
 
 __all__ = [
     "BatchNorm",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "BatchRenorm",
+    "BoundedWeightNorm",
     "ChannelAffine",
     "GroupNorm",
     "InstanceNorm",
@@ -24,5 +30,9 @@ __all__ = [
     "InstanceNorm2d",
     "InstanceNorm3d",
     "LayerNorm",
+    "MeanOnlyBatchNorm",
     "RMSNorm",
+    "StandIn",
+    "WeightNorm",
+    "normalise_weight",
 ]

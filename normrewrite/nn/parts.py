@@ -51,3 +51,10 @@ def keep_wide(module: nn.Module, names: list[str], apply: Callable[[], object]) 
         if new is not None and torch.finfo(new.dtype).bits < 32:
             setattr(module, name, old.to(new.device))
     return module
+
+
+def through_tail(module: Any, output: Tensor) -> Tensor:
+    """What a norm applies to its own result: the children named in `module.tail`, in order."""
+    for name in module.tail:
+        output = module._modules[name](output)
+    return output

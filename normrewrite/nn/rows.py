@@ -13,7 +13,7 @@ from torch.fx import Proxy
 
 from normrewrite.errors import NormRewriteError
 from normrewrite.lower import eager, rows
-from normrewrite.nn.functional import update_running_
+from normrewrite.nn.functional import average_in
 from normrewrite.nn.origin import Origin
 from normrewrite.nn.parts import keep_wide, statistics_dtype
 from normrewrite.nn.tracing import as_one_node
@@ -293,7 +293,7 @@ class InstanceNorm(RowNorm):
             return self.from_view(y, input)
         y, mean, spread = self._normalised(self.view(input))
         if self.running_mean is not None and self.running_scale is not None:
-            update_running_(self.running_mean, self.running_scale, mean.mean(0), spread.mean(0), self.momentum or 0.0)
+            average_in(self.momentum or 0.0, (self.running_mean, mean.mean(0)), (self.running_scale, spread.mean(0)))
         return self.from_view(y, input)
 
     def _alone(self, input: Tensor) -> bool:
