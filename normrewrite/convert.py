@@ -17,11 +17,13 @@ from normrewrite import rules as rules_
 from normrewrite import sites
 from normrewrite.errors import NormRewriteError, nearest
 from normrewrite.exactness import Probe, difference, folded_difference, tolerance
+from normrewrite.neighbours import is_layer
 from normrewrite.norms import Gain
 from normrewrite.optimizers import inherited, parameters_of, rebind
 from normrewrite.passes import Rewrite
 from normrewrite.passes.change_scope import SCOPES
 from normrewrite.passes.lift_functional import candidates, lift_, lifted
+from normrewrite.passes.renormalise import is_fresh
 from normrewrite.report import Report, SiteResult, table
 from normrewrite.rules import KEEP, Rules
 from normrewrite.sites import Site
@@ -61,6 +63,12 @@ class Plan:
     @property
     def kept(self) -> list[Choice]:
         return [choice for choice in self.choices if choice.rewrite is None]
+
+    @property
+    def fresh(self) -> bool:
+        """Whether nothing was trained yet: every batch norm has the statistics that it was made with."""
+        norms = sites.find(self.model)
+        return bool(norms) and all(is_fresh(site.module) for site in norms)
 
     def __str__(self) -> str:
         rows = [
@@ -254,6 +262,8 @@ def _measured(site: Site, before: nn.Module | None, new: nn.Module, choice: Choi
     reason, gap = choice.rewrite.inexact(site), None
     if before is not None and site.before is not None:
         gap = folded_difference((site.before.module, site.module), (before, new))
+    elif not reason and is_layer(site.module):  # a layer that no norm stands behind
+        gap = folded_difference((site.module, nn.Identity()), (new, nn.Identity()))
     elif not reason:
         gap = difference(site.module, new, probe)
     origin = sites.origin_of(new)

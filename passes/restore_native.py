@@ -21,9 +21,11 @@ from normrewrite import sites
 from normrewrite.bake import bake
 from normrewrite.nn import batch
 from normrewrite.nn.batch import BatchNorm
+from normrewrite.nn.mean_only import MeanOnlyBatchNorm
 from normrewrite.nn.parts import assemble, shallow
 from normrewrite.nn.rows import RowNorm
 from normrewrite.nn.weights import original, unchanged, weight_norm_of
+from normrewrite.passes import restore_rows
 from normrewrite.passes.base import Rewrite
 from normrewrite.sites import Site
 
@@ -48,12 +50,19 @@ class RestoreNative(Rewrite):
         self.trained: list[str] = []
 
     def wants(self, module: nn.Module) -> bool:
-        return sites.is_norm(module) or sites.is_rewritten(module)
+        return sites.is_norm(module) or self.gives_back(module)
+
+    def gives_back(self, module: nn.Module) -> bool:
+        """Whether the module stands for another, or is a norm within a sample that torch has too."""
+        own = isinstance(module, RowNorm) and restore_rows.why_not(module) is None
+        return sites.is_rewritten(module) or own
 
     def why_not(self, site: Site) -> str | None:
         old = site.module
         if sites.is_rewritten(old):
             return None
+        if isinstance(old, RowNorm):
+            return restore_rows.why_not(old)
         if not isinstance(old, BatchNorm):
             return "is no norm of normrewrite's"
         if old.origin is None and type(old) not in _NATIVE:
@@ -83,6 +92,8 @@ class RestoreNative(Rewrite):
         old: Any = site.module
         if weight_norm_of(old) is not None:
             new, exact = _layer(old)
+        elif restore_rows.knows(old):
+            new, exact = restore_rows.rewrite(old)
         else:
             new, exact = _norm(old)
             new._modules.update({name: old._modules[name] for name in getattr(old, "tail", ())})
@@ -100,19 +111,20 @@ def _layer(old: Any) -> tuple[nn.Module, bool]:
 def _norm(old: Any) -> tuple[nn.Module, bool]:
     """The norm behind an affine, a folded place or a norm of another scope, and whether that is what it was."""
     origin, norm = old.origin, old._modules.get("norm", old)
-    if origin.unchanged(norm._parameters) and all(unchanged(layer) for layer in getattr(old, "layer", ())):
+    apart = all(
+        unchanged(layer) for layer in getattr(old, "layer", ())
+    )  # then the layer gets back its weight as it was
+    if apart and origin.unchanged(norm._parameters | norm._buffers):
         return origin.module(), True
     if isinstance(norm, RowNorm | nn.GroupNorm):
         return _nearest_row_norm(old), False
+    if apart and isinstance(old, MeanOnlyBatchNorm) and old.layer:
+        return _with_its_scale(old), False
     return _nearest_batch_norm(old), False
 
 
 def _nearest_row_norm(old: Any) -> Any:
-    """A norm within a sample keeps what it has learned, in torch's class where it was one; else it stays as it is."""
-    if isinstance(old, RowNorm) and old.origin is not None and not old.origin.slots[1]:
-        was = old.origin.module()
-        was._parameters.update(old._parameters)
-        return was
+    """A norm within a sample that was a batch norm has no way back once it was trained: it stays as it is."""
     new: nn.Module = shallow(old)
     new._modules.pop("origin", None)
     return new
@@ -130,6 +142,18 @@ def _nearest_batch_norm(old: Any) -> nn.Module:
     new.running_var = ones - getattr(new, "eps", 1e-5)
     new.affine = True
     return new  # type: ignore[no-any-return]
+
+
+def _with_its_scale(old: MeanOnlyBatchNorm) -> Any:
+    """The norm whose scale the layer in front had taken, with the mean and bias of now."""
+    new: Any = old.origin.module()  # type: ignore[union-attr]
+    scale = (new.running_var.double() + getattr(new, "eps", 1e-5)).sqrt()
+    if new.weight is None:
+        new.weight, new.affine = nn.Parameter(torch.ones_like(old.bias)), True
+    mean = old.running_mean * scale / new.weight.detach().double()
+    new.running_mean = torch.where(mean.isfinite(), mean, new.running_mean).to(new.running_mean.dtype)
+    new.bias = nn.Parameter(old.bias.detach().clone())
+    return new
 
 
 def _frozen(old: BatchNorm) -> tuple[str, ...]:

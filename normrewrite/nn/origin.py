@@ -27,7 +27,6 @@ class Origin(nn.Module):
         self.slots = tuple(old._parameters), tuple(old._buffers)
         self.target = ""  # what it became, as people write it
         self.gain = "exact"
-        self.layer = ""  # the name of the layer that took the norm in, where one did
         self.inexact = ""  # why eval can't be the same function, where it can't
         self.difference: float | None = None  # of the site in eval, as measured when it was rewritten
         self.training = False  # it has no mode
