@@ -27,7 +27,8 @@ def trace(model: nn.Module, whole: Collection[int] = ()) -> GraphModule:
 
     >>> gm = trace(model.eval())
 
-    whole: modules, by id, that are one node each, whatever their class. Raises Untraceable with torch.fx's own reason, on one line.
+    whole: modules, by id, that are one node each, whatever their class.
+    Raises Untraceable with torch.fx's own reason, on one line.
     """
     if isinstance(model, GraphModule):
         return model

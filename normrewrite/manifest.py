@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from normrewrite import sites
 from normrewrite._version import __version__
 from normrewrite.errors import NormRewriteError
+from normrewrite.neighbours import is_layer
 from normrewrite.nn.affine import ChannelAffine
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.stand_in import StandIn
@@ -20,7 +21,6 @@ from normrewrite.norms import GAINS, Gain
 from normrewrite.passes import Rewrite
 from normrewrite.passes.change_scope import SCOPES
 from normrewrite.passes.lift_functional import lift_
-from normrewrite.neighbours import is_layer
 from normrewrite.report import Report
 from normrewrite.sites import Site
 from normrewrite.targets import measures

@@ -28,7 +28,7 @@ REVERSIBLE = [form for form in FORMS if form not in FOR_GOOD]
 
 
 class Chain(nn.Module):
-    """Convolutions of every kind, each with its norm; a residual; a linear layer with BatchNorm1d."""
+    """Convolutions of every kind, each with its norm, and a residual."""
 
     shape = (12, 3, 6, 6)
 
@@ -38,15 +38,30 @@ class Chain(nn.Module):
         self.depthwise, self.bn2 = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False), nn.BatchNorm2d(8)
         self.grouped, self.bn3 = nn.Conv2d(8, 8, 3, padding=1, groups=2), nn.BatchNorm2d(8, eps=1e-3, momentum=None)
         self.up, self.bn4 = nn.ConvTranspose2d(8, 4, 2, stride=2, groups=2), nn.BatchNorm2d(4)
-        self.linear, self.bn5 = nn.Linear(16, 12), nn.BatchNorm1d(12)
-        self.head = nn.Linear(12, 5)
+        self.head = nn.Linear(16, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.bn1(self.conv(x)).relu()
         x = (x + self.bn3(self.grouped(self.bn2(self.depthwise(x)).relu()))).relu()
         x = self.bn4(self.up(x)).relu()
-        x = nn.functional.max_pool2d(x, 6).flatten(1)
-        logits: Tensor = self.head(self.bn5(self.linear(x)).relu())
+        logits: Tensor = self.head(nn.functional.max_pool2d(x, 6).flatten(1))
+        return logits
+
+
+class Dense(nn.Module):
+    """Linear layers, whose norms they take in where example inputs tell the rank."""
+
+    shape = (12, 10)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear1, self.bn1 = nn.Linear(10, 16, bias=False), nn.BatchNorm1d(16)
+        self.linear2, self.bn2 = nn.Linear(16, 12), nn.BatchNorm1d(12)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn1(self.linear1(x)).relu()
+        logits: Tensor = self.head(self.bn2(self.linear2(x)).relu())
         return logits
 
 
@@ -85,11 +100,16 @@ class Fused(nn.Module):
         return maps
 
 
-NETWORKS: dict[str, type[Chain] | type[PreActivation] | type[Fused]] = {
+NETWORKS: dict[str, type[Chain] | type[Dense] | type[PreActivation] | type[Fused]] = {
     "chain": Chain,
+    "dense": Dense,
     "pre-activation": PreActivation,
     "fused": Fused,
 }
+
+
+# One value a sample and channel: instance norm leaves nothing of it but the bias.
+CASES = [(form, network) for form in FORMS for network in NETWORKS if (form, network) != ("instance", "dense")]
 
 
 def inputs(network: str, seed: int = 0) -> Tensor:

@@ -21,13 +21,13 @@ from normrewrite.report import Report
 from normrewrite.revert import reverted
 from normrewrite.targets import TARGETS, rewrite
 from normrewrite.tolerances import SAME_NETWORK, worst
-from tests.forms import FOR_GOOD, FORMS, FROM_OURS, NETWORKS, REVERSIBLE, fresh, inputs, rewritten, same_bits, start
+from tests.forms import CASES, FOR_GOOD, FORMS, FROM_OURS, REVERSIBLE, fresh, inputs, rewritten, same_bits, start
 from tests.nn.test_weights import norms_of
 
 every_form = pytest.mark.parametrize("form", FORMS)
 every_reversible = pytest.mark.parametrize("form", REVERSIBLE)
-every_network = pytest.mark.parametrize("network", NETWORKS)
-TARGET_OF = {form: TARGETS[form.partition(":")[0]] for form in FORMS}
+every_case = pytest.mark.parametrize(("form", "network"), CASES)
+every_reversible_case = pytest.mark.parametrize(("form", "network"), [case for case in CASES if case[0] in REVERSIBLE])
 
 
 def convert(form: str, model: nn.Module, x: Tensor) -> tuple[Any, Report]:
@@ -66,8 +66,7 @@ def test_every_row_has_forms() -> None:
 # --- the function ------------------------------------------------------------------------------------------------------
 
 
-@every_network
-@every_form
+@every_case
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_eval_is_the_same_function_or_said_not_to_be(form: str, network: str, dtype: torch.dtype) -> None:
     model, x = start(form, network, dtype), inputs(network).to(dtype)
@@ -107,12 +106,11 @@ def _free(twin: nn.Module, name: str) -> bool:
     return which == "original0" or (which == "original1" and bounded)
 
 
-@every_network
-@every_form
+@every_case
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision(form: str, network: str, dtype: torch.dtype) -> None:
     """Parameters follow, the function stays; statistics, where they are ours, stay fp32."""
-    model, twin, x = twin_of(form, network)
+    _, twin, x = twin_of(form, network)
     expected = twin(x)
     twin = twin.to(dtype)
     y = twin(x.to(dtype))
@@ -126,8 +124,7 @@ def test_half_precision(form: str, network: str, dtype: torch.dtype) -> None:
 # --- copies and files --------------------------------------------------------------------------------------------------
 
 
-@every_network
-@every_form
+@every_case
 def test_a_deep_copy_is_whole_and_independent(form: str, network: str) -> None:
     _, twin, x = twin_of(form, network)
     other, before = copy.deepcopy(twin), copy.deepcopy(twin.state_dict())
@@ -136,8 +133,7 @@ def test_a_deep_copy_is_whole_and_independent(form: str, network: str) -> None:
     assert all(torch.equal(value, before[name]) for name, value in twin.state_dict().items())
 
 
-@every_network
-@every_form
+@every_case
 def test_a_state_dict_goes_both_ways(form: str, network: str) -> None:
     _, twin, x = twin_of(form, network)
     other = twin_of(form, network, seed=1)[1]
@@ -164,10 +160,10 @@ def fresh_start(form: str, network: str) -> nn.Module:
     return convert(form, model, inputs(network))[0] if form in FROM_OURS else model
 
 
-@every_network
-@every_form
+@every_case
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 def test_a_file_keeps_the_bits(form: str, network: str, suffix: str, tmp_path: Path) -> None:
+    """Also of linear layers, though the file can't know the example inputs."""
     model, twin, x = twin_of(form, network)
     again = through_a_file(form, network, twin, tmp_path / f"twin.{suffix}")
     assert same_bits(again, twin) and torch.equal(again(x), twin(x))
@@ -177,8 +173,7 @@ def test_a_file_keeps_the_bits(form: str, network: str, suffix: str, tmp_path: P
 # --- the way back ------------------------------------------------------------------------------------------------------
 
 
-@every_network
-@every_reversible
+@every_reversible_case
 def test_revert_gives_the_bits_back(form: str, network: str, tmp_path: Path) -> None:
     model, twin, x = twin_of(form, network)
     assert rewritten(twin)
@@ -188,12 +183,11 @@ def test_revert_gives_the_bits_back(form: str, network: str, tmp_path: Path) -> 
     assert [name for name, _ in back.named_parameters()] == [name for name, _ in model.named_parameters()]
 
 
-@every_network
-@every_reversible
+@every_reversible_case
 def test_revert_gives_the_bits_back_after_calibration(form: str, network: str, tmp_path: Path) -> None:
     model, twin, x = twin_of(form, network)
     if not _calibrates(twin):
-        with pytest.raises(NormRewriteError, match=r"holds no norm of normrewrite's|no site can be calibrated"):
+        with pytest.raises(NormRewriteError, match=r"there is nothing to calibrate|no site can be calibrated"):
             nr.calibrate(twin, x)
         return
     calibrated, _ = nr.calibrate(twin, x, batch_size=len(x))
@@ -210,8 +204,7 @@ def _calibrates(twin: nn.Module) -> bool:
     return bool(measured or fittable(twin))
 
 
-@every_network
-@every_reversible
+@every_reversible_case
 def test_after_training_the_nearest_comes_back_and_is_said_so(form: str, network: str) -> None:
     model, twin, x = twin_of(form, network)
     train(twin, network)
@@ -233,14 +226,14 @@ def test_revert_after_a_cast(form: str, dtype: torch.dtype) -> None:
 # --- tools of torch ----------------------------------------------------------------------------------------------------
 
 
-@every_network
-@every_form
+@every_case
 def test_torch_fx_traces_it(form: str, network: str) -> None:
     _, twin, x = twin_of(form, network)
     traced = fx.symbolic_trace(copy.deepcopy(twin))
     assert form in FOR_GOOD or not [node for node in traced.graph.nodes if node.op == "get_attr"]
     assert torch.equal(traced(x), twin(x))
-    torch.testing.assert_close(traced.train()(x), twin.train()(x))
+    if form not in FROM_OURS:  # the fused class of the test asks its own training flag, which a trace fixes
+        torch.testing.assert_close(traced.train()(x), twin.train()(x))
     assert {name: value for name, value in traced.state_dict().items() if name not in twin.state_dict()} == {}
 
 
@@ -270,8 +263,7 @@ def test_torch_export(form: str) -> None:
 # --- training ----------------------------------------------------------------------------------------------------------
 
 
-@every_network
-@every_form
+@every_case
 def test_five_steps(form: str, network: str) -> None:
     _, twin, _ = twin_of(form, network)
     before = copy.deepcopy(twin)
@@ -295,8 +287,7 @@ def _turned(old: Any, new: Any) -> bool:
     return worst(*directions) > 1e-9
 
 
-@every_network
-@every_form
+@every_case
 @pytest.mark.parametrize("in_place", [False, True], ids=["convert", "convert_"])
 def test_optimizers_follow(form: str, network: str, in_place: bool) -> None:
     """They step just the twin's parameters, with the momentum of those that were handed over as they are."""
@@ -326,11 +317,10 @@ def test_optimizers_follow(form: str, network: str, in_place: bool) -> None:
     moved = {name for name, p in twin.named_parameters() if not torch.equal(p, before[name])}
     pushed = {name for name, p in twin.named_parameters() if p.grad is not None and p.grad.abs().max() > 1e-3}
     assert len(pushed) > len(before) / 3 and moved >= pushed
-    assert any("conv" in name or "body" in name for name in moved)
+    assert any(name not in ("head.weight", "head.bias") for name in moved)
 
 
-@every_network
-@every_form
+@every_case
 def test_fresh_models(form: str, network: str) -> None:
     """No trained statistics: the twin still trains, is the same in eval where it says so, and goes back."""
     model, x = fresh(form, network), inputs(network)
