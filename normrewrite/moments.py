@@ -157,10 +157,11 @@ def every_row(site: Site, n: int) -> Rows:
 
 @dataclass
 class Readings:
-    """Moments by site name, the inputs they come from, and the batches left out as they were not finite."""
+    """Moments by site name, the inputs they come from, their largest batch, and the batches left out as not finite."""
 
     by_site: dict[str, Moments]
     inputs: int = 0
+    batch: int = 0
     skipped_batches: int = 0
 
 
@@ -190,6 +191,7 @@ def read(
             if _finite(batch):
                 run(batch)
                 readings.inputs += len(batch)
+                readings.batch = max(readings.batch, len(batch))
             else:
                 readings.skipped_batches += 1
             each(len(batch))
@@ -199,7 +201,7 @@ def read(
     if not readings.inputs:
         skipped = readings.skipped_batches
         raise NormRewriteError(
-            f"nothing to calibrate on: {skipped} batches were not finite." if skipped else "the data held no batch."
+            f"there is nothing to measure: {skipped} batches were not finite." if skipped else "the data held no batch."
         )
     return readings
 
