@@ -384,7 +384,6 @@ BAD: dict[str, tuple[str, str]] = {
     "calibrate, no data": (f"calibrate digits.pt {DIGITS}", "--data"),
     "calibrate, missing data": (f"{CONVERT} {TO} --calibrate nosuch.npz", "nosuch.npz: can't be read as .npz"),
     "advise, missing data": (f"inspect digits.pt {DIGITS} --advise nosuch.npz", "nosuch.npz: can't be read as .npz"),
-    "advise, no value": (f"inspect digits.pt {DIGITS} --advise", "--advise"),
     "advise, no batch": (f"inspect digits.pt {DIGITS} --advise zoo.py:nothing", "held no batch"),
     "advise, text": (f"inspect digits.pt {DIGITS} --advise zoo.py:strings", "gave a str; a batch is a tensor"),
     "advise, channels": (f"inspect digits.pt {DIGITS} --advise colour.npz", r"can't run on images \(4, 3, 8, 8\)"),
