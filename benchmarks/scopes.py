@@ -72,7 +72,15 @@ def convnext_like() -> nn.Module:
     stem = (nn.Conv2d(1, 32, 3, padding=1), LayerNorm2d(32))
     down = (LayerNorm2d(32), nn.Conv2d(32, 64, 2, 2))
     return nn.Sequential(
-        *stem, Block(32), *down, Block(64), Block(64), LayerNorm2d(64), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)
+        *stem,
+        Block(32),
+        *down,
+        Block(64),
+        Block(64),
+        LayerNorm2d(64),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, 10),
     )
 
 
@@ -146,7 +154,15 @@ def rows(results: list[dict[str, Any]]) -> list[list[str]]:
     ]
 
 
-HEAD = ["network", "target", "sites", "as copied", "corrected", "fp16 to fp32", "top-1: original / copied / corrected / fp16"]
+HEAD = [
+    "network",
+    "target",
+    "sites",
+    "as copied",
+    "corrected",
+    "fp16 to fp32",
+    "top-1: original / copied / corrected / fp16",
+]
 NETWORKS: dict[str, Callable[[], nn.Module]] = {"transformer encoder": Encoder, "ConvNeXt-like": convnext_like}
 
 
