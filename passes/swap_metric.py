@@ -46,7 +46,7 @@ class SwapMetric(Rewrite):
         unknown = [scope for scope in self.scopes if scope not in SCOPES]
         if unknown:
             raise NormRewriteError(
-                f"unknown scope {unknown[0]!r}.{nearest(unknown[0], SCOPES)} Known: {', '.join(SCOPES)}."
+                f"unknown scope {unknown[0]!r}.{nearest(unknown[0], SCOPES)} Known: {', '.join(SCOPES)}, all."
             )
 
     def wants(self, module: nn.Module) -> bool:

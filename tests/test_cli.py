@@ -217,6 +217,8 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "folder.pt").mkdir()
     (folder / "text.npz").write_text("not an archive")
     np.savez(folder / "few.npz", images=images()[:20])
+    np.savez(folder / "colour.npz", images=np.zeros((4, 3, 8, 8), np.float32))
+    np.savez(folder / "nan.npz", images=np.full((4, 1, 8, 8), np.nan, np.float32))
     _networks(folder, digits)
     _damaged(folder, digits)
     _hostile(folder)
@@ -381,6 +383,14 @@ BAD: dict[str, tuple[str, str]] = {
     ),
     "calibrate, no data": (f"calibrate digits.pt {DIGITS}", "--data"),
     "calibrate, missing data": (f"{CONVERT} {TO} --calibrate nosuch.npz", "nosuch.npz: can't be read as .npz"),
+    "advise, missing data": (f"inspect digits.pt {DIGITS} --advise nosuch.npz", "nosuch.npz: can't be read as .npz"),
+    "advise, no batch": (f"inspect digits.pt {DIGITS} --advise zoo.py:nothing", "held no batch"),
+    "advise, text": (f"inspect digits.pt {DIGITS} --advise zoo.py:strings", "gave a str; a batch is a tensor"),
+    "advise, channels": (f"inspect digits.pt {DIGITS} --advise colour.npz", r"can't run on images \(4, 3, 8, 8\)"),
+    "advise, not finite": (f"inspect digits.pt {DIGITS} --advise nan.npz", "1 batches were not finite"),
+    "advise, no norm": ("inspect no_norm.pt --advise digits.npz", "holds no batch norm"),
+    "advise, batch size": (f"inspect digits.pt {DIGITS} --advise digits.npz --batch-size 0", "0 is not in the range"),
+    "advise, mean": (f"inspect digits.pt {DIGITS} --advise digits.npz --mean a,b", "--mean 'a,b': write numbers"),
     "calibrate, no batch": (f"{CONVERT} {TO} --calibrate zoo.py:nothing", "held no batch"),
     "unknown option": (f"{CONVERT} {TO} --ouput x.pt", "--ouput"),
     "unknown command": ("covnert digits.pt", "covnert"),
@@ -701,6 +711,32 @@ def test_checkpoint_keeps_its_dtype(run: Command, folder: Path, dtype: torch.dty
     assert {value.dtype for name, value in twin.items() if name.endswith(("running_mean", "scale"))} == {wide}
     assert run(f"revert cast.l1{suffix} {DIGITS} -o back{suffix}").code == 0
     assert bits(as_saved(folder / f"back{suffix}")) == bits(cast)
+
+
+# --- inspect ----------------------------------------------------------------------------------------------------------
+
+
+def test_advice_stands_below_the_inspection(run: Command) -> None:
+    outcome = run(f"inspect digits.pt {DIGITS} --advise digits.npz --batch-size 100")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.startswith(run(f"inspect digits.pt {DIGITS}").out)
+    for said in (
+        "advice for training in batches of 100, from 500 inputs",
+        "noise: l1",
+        "convert --to l1",
+        "9 of 9 norms",
+    ):
+        assert said in outcome.out
+
+
+def test_advice_as_json(run: Command, folder: Path) -> None:
+    np.savez(folder / "zeros.npz", images=np.zeros((100, 1, 8, 8), np.float32))
+    for data in ("digits.npz", "zeros.npz", "few.npz"):  # dead channels have no kappa, few batches no noise
+        outcome = run(f"inspect digits.pt {DIGITS} --advise {data} --json")
+        assert (outcome.code, outcome.err) == (0, "")
+        assert len(outcome.json["sites"]) == len(outcome.json["advice"]["sites"]) == 9
+        assert outcome.json["advice"]["options"] == "--to l1"
+    assert "advice" not in run(f"inspect digits.pt {DIGITS} --json").json
 
 
 # --- calibrate --------------------------------------------------------------------------------------------------------
