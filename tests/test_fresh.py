@@ -49,8 +49,7 @@ def learn(model: nn.Module, rate: float, steps: int, shuffled: bool = False) -> 
         optimizer.step()
         schedule.step()
     with torch.no_grad():
-        accuracy = float((model.eval()(images[:TEST_IMAGES]).argmax(1) == labels[:TEST_IMAGES]).float().mean())
-    return accuracy
+        return float((model.eval()(images[:TEST_IMAGES]).argmax(1) == labels[:TEST_IMAGES]).float().mean())
 
 
 def fresh(form: str) -> nn.Module:
