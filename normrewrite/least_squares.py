@@ -167,7 +167,7 @@ def _remember(pair: _Pair) -> None:
     origin: Any = pair.site.module.origin
     for name in ("weight", "bias"):
         if f"{name}_converted" in origin._buffers:
-            origin.converted(name, getattr(pair.norm, name), getattr(origin, name))
+            origin.converted(name, getattr(pair.norm, name), getattr(origin, name, None))
 
 
 def by_channel(norm: Any, values: Tensor) -> Tensor:
