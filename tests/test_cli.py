@@ -929,7 +929,10 @@ def test_an_inexact_target_is_fitted_in_the_same_command(run: Command) -> None:
     result = run(f"{CONVERT} --to layer --calibrate digits.npz -o twin.pt --json").json
     fits = result["calibration"]["fits"]
     assert len(fits) == 9 and all(fit["explained"] > max(0.5, fit["copied"]) for fit in fits)
-    found = {name: run(f"verify digits.pt {name} {DIGITS} --data digits.npz --json").json for name in ("copied.pt", "twin.pt")}
+    found = {
+        name: run(f"verify digits.pt {name} {DIGITS} --data digits.npz --json").json
+        for name in ("copied.pt", "twin.pt")
+    }
     right = {name: outcome["outputs"][0]["top1"][1] for name, outcome in found.items()}
     assert right["twin.pt"] > 0.9 > right["copied.pt"]
     assert run(f"revert twin.pt {DIGITS} -o back.pt").code == 0
