@@ -17,6 +17,7 @@ from normrewrite import rules as rules_
 from normrewrite import sites
 from normrewrite.errors import NormRewriteError
 from normrewrite.exactness import Probe, difference, folded_difference, tolerance
+from normrewrite.neighbours import is_layer
 from normrewrite.norms import Gain
 from normrewrite.optimizers import inherited, parameters_of, rebind
 from normrewrite.passes import Rewrite
@@ -257,6 +258,8 @@ def _measured(site: Site, before: nn.Module | None, new: nn.Module, choice: Choi
     reason, gap = choice.rewrite.inexact(site), None
     if before is not None and site.before is not None:
         gap = folded_difference((site.before.module, site.module), (before, new))
+    elif not reason and is_layer(site.module):  # a layer that no norm stands behind
+        gap = folded_difference((site.module, nn.Identity()), (new, nn.Identity()))
     elif not reason:
         gap = difference(site.module, new, probe)
     origin = sites.origin_of(new)
