@@ -147,7 +147,7 @@ def _percent(value: float | None) -> str:
 
 
 def _bits(value: float) -> str:
-    return f"{value:+.1f} bits" if math.isfinite(value) else ""
+    return f"{value:+.1f} bits" if value < math.inf else ""
 
 
 def _to_calibrate(site: SiteAdvice) -> bool:

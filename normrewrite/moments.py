@@ -87,10 +87,10 @@ class Moments:
         mean = values.mean(dims)
         spread = {row: eager.measure(values, mean, row)[0] for row in (*(row for row, _ in rows), _L1, _L2)}
         scales = {str(row): _kept(row.gain(n, gain) * spread[row]) for row, gain in rows}
-        if not all(bool(scale.isfinite().all()) for scale in (*scales.values(), _kept(mean))):
+        high, low = values.amax(dims), values.amin(dims)
+        if not bool((mean + high - low).isfinite().all()):  # of x alone: squares may overflow where |d| does not
             self.skipped += 1
             return
-        high, low = values.amax(dims), values.amin(dims)
         self._add(n, *map(_kept, (mean, spread[_L1], spread[_L2], high, low)))
         for name, scale in scales.items():
             self.scales.setdefault(name, Scale()).add(scale)
@@ -146,7 +146,9 @@ def _median(values: Tensor) -> float:
 def headroom(values: Tensor) -> float:
     """Powers of two between 65504, where half precision ends, and the largest value; negative beyond."""
     largest = float(values.max())
-    return math.log2(FP16_MAX / largest) if largest > 0 else math.inf
+    if largest <= 0:
+        return math.inf
+    return math.log2(FP16_MAX) - math.log2(largest) if largest < math.inf else -math.inf
 
 
 def every_row(site: Site, n: int) -> Rows:

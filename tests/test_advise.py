@@ -99,6 +99,16 @@ def test_half_precision(spread: float, said: str) -> None:
     assert site.fp16_sums == pytest.approx(torch.tensor(65504 / (500 * spread)).log2().item(), abs=0.02)
 
 
+@pytest.mark.parametrize(
+    ("spread", "notes"),
+    [(1.0, []), (12.0, ["l1 fits"]), (200.0, ["too"]), (300.0, ["too", "one element"])],
+)
+def test_half_precision_is_explained_once(spread: float, notes: list[str]) -> None:
+    x = spread * (2.0 * torch.randint(0, 2, (1000, 4)) - 1)
+    lines = [line for line in str(nr.advise(norm1d().eval(), x, batch_size=500)).splitlines() if "- fp16" in line]
+    assert len(lines) == len(notes) and all(note in line for note, line in zip(notes, lines, strict=True))
+
+
 def test_dead_channels_are_counted() -> None:
     x = torch.randn(400, 4)
     x[:, 1] = 3.0

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import normrewrite as nr
-from normrewrite import cli
+from normrewrite import cli, targets
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 DIGITS = "--arch digits.py:digits_resnet"
@@ -351,6 +351,13 @@ BAD: dict[str, tuple[str, str]] = {
     "no target": (CONVERT, "--to"),
     "target": (f"{CONVERT} --to l3", "--to 'l3': there is no such target. Did you mean 'l[12]'.*Known: l1, linf"),
     "target, near": (f"{CONVERT} --to lnf", "Did you mean 'linf'"),
+    "target, misspelled": (f"{CONVERT} --to gruop", "no such target. Did you mean 'group'"),
+    "group, no count": (f"{CONVERT} --to group:x", "'x' is no count"),
+    "form, misspelled": (f"{CONVERT} --to bwn:strickt", "'strickt' is no form. Did you mean 'strict'"),
+    "argument": (f"{CONVERT} --to layer:3", "layer takes no argument"),
+    "scope": (f"{CONVERT} {TO} --scope lyer", "unknown scope 'lyer'. Did you mean 'layer'"),
+    "scope, of no metric": (f"{CONVERT} --to wn --scope layer", "--scope is for metrics"),
+    "scope, nothing there": (f"{CONVERT} {TO} --scope layer", "holds no norm of scope layer"),
     "target, empty": (f"{CONVERT} --to ''", "--to ''"),
     "topk:0": (f"{CONVERT} --to topk:0", "'0' is no count. Give a whole number"),
     "topk:x": (f"{CONVERT} --to topk:x", "'x' is no count"),
@@ -893,3 +900,49 @@ def test_interrupt(folder: Path, interrupted: subprocess.Popen[str]) -> None:
     out, err = interrupted.communicate(timeout=60)
     assert (interrupted.returncode, out, err.strip()) == (130, "", "interrupted")
     assert not list(folder.glob("digits.l1*")) and not list(folder.glob(".*"))
+
+
+# --- targets beside metrics -------------------------------------------------------------------------------------------
+
+
+def test_help_names_every_target(run: Command) -> None:
+    """Written out there, as the table would import torch."""
+    words = set(re.findall(r"[\w:]+", run("convert --help").out))
+    assert set(targets.TARGETS) <= {word.partition(":")[0] for word in words}
+
+
+@pytest.mark.parametrize("to", ["renorm", "frozen", "wn", "bwn", "wn:mean-bn", "none"])
+def test_exact_targets_there_and_back(run: Command, to: str) -> None:
+    assert run(f"{CONVERT} --to {to} -o twin.pt --expect 9").code == 0
+    assert run(f"verify digits.pt twin.pt {DIGITS} --data digits.npz").code == 0
+    if to == "none":
+        assert "no norm of normrewrite's" in run(f"revert twin.pt {DIGITS}").err
+        return
+    assert run(f"revert twin.pt {DIGITS} -o back.pt").code == 0
+    back, was = (torch.load(name, weights_only=True) for name in ("back.pt", "digits.pt"))
+    assert all(torch.equal(back["state_dict"][name], value) for name, value in was.items())
+
+
+def test_an_inexact_target_is_fitted_in_the_same_command(run: Command) -> None:
+    copied = run(f"{CONVERT} --to layer -o copied.pt")
+    assert copied.code == 0 and "9 sites can't be exact: --calibrate DATA" in copied.out
+    result = run(f"{CONVERT} --to layer --calibrate digits.npz -o twin.pt --json").json
+    fits = result["calibration"]["fits"]
+    assert len(fits) == 9 and all(fit["explained"] > max(0.5, fit["copied"]) for fit in fits)
+    found = {
+        name: run(f"verify digits.pt {name} {DIGITS} --data digits.npz --json").json
+        for name in ("copied.pt", "twin.pt")
+    }
+    right = {name: outcome["outputs"][0]["top1"][1] for name, outcome in found.items()}
+    assert right["twin.pt"] > 0.9 > right["copied.pt"]
+    assert run(f"revert twin.pt {DIGITS} -o back.pt").code == 0
+    assert run(f"verify digits.pt back.pt {DIGITS} --data digits.npz").code == 0
+
+
+def test_fresh_weight_norms_are_initialised_by_data(run: Command, folder: Path) -> None:
+    network = _import(folder / "digits.py", "fresh_digits").digits_resnet()
+    torch.save(network.state_dict(), folder / "fresh.pt")
+    result = run(f"convert fresh.pt {DIGITS} --to wn --calibrate digits.npz --json")
+    assert result.code == 0 and len(result.json["calibration"]["initialised"]) == 9
+    trained = run(f"{CONVERT} --to wn --calibrate digits.npz")
+    assert trained.code == 0 and "there is nothing to calibrate" in trained.out

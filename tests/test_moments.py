@@ -135,6 +135,14 @@ def test_calls_that_are_not_finite_are_counted() -> None:
     assert (readings.inputs, readings.skipped_batches) == (30, 1)
 
 
+def test_squares_beyond_fp32_do_not_hide_the_rest() -> None:
+    norm, x = nn.BatchNorm1d(3).eval(), 1e20 * torch.randn(400, 3)
+    moments = _read(norm, x, 50).by_site[""]
+    assert moments.skipped == 0 and headroom(moments.squares) == -math.inf < headroom(moments.sums) < -50
+    assert "nan" not in str(nr.advise(norm, x, batch_size=50))
+    assert nr.calibrate(nr.convert(norm), x, batch_size=50)[1].sites[0].headroom_squares == -math.inf
+
+
 def test_nothing_is_left_on_the_model(small: Callable[[], nn.Module]) -> None:
     model = small().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
