@@ -6,11 +6,13 @@
 
 from normrewrite import nn, norms, passes
 from normrewrite._version import __version__
+from normrewrite.bake import bake, bake_
 from normrewrite.calibrate import calibrate, calibrate_
 from normrewrite.convert import Plan, convert, convert_, plan
 from normrewrite.errors import NormRewriteError
 from normrewrite.export import export
 from normrewrite.files import load, save
+from normrewrite.initialise import initialise_
 from normrewrite.report import Report
 from normrewrite.revert import revert, revert_
 from normrewrite.verify import verify
@@ -20,11 +22,14 @@ __all__ = [
     "Plan",
     "Report",
     "__version__",
+    "bake",
+    "bake_",
     "calibrate",
     "calibrate_",
     "convert",
     "convert_",
     "export",
+    "initialise_",
     "load",
     "nn",
     "norms",

@@ -10,7 +10,6 @@ that of the training to come; scales are averaged over the calls, and batches th
 
 import copy
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -22,11 +21,14 @@ from normrewrite import sites
 from normrewrite.data import Batch, Data, argument_names, as_data
 from normrewrite.errors import NormRewriteError
 from normrewrite.exactness import Probe, in_eval, tolerance
+from normrewrite.least_squares import Fit, fit_, fittable
 from normrewrite.lower import eager
+from normrewrite.lower.families import wide
 from normrewrite.nn.batch import BatchNorm, FrozenBatchNorm
 from normrewrite.nn.origin import Origin
 from normrewrite.norms import metric
 from normrewrite.report import table
+from normrewrite.revert import reverted
 from normrewrite.sites import Site
 from normrewrite.tolerances import worst
 from normrewrite.verify import runner
@@ -47,7 +49,7 @@ class Reading:
     dead: Any = None
 
     def add(self, norm: BatchNorm, x: Tensor) -> None:
-        values = eager.wide(x.detach())
+        values = wide(x.detach())
         n = values.numel() // values.shape[1]
         row = metric(norm.metric)
         mean = values.mean([0, *range(2, values.dim())])
@@ -89,6 +91,7 @@ class Calibration:
     """Every site of a calibration, and what of the data was left out."""
 
     sites: list[SiteCalibration]
+    fits: list[Fit] = field(default_factory=list)
     inputs: int = 0
     skipped_batches: int = 0
     notes: list[str] = field(default_factory=list)
@@ -97,6 +100,21 @@ class Calibration:
         return asdict(self)
 
     def __str__(self) -> str:
+        return "\n".join(part for part in (self._fitted(), self._matched(), *self.notes) if part)
+
+    def _fitted(self) -> str:
+        if not self.fits:
+            return ""
+        rows = [
+            (fit.name, str(fit.channels or ""), f"{100 * fit.copied:.1f} %", f"{100 * fit.explained:.1f} %", fit.note)
+            for fit in self.fits
+        ]
+        head = ("site", "channels", "explained as copied", "explained", "note")
+        return f"{len(self.fits)} sites fitted to the original on {self.inputs} inputs\n{table(head, rows)}"
+
+    def _matched(self) -> str:
+        if not self.sites:
+            return ""
         head = (
             "site",
             "kappa",
@@ -110,7 +128,7 @@ class Calibration:
         lines = [f"{sum(site.ratio is not None for site in self.sites)} sites calibrated on {self.inputs} inputs"]
         if self.skipped_batches:
             lines[0] += f"; {self.skipped_batches} batches left out, as they were not finite"
-        return "\n".join([*lines, table(head, [_row(site) for site in self.sites]), *self.notes])
+        return "\n".join([*lines, table(head, [_row(site) for site in self.sites])])
 
 
 def _row(site: SiteCalibration) -> tuple[str, ...]:
@@ -134,15 +152,18 @@ def calibrate(
     data: Tensor | Data | Iterable[Any],
     *,
     batch_size: int = 250,
-    each: Callable[[int], object] = lambda done: None,
+    original: nn.Module | None = None,
+    each: Callable[..., object] = lambda done, **_: None,
 ) -> tuple[nn.Module, Calibration]:
     """A copy of `twin` whose norms read 1 where the original's did; `calibrate_` does it in place.
 
+    Norms that can't be exact (group, layer, ...) are fitted to what the original computes (normrewrite.least_squares); it is
+    had back from the twin, or given as `original` where the twin was trained since.
     data: (N, ...) inputs, Data, or an iterable of batches (a tensor, (tensor, labels) or a dict each), no labels needed.
     batch_size: that of the training to come; a smaller last batch is left out. each: called with the inputs done.
     Raises NormRewriteError where no site can be calibrated or the data doesn't fit the model.
     """
-    return calibrate_(copy.deepcopy(twin), data, batch_size=batch_size, each=each)
+    return calibrate_(copy.deepcopy(twin), data, batch_size=batch_size, original=original, each=each)
 
 
 def calibrate_(
@@ -150,31 +171,41 @@ def calibrate_(
     data: Tensor | Data | Iterable[Any],
     *,
     batch_size: int = 250,
-    each: Callable[[int], object] = lambda done: None,
+    original: nn.Module | None = None,
+    each: Callable[..., object] = lambda done, **_: None,
 ) -> tuple[nn.Module, Calibration]:
     """`calibrate` in place: parameters stay the same objects."""
+    examples = as_data(data, argument_names(twin))
+    fits = fit_(twin, original or _original(twin), examples, batch_size=batch_size, each=each) if fittable(twin) else []
     found = [site for site in sites.find(twin) if isinstance(site.module, BatchNorm)]
+    if not found and fits:
+        return twin, Calibration([], fits, sum(len(batch) for batch in examples.batches(batch_size)))
     if not found:
         raise NormRewriteError(f"{type(twin).__name__} holds no norm of normrewrite's. Convert it first.")
-    shared = _shared_weights(twin)
+    shared = sites.shared_parameters(twin)
     usable = [site for site in found if _why_not(site, shared) is None]
     if not usable:
         raise NormRewriteError(f"no site can be calibrated. {found[0].label}: {_why_not(found[0], shared)}.")
     readings = {site.name: Reading() for site in usable}
-    inputs, skipped = _run(twin, usable, readings, as_data(data, argument_names(twin)), batch_size, each)
+    inputs, skipped = _run(twin, usable, readings, examples, batch_size, each)
     if not inputs:
         raise NormRewriteError(
             f"nothing to calibrate on: {skipped} batches were not finite." if skipped else "the data held no batch."
         )
     probe = Probe()
     rows = [_apply(site, readings.get(site.name), probe, _why_not(site, shared)) for site in found]
-    return twin, Calibration(rows, inputs, skipped)
+    return twin, Calibration(rows, fits, inputs, skipped)
 
 
-def _shared_weights(model: nn.Module) -> set[int]:
-    """The parameters (by id) that more than one module holds: a factor for one would change the others."""
-    holders = Counter(id(parameter) for module in model.modules() for parameter in set(module._parameters.values()))
-    return {parameter for parameter, count in holders.items() if count > 1}
+def _original(twin: nn.Module) -> nn.Module:
+    """What the twin was made from, out of the twin itself."""
+    original, _, trained = reverted(copy.deepcopy(twin))
+    if trained:
+        raise NormRewriteError(
+            f"{trained[0]}: was trained since the rewrite, so the network it is to be fitted to is not in it any more. "
+            "Give that one as `original`."
+        )
+    return original
 
 
 def _why_not(site: Site, shared: set[int]) -> str | None:
@@ -194,7 +225,7 @@ def _run(
     readings: dict[str, Reading],
     data: Data,
     batch_size: int,
-    each: Callable[[int], object],
+    each: Callable[..., object],
 ) -> tuple[int, int]:
     """Read every site on every batch, in eval. Returns the inputs used and the batches left out."""
     hooks = [

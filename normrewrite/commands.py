@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from normrewrite import files
 from normrewrite.calibrate import Calibration
 from normrewrite.calibrate import calibrate_ as calibrate_model
-from normrewrite.convert import Plan, pass_for
+from normrewrite.convert import Plan
 from normrewrite.convert import plan as plan_model
 from normrewrite.data import Batch, Data, argument_names, open_data
 from normrewrite.data import example as example_input
@@ -20,10 +20,11 @@ from normrewrite.export import OPSET, Exported, fold
 from normrewrite.export import export as export_model
 from normrewrite.inspect import Inspection
 from normrewrite.inspect import inspect as inspect_model
-from normrewrite.norms import Gain, metric
+from normrewrite.norms import Gain
 from normrewrite.report import Report
 from normrewrite.revert import reverted
 from normrewrite.rules import Rules
+from normrewrite.targets import rewrite
 from normrewrite.verify import Comparison
 from normrewrite.verify import verify as verify_networks
 
@@ -133,7 +134,7 @@ def convert(
 
     calibrate: data to match training on, as `calibrate` does.
     """
-    pass_for(to, gain)  # a wrong target is told before a large file is read
+    rewrite(to, gain)  # a wrong target is told before a large file is read
     output = output or derived(source.path, f"{slug(to)}.folded" if folded else slug(to))
     if not dry_run:
         files.check_writable(output, force)
@@ -192,7 +193,7 @@ def derived(path: Path, word: str) -> Path:
 
 def slug(target: str) -> str:
     """A target as it stands in file names: `topk:1%` -> `topk-1pct`."""
-    return str(metric(target)).replace(":", "-").replace("%", "pct")
+    return rewrite(target).target.replace(":", "-").replace("%", "pct")
 
 
 @dataclass

@@ -9,22 +9,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
 from normrewrite import rules as rules_
 from normrewrite import sites
-from normrewrite.errors import NormRewriteError
-from normrewrite.exactness import Probe, difference, tolerance
-from normrewrite.nn.batch import BatchNorm
-from normrewrite.norms import Gain, metric
-from normrewrite.optimizers import rebind
-from normrewrite.passes import RestoreNative, Rewrite, SwapMetric
+from normrewrite.errors import NormRewriteError, nearest
+from normrewrite.exactness import Probe, difference, folded_difference, tolerance
+from normrewrite.norms import Gain
+from normrewrite.optimizers import inherited, parameters_of, rebind
+from normrewrite.passes import Rewrite
+from normrewrite.passes.change_scope import SCOPES
 from normrewrite.passes.lift_functional import candidates, lift_, lifted
 from normrewrite.report import Report, SiteResult, table
 from normrewrite.rules import KEEP, Rules
 from normrewrite.sites import Site
+from normrewrite.targets import rewrite
 
 Names = str | Sequence[str]
 
@@ -38,6 +39,11 @@ class Choice:
     rewrite: Rewrite | None
     reason: str | None
 
+    @property
+    def note(self) -> str:
+        """What is to be said of a site that will be rewritten: where it is folded, why eval can't stay the same."""
+        return "" if self.rewrite is None else self.rewrite.note(self.site)
+
 
 @dataclass
 class Plan:
@@ -46,6 +52,7 @@ class Plan:
     model: nn.Module
     choices: list[Choice]
     lifts: list[str] = field(default_factory=list)  # modules whose own forward calls F.batch_norm, and will be traced
+    passes: list[Rewrite] = field(default_factory=list)
 
     @property
     def rewritten(self) -> list[Choice]:
@@ -56,9 +63,11 @@ class Plan:
         return [choice for choice in self.choices if choice.rewrite is None]
 
     def __str__(self) -> str:
-        rows = [(c.site.label, c.site.kind, str(c.site.channels or ""), c.target, c.reason or "") for c in self.choices]
+        rows = [
+            (c.site.label, c.site.kind, str(c.site.channels or ""), c.target, c.reason or c.note) for c in self.choices
+        ]
         head = f"{len(self.rewritten)} of {len(self.choices)} sites to be rewritten"
-        return f"{head}\n{table(('site', 'was', 'channels', 'becomes', 'left because'), rows)}"
+        return f"{head}\n{table(('site', 'was', 'channels', 'becomes', 'note'), rows)}"
 
     def apply(self, optimizers: Iterable[Optimizer] = ()) -> tuple[nn.Module, Report]:
         """A rewritten copy of the model, and the report. The model itself is not touched.
@@ -67,37 +76,52 @@ class Plan:
         """
         self.require()
         copies: dict[int, Any] = {}
-        twin, report = self._carry_out(copy.deepcopy(self.model, copies))
+        twin, report, heirs = self._carry_out(copy.deepcopy(self.model, copies))
         if report.ok:  # else the copy is not for use
-            rebind(optimizers, {id(parameter): copies[id(parameter)] for parameter in self.model.parameters()})
+            copied = {id(parameter): [copies[id(parameter)]] for parameter in self.model.parameters()}
+            born = {key: heirs.get(id(new), [new]) for key, [new] in copied.items()}
+            rebind(optimizers, born)
         return twin, report
 
-    def apply_(self) -> tuple[nn.Module, Report]:
+    def apply_(self, optimizers: Iterable[Optimizer] = ()) -> tuple[nn.Module, Report]:
         """Rewrite the model in place; returns it (a new root where the root itself was a norm) and the report.
 
-        Parameters stay the same objects, so that optimisers need nothing.
+        Parameters stay the same objects where the target has them, so that optimisers need nothing; where it brings
+        parameters of its own (weight norms, affines), the optimizers that are given step those from now on.
         """
         self.require()
-        return self._carry_out(self.model)
+        model, report, heirs = self._carry_out(self.model)
+        rebind(optimizers, {id(parameter): [parameter] for parameter in model.parameters()} | heirs)
+        return model, report
 
-    def _carry_out(self, model: nn.Module) -> tuple[nn.Module, Report]:
+    def _carry_out(self, model: nn.Module) -> tuple[nn.Module, Report, dict[int, list[nn.Parameter]]]:
         model = lift_(model, self.lifts) if self.lifts else model
-        found, probe, results = {site.name: site for site in sites.find(model)}, Probe(), []
+        found = {
+            (id(rewrite), site.name): site
+            for rewrite in self.passes
+            for site in rewrite.look(model, sites.find(model, rewrite.wants))
+        }
+        probe, results = Probe(), []
+        heirs: dict[int, list[nn.Parameter]] = {}
         for choice in self.choices:
-            site = found.get(choice.site.name)
+            site = found.get((id(choice.rewrite), choice.site.name))
             if choice.rewrite is None or site is None:
                 results.append(SiteResult.kept(choice.site, choice.reason or "the traced forward does not use it"))
                 continue
-            model, [(_, new)] = choice.rewrite.apply(model, [site])
-            results.append(_measured(site, new, choice.target, probe))
-        return model, Report(results)
+            model, [(_, before, new)] = choice.rewrite.apply(model, [site])
+            results.append(_measured(site, before, new, choice, probe))
+            heirs |= inherited(parameters_of(site.before, site), parameters_of(before, new))
+        return model, Report(results), heirs
 
     def require(self, expect: int | None = None) -> None:
         """Raises where no site, or not `expect` sites, would be rewritten; the message carries the reasons."""
         reasons = sorted({f"{c.site.label}: {c.reason}" for c in self.kept})
         because = f" Left: {'; '.join(reasons[:5])}{' ...' if len(reasons) > 5 else ''}." if reasons else ""
         if not self.choices:
-            raise NormRewriteError(f"{type(self.model).__name__} holds no batch norm, so there is nothing to rewrite.")
+            raise NormRewriteError(
+                f"{type(self.model).__name__} holds no batch norm, so there is nothing to rewrite. "
+                "Norms of other scopes are rewritten with --scope."
+            )
         if not self.rewritten:
             raise NormRewriteError(f"none of {len(self.choices)} sites can be rewritten.{because}")
         if expect is not None and len(self.rewritten) != expect:
@@ -112,10 +136,14 @@ def plan(
     include: Names = (),
     exclude: Names = (),
     gain: Gain = "exact",
+    scope: Names = "batch",
+    example_inputs: Sequence[Tensor] | None = None,
 ) -> Plan:
-    """Decide for every batch norm of `model` what it becomes; touches nothing.
+    """Decide for every norm of `model` what it becomes; touches nothing.
 
-    to: `l1`, `linf`, `topk:K`, `topk:P%`, `range`, or `l2` for torch's own norms back from ours.
+    to: a target of normrewrite.targets: `l1`, `topk:1%`, `group:4`, `wn`, ..., or `l2` for torch's own norms back from ours.
+    scope: for metrics, which norms are meant: `batch`, `layer`, `group`, `instance`, `rms`, several of them, or `all`.
+    example_inputs: forward's arguments; only targets that fold norms into linear layers ask for them.
     rules: PATTERN -> target (None or `keep` leaves a site), first match wins, before `to`.
     include, exclude: globs or `re:` patterns of dotted names; each must match a site.
     Raises NormRewriteError for an unknown target or pattern, or a model wrapped for data-parallel training.
@@ -124,27 +152,49 @@ def plan(
         raise NormRewriteError(
             f"the model is wrapped in {type(model).__name__}. Convert model.module, then wrap the result again."
         )
-    found, lifts, refused = _find(model)
-    include, exclude, pairs = _as_list(include), _as_list(exclude), rules_.as_rules(rules)
+    scopes = as_scopes(scope)
+    pairs = rules_.as_rules(rules)
+    asked = dict.fromkeys([to, *(target for _, target in pairs if target != KEEP)])
+    passes = {target: rewrite(target, gain, scopes, example_inputs) for target in asked}
+    found, lifts, refused = _find(model, list(passes.values()))
+    include, exclude = _as_list(include), _as_list(exclude)
     if found:
         for option, patterns in (("--include", include), ("--exclude", exclude), ("--rule", [p for p, _ in pairs])):
             rules_.must_match(patterns, found, option)
-    passes = {target: pass_for(target, gain) for target in {to, *(t for _, t in pairs)} if target != KEEP}
+    seen = {}
+    for name, each in passes.items():
+        own = [site for site in found if each.wants(site.module)]
+        seen[name] = {site.name: site for site in each.look(model, own)}
     choices = [Choice(site, KEEP, None, reason) for site, reason in refused]
     for site in found:
         target = next((t for pattern, t in pairs if rules_.matches(pattern, site)), to)
-        choices.append(_choose(site, target, include, exclude, passes))
+        known = site if target == KEEP else seen[target].get(site.name)
+        if known is not None:
+            choices.append(_choose(known, target, include, exclude, passes))
     wanted = [name for name in lifts if any(_within(c.site.name, name) for c in choices if c.rewrite is not None)]
-    return Plan(model, choices, wanted)
+    return Plan(model, choices, wanted, list(passes.values()))
+
+
+def as_scopes(scope: Names) -> tuple[str, ...]:
+    """`all`, a name, several with commas, or a sequence of names."""
+    names = tuple(scope.split(",") if isinstance(scope, str) else scope)
+    known = ("batch", *SCOPES)
+    for name in names:
+        if name not in (*known, "all"):
+            raise NormRewriteError(
+                f"--scope {name!r}: there is no such scope.{nearest(name, known)} Known: {', '.join(known)}, all."
+            )
+    return known if "all" in names else names
 
 
 def _within(name: str, module: str) -> bool:
     return not module or name.startswith(f"{module}.")
 
 
-def _find(model: nn.Module) -> tuple[list[Site], list[str], list[tuple[Site, str]]]:
+def _find(model: nn.Module, passes: list[Rewrite]) -> tuple[list[Site], list[str], list[tuple[Site, str]]]:
     """Sites that are modules, or will be once their F.batch_norm is lifted; the modules to lift; and those that can't be."""
-    found, lifts, refused = sites.find(model), [], []
+    found = sites.find(model, lambda module: any(rewrite.wants(module) for rewrite in passes))
+    lifts, refused = [], []
     for candidate in candidates(model):
         new = lifted(copy.deepcopy(candidate.module))  # a trace runs the module's own code
         found = [site for site in found if site.module is not candidate.module]
@@ -176,17 +226,9 @@ def _choose(site: Site, target: str, include: list[str], exclude: list[str], pas
     return Choice(site, KEEP, None, refusal) if refusal else Choice(site, target, passes[target], None)
 
 
-def pass_for(target: str, gain: Gain = "exact") -> Rewrite:
-    """The pass that makes a target. Raises with the nearest name where there is none."""
-    try:
-        row = metric(target)
-    except NormRewriteError as error:
-        raise NormRewriteError(f"--to {error}") from error
-    return RestoreNative() if row.native else SwapMetric(str(row), gain)
-
-
 def convert(model: nn.Module, to: str = "l1", *, optimizers: Iterable[Optimizer] = (), **options: object) -> nn.Module:
-    """A copy of `model` with its batch norms measured by `to`; in eval the same function. Options are those of `plan`.
+    """A copy of `model` with its norms rewritten to `to`; in eval the same function, unless the target can't be (group,
+    layer, instance, rms, bwn:strict; see `plan`). Options are those of `plan`.
 
     >>> twin = convert(model, to="topk:10", exclude="stem.*", optimizers=[optimizer])
 
@@ -197,9 +239,9 @@ def convert(model: nn.Module, to: str = "l1", *, optimizers: Iterable[Optimizer]
     return _checked(*plan(model, to, **options).apply(optimizers))  # type: ignore[arg-type]
 
 
-def convert_(model: nn.Module, to: str = "l1", **options: object) -> nn.Module:
+def convert_(model: nn.Module, to: str = "l1", *, optimizers: Iterable[Optimizer] = (), **options: object) -> nn.Module:
     """`convert` in place. Returns the model, or the new root where the model itself is a norm."""
-    return _checked(*plan(model, to, **options).apply_())  # type: ignore[arg-type]
+    return _checked(*plan(model, to, **options).apply_(optimizers))  # type: ignore[arg-type]
 
 
 def _checked(model: nn.Module, report: Report) -> nn.Module:
@@ -207,9 +249,15 @@ def _checked(model: nn.Module, report: Report) -> nn.Module:
     return model
 
 
-def _measured(site: Site, new: nn.Module, target: str, probe: Probe) -> SiteResult:
-    gap = difference(site.module, new, probe)
-    if isinstance(new, BatchNorm) and new.origin is not None:
-        new.origin.difference = gap
-    limit = tolerance(site.module)
-    return SiteResult(site.names, site.kind, site.channels, target, gap, limit, None)
+def _measured(site: Site, before: nn.Module | None, new: nn.Module, choice: Choice, probe: Probe) -> SiteResult:
+    assert choice.rewrite is not None
+    reason, gap = choice.rewrite.inexact(site), None
+    if before is not None and site.before is not None:
+        gap = folded_difference((site.before.module, site.module), (before, new))
+    elif not reason:
+        gap = difference(site.module, new, probe)
+    origin = sites.origin_of(new)
+    if origin is not None:
+        origin.difference = gap
+    limit = None if reason else tolerance(site.module)
+    return SiteResult(site.names, site.kind, site.channels, choice.target, gap, limit, None, choice.note)

@@ -1,5 +1,6 @@
 """How far a rewritten site is from the norm it was, in eval, on random input of its own width."""
 
+import copy
 from typing import Any
 
 import torch
@@ -53,6 +54,26 @@ def difference(old: Any, new: nn.Module, probe: Probe) -> float | None:
     if gap <= tolerance(old):
         return gap
     return worst(after, before, max(1.0, _offset(new if isinstance(new, BatchNorm) else old)))
+
+
+@torch.no_grad()
+def folded_difference(old: tuple[nn.Module, nn.Module], new: tuple[nn.Module, nn.Module]) -> float:
+    """The same for a layer and the norm behind it, one after the other, in float64: what the rewrite itself rounded away.
+
+    On Gaussian input of the layer's width, just large enough for its kernel.
+    """
+    x = _layer_input(old[0])
+    pairs = [[copy.deepcopy(module).cpu().double() for module in pair] for pair in (old, new)]
+    before, after = (in_eval(norm, in_eval(layer, x)) for layer, norm in pairs)
+    return worst(after, before)
+
+
+def _layer_input(layer: Any) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    if isinstance(layer, nn.Linear):
+        return torch.randn(4, layer.in_features, generator=generator, dtype=torch.float64)
+    sizes = [(size - 1) * dilation + 1 for size, dilation in zip(layer.kernel_size, layer.dilation, strict=True)]
+    return torch.randn(4, layer.in_channels, *sizes, generator=generator, dtype=torch.float64)
 
 
 def _offset(norm: Any) -> float:

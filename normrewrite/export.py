@@ -18,11 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from normrewrite import graph, sites
+from normrewrite.bake import bake_
 from normrewrite.data import Batch, argument_names
 from normrewrite.errors import NormRewriteError, first_line
 from normrewrite.files import check_writable, write_atomically
+from normrewrite.nn.weights import weight_norm_of
 from normrewrite.passes import FoldAffine
-from normrewrite.passes.fold_affine import Folded
+from normrewrite.passes.fold_affine import Outcome
 from normrewrite.verify import runner
 
 OPSET = 20
@@ -99,18 +101,20 @@ def _refuse_live(model: nn.Module) -> None:
         )
 
 
-def fold(model: nn.Module, example_inputs: Sequence[Tensor] | None = None) -> tuple[nn.Module, Folded, list[str]]:
+def fold(model: nn.Module, example_inputs: Sequence[Tensor] | None = None) -> tuple[nn.Module, Outcome, list[str]]:
     """A copy of the model in eval with its norms folded away, where each went, and notes on what could not be done.
 
     A model that torch.fx can't trace keeps an affine by channel in the place of each norm.
     """
     copied = copy.deepcopy(model).cpu().eval()
+    if any(weight_norm_of(module) is not None for module in copied.modules()):
+        bake_(copied)
     rewrite = FoldAffine(example_inputs)
     try:
-        return rewrite(graph.trace(copied)).graph_module, rewrite.folded, []
+        return rewrite(graph.trace(copied)).graph_module, rewrite.outcome, []
     except graph.Untraceable as error:
         whole, _ = rewrite.apply(copied)
-        return whole, rewrite.folded, [f"norms are not folded into their neighbours: {error}"]
+        return whole, rewrite.outcome, [f"norms are not folded into their neighbours: {error}"]
 
 
 def _to_onnx(model: nn.Module, inputs: tuple[Tensor, ...], names: list[str], opset: int, dynamic_batch: bool) -> Any:

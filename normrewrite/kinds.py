@@ -43,21 +43,23 @@ class Kind:
     tail: tuple[str, ...] = ()
 
 
+def unreadable(module: nn.Module) -> str | None:
+    """Why no norm's tensors can be taken over as they are, or None."""
+    if is_parametrized(module):
+        return "its parameters are parametrised; remove the parametrisation first"
+    tensors = [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
+    if any(is_lazy(tensor) for tensor in tensors):
+        return "is lazy and has no size yet; run the model on one batch first"
+    odd = [t.dtype for t in tensors if t.dtype.is_floating_point and t.dtype not in SAME_FUNCTION]
+    return f"keeps {odd[0]}, which no norm can compute in" if odd else None
+
+
 def recognise(module: nn.Module) -> Kind | str:
     """The kind of a batch norm that is not ours, or the reason why it is none."""
     name = type(module).__name__
-    if is_parametrized(module):
-        return "its parameters are parametrised; remove the parametrisation first"
-    if any(
-        is_lazy(tensor) for tensor in [*module._parameters.values(), *module._buffers.values()] if tensor is not None
-    ):
-        return "is lazy and has no size yet; run the model on one batch first"
-    dtypes = {
-        tensor.dtype for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None
-    }
-    odd = [dtype for dtype in dtypes if dtype.is_floating_point and dtype not in SAME_FUNCTION]
-    if odd:
-        return f"keeps {odd[0]}, which batch norm can't compute in"
+    refusal = unreadable(module)
+    if refusal is not None:
+        return refusal
     if isinstance(module, _BatchNorm) and type(module).forward in _PLAIN_FORWARDS and "forward" not in vars(module):
         return Kind(_BY_RANK_CHECK.get(type(module)._check_input_dim, BatchNorm), module.eps)
     if module._forward_hooks or module._forward_pre_hooks:
@@ -71,6 +73,18 @@ def recognise(module: nn.Module) -> Kind | str:
     if all(isinstance(value, _PLAIN) for value in parts.attributes(module).values()):
         _SEEN[alike] = kind
     return kind or f"{name} overrides forward, and does more than a batch norm followed by its own children"
+
+
+def native(module: nn.Module, *, tracked: bool = False, frozen: bool = True) -> Kind | str:
+    """`recognise`, for rewrites that start from a norm that is not ours: with running statistics, or not frozen, if so asked."""
+    if isinstance(module, BatchNorm):
+        return f"is {module.metric} already: revert it first"
+    kind = recognise(module)
+    if isinstance(kind, Kind) and kind.cls is FrozenBatchNorm and not frozen:
+        return "is frozen: training never measures it"
+    if isinstance(kind, Kind) and tracked and not isinstance(module.running_mean, Tensor):
+        return "has no running statistics"
+    return kind
 
 
 _PLAIN = (bool, int, float, str, tuple, type(None))

@@ -11,13 +11,16 @@ from torch import Tensor, nn
 
 from normrewrite import sites
 from normrewrite._version import __version__
-from normrewrite.convert import pass_for
 from normrewrite.errors import NormRewriteError
 from normrewrite.nn.batch import BatchNorm
-from normrewrite.nn.origin import Origin
-from normrewrite.norms import GAINS, metric
+from normrewrite.norms import GAINS, Gain
+from normrewrite.passes import Rewrite
+from normrewrite.passes.change_scope import SCOPES
 from normrewrite.passes.lift_functional import lift_
 from normrewrite.report import Report
+from normrewrite.sites import Site
+from normrewrite.targets import measures
+from normrewrite.targets import rewrite as make
 
 KEY = "normrewrite"
 FORMAT = 1
@@ -26,19 +29,20 @@ FORMAT = 1
 def describe(model: nn.Module, report: Report | None = None) -> dict[str, Any]:
     """The manifest of a twin, read off the twin itself; the report of the rewrite goes along where it is at hand."""
     record: dict[str, Any] = {KEY: __version__, "format": FORMAT, "torch": str(torch.__version__), "sites": []}
-    for site in sites.find(model):
-        norm = site.module
-        if isinstance(norm, BatchNorm) and norm.origin is not None:
-            record["sites"].append(
-                {
-                    "names": list(site.names),
-                    "was": norm.origin.kind.__name__,
-                    "to": norm.metric,
-                    "gain": norm.gain,
-                    "difference": norm.origin.difference,
-                    "calibrated": hasattr(norm.origin, "weight"),
-                }
-            )
+    for site in sites.find(model, sites.is_rewritten):
+        origin = sites.origin_of(site.module)
+        if origin is None or not origin.target:  # a layer that took a norm in: that norm's place tells
+            continue
+        record["sites"].append(
+            {
+                "names": list(site.names),
+                "was": origin.kind.__name__,
+                "to": origin.target,
+                "gain": origin.gain,
+                "difference": origin.difference,
+                "calibrated": hasattr(origin, "weight"),
+            }
+        )
     if report is not None:
         record["report"] = report.as_dict()
     return record
@@ -66,29 +70,40 @@ def _check_site(entry: object, where: str) -> None:
     if entry.get("gain") not in GAINS or not isinstance(entry.get("to"), str):
         raise NormRewriteError(f"{where}: site {entry['names'][0]!r} of its manifest has no valid target or gain.")
     try:
-        metric(entry["to"])
+        make(entry["to"], entry["gain"])
     except NormRewriteError as error:
         raise NormRewriteError(f"{where}: site {entry['names'][0]!r} of its manifest: {error}") from error
 
 
 def replay(model: nn.Module, record: dict[str, Any], where: str) -> nn.Module:
     """Rewrite `model` in place as the record says, without measuring anything; returns it, or its new root."""
-    here = {name for site in sites.find(model) for name in site.names}
+    here = {name for name, _, _ in sites.registrations(model)}
     if any(entry["names"][0] not in here for entry in record["sites"]):
         model = lift_(model)
+    known: dict[tuple[str, Gain], tuple[Rewrite, dict[str, Site]]] = {}
+    done: set[str] = set()
     for entry in record["sites"]:
-        found = {name: site for site in sites.find(model) for name in site.names}
+        key = entry["to"], entry["gain"]
+        if key not in known:
+            known[key] = _pass_and_sites(model, *key)
+        rewrite, found = known[key]
         site = found.get(entry["names"][0])
         if site is None:
             raise NormRewriteError(
                 f"{where}: its manifest rewrites {entry['names'][0]!r}, and the architecture has no norm of that name. "
                 "Is --arch the one that the file was converted with?"
             )
-        rewrite = pass_for(entry["to"], entry["gain"])
-        refusal = rewrite.why_not(site)
+        refusal = "it is rewritten already" if site.name in done else rewrite.why_not(site)
+        done.add(site.name)
         if refusal:
             raise NormRewriteError(f"{where}: {site.label} can't be rewritten as its manifest says: {refusal}")
-        model, [(_, norm)] = rewrite.apply(model, [site])
-        if entry.get("calibrated") and isinstance(norm.weight, Tensor) and isinstance(norm.origin, Origin):
-            norm.origin.converted("weight", norm.weight, norm.weight)  # room for what the file holds
+        model, [(_, _, norm)] = rewrite.apply(model, [site])
+        if entry.get("calibrated") and isinstance(norm, BatchNorm) and isinstance(norm.weight, Tensor):
+            norm.origin.converted("weight", norm.weight, norm.weight)  # type: ignore[union-attr]  # room for what the file holds
     return model
+
+
+def _pass_and_sites(model: nn.Module, to: str, gain: Gain) -> tuple[Rewrite, dict[str, Site]]:
+    rewrite = make(to, gain, ("batch", *SCOPES) if measures(to) else ("batch",))
+    found = rewrite.look(model, sites.find(model, rewrite.wants))
+    return rewrite, {name: site for site in found for name in site.names}

@@ -1,20 +1,37 @@
 """Optimisers follow a model to its copy, with all that they remember."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
+from torch import nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from normrewrite.errors import NormRewriteError
+from normrewrite.sites import Site
 
 
-def rebind(optimizers: Iterable[Optimizer], new: Mapping[int, Parameter]) -> None:
-    """Let each optimiser step the parameter that took the place of its own: `new` by the id of the old one.
+def parameters_of(*modules: nn.Module | Site | None) -> list[Parameter]:
+    """The parameters of the modules in order; without those of a norm's origin, which has none."""
+    found = [module.module if isinstance(module, Site) else module for module in modules]
+    return [parameter for module in found if module is not None for parameter in module.parameters()]
 
-    >>> rebind([optimizer], {id(old): copied})
 
-    State (momentum, step counts) moves along; parameters of other models stay. Raises NormRewriteError, with nothing
-    changed, where an optimiser holds none of the model's parameters: it would go on stepping a model that is not trained.
+def inherited(old: list[Parameter], new: list[Parameter]) -> dict[int, list[Parameter]]:
+    """What takes the place of each parameter that a rewrite took away: the first of them leaves all new ones."""
+    before, after = {id(parameter) for parameter in old}, {id(parameter) for parameter in new}
+    gone = [parameter for parameter in old if id(parameter) not in after]
+    born = [parameter for parameter in new if id(parameter) not in before]
+    return {id(parameter): born if i == 0 else [] for i, parameter in enumerate(gone)}
+
+
+def rebind(optimizers: Iterable[Optimizer], new: Mapping[int, Sequence[Parameter]]) -> None:
+    """Let each optimiser step what took the place of its own parameters: `new` by the id of the old one.
+
+    >>> rebind([optimizer], {id(old): [copied]})
+
+    State (momentum, step counts) moves along where there is one heir of the same shape; parameters of other models stay.
+    Raises NormRewriteError, with nothing changed, where an optimiser holds none of the model's parameters: it would go on
+    stepping a model that is not trained.
     """
     optimizers = list(optimizers)
     for optimizer in optimizers:
@@ -24,7 +41,9 @@ def rebind(optimizers: Iterable[Optimizer], new: Mapping[int, Parameter]) -> Non
             )
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["params"] = [new.get(id(parameter), parameter) for parameter in group["params"]]
-        for parameter in list(optimizer.state):
-            if id(parameter) in new:
-                optimizer.state[new[id(parameter)]] = optimizer.state.pop(parameter)
+            group["params"] = [heir for old in group["params"] for heir in new.get(id(old), [old])]
+        for old in list(optimizer.state):
+            heirs = new.get(id(old), [old])
+            state = optimizer.state.pop(old)
+            if len(heirs) == 1 and heirs[0].shape == old.shape:
+                optimizer.state[heirs[0]] = state

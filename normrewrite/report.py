@@ -19,6 +19,7 @@ class SiteResult:
     difference: float | None
     tolerance: float | None
     reason: str | None
+    note: str = ""
 
     @classmethod
     def kept(cls, site: Site, reason: str) -> "SiteResult":
@@ -54,7 +55,12 @@ class Report:
     @property
     def live(self) -> list[SiteResult]:
         """Rewritten sites without running statistics: eval computes live ones, so there is no function to keep."""
-        return [site for site in self.rewritten if site.difference is None]
+        return [site for site in self.rewritten if site.difference is None and site.tolerance is not None]
+
+    @property
+    def inexact(self) -> list[SiteResult]:
+        """Rewritten sites whose target can't be the same function in eval."""
+        return [site for site in self.rewritten if site.tolerance is None]
 
     @property
     def max_difference(self) -> float:
@@ -90,7 +96,7 @@ class Report:
                 str(site.channels or ""),
                 site.target or "",
                 "" if site.difference is None else f"{site.difference:.1e}",
-                site.reason or ("live statistics" if site.difference is None else ""),
+                site.reason or site.note or ("live statistics" if site in self.live else ""),
             )
             for site in self.sites
         ]

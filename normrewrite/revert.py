@@ -28,10 +28,10 @@ def revert_(twin: nn.Module) -> nn.Module:
 
 def reverted(twin: nn.Module) -> tuple[nn.Module, list[str], list[str]]:
     """In place; also the names of the sites that came back, and of those that had been trained since."""
-    found = [site for site in sites.find(twin) if isinstance(site.module, BatchNorm)]
+    rewrite = RestoreNative()
+    found = sites.find(twin, lambda module: isinstance(module, BatchNorm) or sites.is_rewritten(module))
     if not found:
         raise NormRewriteError(f"{type(twin).__name__} holds no norm of normrewrite's, so there is nothing to revert.")
-    rewrite = RestoreNative()
     for site in found:
         refusal = rewrite.why_not(site)
         if refusal:

@@ -4,22 +4,33 @@
 ['bn1', 'layer1.0.bn1', 'layer1.0.bn2']
 """
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from normrewrite.nn.batch import BatchNorm
+from normrewrite.nn.origin import Origin
+from normrewrite.nn.rows import RowNorm
+from normrewrite.nn.weights import weight_norm_of
 
 
 @dataclass(frozen=True)
 class Site:
-    """One norm module, every name it goes by, and every place (parent, key) it is registered at; none for a root."""
+    """One norm module, every name it goes by, and every place (parent, key) it is registered at; none for a root.
+
+    before: the layer that feeds this norm alone, so that the norm can be folded into it; alone: why there is none. Both
+    are known only where a rewrite has looked (normrewrite.neighbours).
+    """
 
     names: tuple[str, ...]
     module: nn.Module
     homes: tuple[tuple[nn.Module, str], ...]
+    before: "Site | None" = None
+    alone: str = ""
 
     @property
     def name(self) -> str:
@@ -49,13 +60,41 @@ def is_norm(module: nn.Module) -> bool:
     )
 
 
-def find(model: nn.Module) -> list[Site]:
-    """All batch norms of the model in registration order; a module used at several places is one site."""
+def origin_of(module: nn.Module) -> Origin | None:
+    """What the module was before a rewrite, if it was one: of a weight norm, the layer itself."""
+    norm = weight_norm_of(module)
+    origin = module._modules.get("origin") if norm is None else norm.origin
+    return origin if isinstance(origin, Origin) else None
+
+
+def is_rewritten(module: nn.Module) -> bool:
+    """Whether the module stands for one that it can give back."""
+    return origin_of(module) is not None
+
+
+_ROW_NORMS = (RowNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _InstanceNorm)
+
+
+def is_row_norm(module: nn.Module) -> bool:
+    """A norm within a sample: torch's, ours, or what is called a norm and holds a weight by channel and little else.
+
+    A pass may refuse it by name.
+    """
+    if isinstance(module, _ROW_NORMS):
+        return True
+    tensors = {name: value for name, value in module._parameters.items() if value is not None}
+    held = [*module._modules.values(), *module._buffers.values()]
+    named = "norm" in type(module).__name__.lower() and tensors.keys() <= {"weight", "bias"} and "weight" in tensors
+    return named and not is_norm(module) and tensors["weight"].dim() == 1 and all(value is None for value in held)
+
+
+def find(model: nn.Module, wanted: Callable[[nn.Module], bool] = is_norm) -> list[Site]:
+    """All wanted modules, batch norms by default, in registration order; one used at several places is one site."""
     names: dict[int, list[str]] = {}
     homes: dict[int, list[tuple[nn.Module, str]]] = {}
     modules: dict[int, nn.Module] = {}
     for name, module, home in registrations(model):
-        if is_norm(module):
+        if wanted(module):
             modules[id(module)] = module
             names.setdefault(id(module), []).append(name)
             homes.setdefault(id(module), []).extend(home)
@@ -95,3 +134,9 @@ def carry_over(old: nn.Module, new: nn.Module) -> None:
         if "hooks" in name and hooks:
             getattr(new, name).update(hooks)
     new._is_full_backward_hook = old._is_full_backward_hook
+
+
+def shared_parameters(model: nn.Module) -> set[int]:
+    """The parameters (by id) that more than one module holds: to change one for a module would change the others."""
+    holders = Counter(id(parameter) for module in model.modules() for parameter in set(module._parameters.values()))
+    return {parameter for parameter, count in holders.items() if count > 1}

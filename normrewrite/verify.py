@@ -197,8 +197,7 @@ def runner(network: Network) -> Callable[[Batch], Outputs]:
 
 
 def _torch_runner(model: nn.Module) -> Callable[[Batch], Outputs]:
-    names = argument_names(model)
-    device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+    names, device = argument_names(model), device_of(model)
 
     def run(batch: Batch) -> Outputs:
         inputs = {name: values.to(device) for name, values in batch.inputs.items()}
@@ -213,6 +212,11 @@ def _torch_runner(model: nn.Module) -> Callable[[Batch], Outputs]:
             raise NormRewriteError(f"the model can't run on {shapes}: {first_line(error)}") from error
 
     return run
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model is: the device of its first tensor."""
+    return next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
 
 
 def _flat(outputs: object, name: str = "output") -> Outputs:

@@ -4,12 +4,27 @@
 """
 
 from normrewrite.passes.base import Rewrite
+from normrewrite.passes.change_scope import ChangeScope
 from normrewrite.passes.fold_affine import FoldAffine
+from normrewrite.passes.freeze import Freeze
 from normrewrite.passes.lift_functional import LiftFunctional
+from normrewrite.passes.normalise_weights import NormaliseWeights
+from normrewrite.passes.renormalise import Renormalise
 from normrewrite.passes.restore_native import RestoreNative
 from normrewrite.passes.swap_metric import SwapMetric
 
 # Calls get a module first, so that the others find it; folding comes last, as it takes norms away.
-PIPELINE = (LiftFunctional, RestoreNative, SwapMetric, FoldAffine)
+PIPELINE = (LiftFunctional, RestoreNative, SwapMetric, Renormalise, Freeze, ChangeScope, NormaliseWeights, FoldAffine)
 
-__all__ = ["PIPELINE", "FoldAffine", "LiftFunctional", "RestoreNative", "Rewrite", "SwapMetric"]
+__all__ = [
+    "PIPELINE",
+    "ChangeScope",
+    "FoldAffine",
+    "Freeze",
+    "LiftFunctional",
+    "NormaliseWeights",
+    "Renormalise",
+    "RestoreNative",
+    "Rewrite",
+    "SwapMetric",
+]

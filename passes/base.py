@@ -1,20 +1,23 @@
 """What every pass shares: one rule for one site, and the two drivers that carry it through a model.
 
-A pass states `why_not(site)` (a refusal, or None) and `rewrite(site)` (the new module; pure, sees one site). The tree
-driver `apply` walks any nn.Module. Called on a torch.fx.GraphModule a pass is a torch.fx pass: it rewrites the graph
-module in place, as torch.fx passes do, and returns PassResult. Modules that the graph module shares with the model it
-was traced from are never altered, only replaced.
+A pass states which modules it `wants`, `why_not(site)` (a refusal, or None) and `rewrite(site)` (the new module; pure, sees
+one site). One that folds a norm into the layer in front of it also has `look(model, sites)`, which tells each site's
+neighbour, and `rewrite_before(site)`. The tree driver `apply` walks any nn.Module. Called on a torch.fx.GraphModule a pass is
+a torch.fx pass: it rewrites the graph module in place, as torch.fx passes do, and returns PassResult. Modules that the
+graph module shares with the model it was traced from are never altered, only replaced.
 """
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
 from normrewrite import graph, sites
+from normrewrite.nn.stand_in import StandIn
+from normrewrite.norms import Gain
 from normrewrite.passes.lift_functional import LiftFunctional
 from normrewrite.sites import Site
 
@@ -22,27 +25,61 @@ from normrewrite.sites import Site
 class Rewrite(ABC):
     """One rewrite of a model, usable alone, in a Plan, or in torch.fx's PassManager."""
 
+    target = ""  # as people write it
+    gain: Gain = "exact"
+
+    def wants(self, module: nn.Module) -> bool:
+        """Whether the module is a site of this pass at all, refused or not."""
+        return sites.is_norm(module)
+
+    def look(self, model: nn.Module, found: Sequence[Site]) -> list[Site]:
+        """The sites with what has to be known of their surroundings."""
+        return list(found)
+
     @abstractmethod
     def why_not(self, site: Site) -> str | None:
         """The reason why this site must stay as it is, or None."""
+
+    def inexact(self, site: Site) -> str:
+        """Why eval can't stay the same function here; empty where it does."""
+        return ""
+
+    def note(self, site: Site) -> str:
+        """What people should know of this site's rewrite."""
+        reason = self.inexact(site)
+        return f"not exact: {reason}" if reason else ""
 
     @abstractmethod
     def rewrite(self, site: Site) -> nn.Module:
         """The module that takes the site's place. Alters nothing."""
 
+    def rewrite_before(self, site: Site) -> nn.Module | None:
+        """The module that takes the place of the layer before the site, if that changes too. Alters nothing."""
+        return None
+
     def apply(
         self, model: nn.Module, chosen: Iterable[Site] | None = None
-    ) -> tuple[nn.Module, list[tuple[Site, nn.Module]]]:
+    ) -> tuple[nn.Module, list[tuple[Site, nn.Module | None, nn.Module]]]:
         """Tree driver, in place: rewrite the chosen sites, which must not be refused (all such, by default).
 
-        Returns the model (a new root where the root itself was a norm) and each site with the module it got.
+        Returns the model (a new root where the root itself was a norm) and each site with the layer before it, if that
+        changed too, and the module it got.
         """
         if chosen is None:
-            chosen = [site for site in sites.find(model) if self.why_not(site) is None]
+            found = self.look(model, sites.find(model, self.wants))
+            chosen = [site for site in found if self.why_not(site) is None]
         done = []
         for site in chosen:
-            new = sites.replace(site, self.rewrite(site))
-            done.append((site, new))
+            before, new = self.rewrite_before(site), self.rewrite(site)
+            if before is not None and site.before is not None:
+                sites.replace(site.before, before)
+            sites.replace(site, new)
+            if isinstance(new, StandIn) and before is not None:
+                new.layer = (before,)
+            origin = sites.origin_of(new)
+            if origin is not None:
+                origin.target, origin.gain, origin.inexact = self.target, self.gain, self.inexact(site)
+            done.append((site, before, new))
             if site.module is model:
                 model = new
         return model, done

@@ -10,12 +10,14 @@ Convolutions, transposed convolutions (in front of a norm) and linear layers, of
 it is used elsewhere too, is parametrised, has hooks, or overrides forward. A linear layer is folded only where the rank
 of its output is known (`example_inputs`): with three dimensions torch's BatchNorm1d normalises another axis.
 Statistics are fixed at their running values whatever the training flag: this is a pass for deployment.
+
+On a GraphModule the norm's call disappears. The tree driver keeps the model's own class: an identity stands in the norm's
+place, and norms that no layer in front can take become an affine by channel.
 """
 
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -23,23 +25,20 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.utils.parametrize import is_parametrized
 
-from normrewrite import graph, sites
+from normrewrite import graph, neighbours, sites
 from normrewrite.kinds import Kind, recognise
-from normrewrite.modes import evaluating
 from normrewrite.nn.affine import ChannelAffine
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.passes.base import Rewrite, own_parents
 from normrewrite.passes.lift_functional import LiftFunctional, free_name
 from normrewrite.sites import Site
 
-_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
 Affine = tuple[Tensor, Tensor]
 
 
 @dataclass
-class Folded:
+class Outcome:
     """What became of the norms of a graph, by name."""
 
     into_neighbour: list[str]
@@ -47,14 +46,19 @@ class Folded:
 
 
 class FoldAffine(Rewrite):
-    """A torch.fx pass, also usable on any nn.Module by `apply` (where every norm becomes a ChannelAffine).
+    """A torch.fx pass, also usable on any nn.Module by `apply`.
 
     >>> FoldAffine()(torch.fx.symbolic_trace(model.eval())).graph_module
     """
 
+    target = "none"
+
     def __init__(self, example_inputs: Sequence[Tensor] | None = None) -> None:
         self.example_inputs = example_inputs
-        self.folded = Folded([], [])
+        self.outcome = Outcome([], [])
+
+    def look(self, model: nn.Module, found: Sequence[Site]) -> list[Site]:
+        return neighbours.attach(model, found, self.example_inputs)
 
     def why_not(self, site: Site) -> str | None:
         kind = None if isinstance(site.module, BatchNorm) else recognise(site.module)
@@ -65,21 +69,22 @@ class FoldAffine(Rewrite):
         return None
 
     def rewrite(self, site: Site) -> nn.Module:
-        a, b = affine_of(site.module)
-        weight = site.module.weight
-        like = weight if isinstance(weight, Tensor) else site.module.running_mean
-        assert isinstance(like, Tensor)
-        dtype = like.dtype
-        self.folded.to_affine.append(site.name)
-        affine = ChannelAffine(a.to(dtype), b.to(dtype))
         tail = tail_of(site.module)
+        if site.before is not None:
+            self.outcome.into_neighbour.append(site.name)
+            return tail or nn.Identity()
+        self.outcome.to_affine.append(site.name)
+        affine = as_affine(site.module)
         return affine if tail is None else nn.Sequential(affine, *tail)
 
+    def rewrite_before(self, site: Site) -> nn.Module | None:
+        return None if site.before is None else into_previous(site.before.module, affine_of(site.module))
+
     def __call__(self, graph_module: GraphModule) -> PassResult:
-        self.folded = Folded([], [])
+        self.outcome = Outcome([], [])
         own_parents(graph_module)
         LiftFunctional()(graph_module)
-        ranks = _ranks(graph_module, self.example_inputs)
+        ranks = neighbours.ranks_of(graph_module, self.example_inputs)
         norms = {id(site.module): site for site in sites.find(graph_module) if self.why_not(site) is None}
         called = False
         for node in list(graph_module.graph.nodes):
@@ -87,7 +92,7 @@ class FoldAffine(Rewrite):
             if module is not None and id(module) in norms:
                 self._fold_call(graph_module, node, module, ranks)
                 called = True
-        for name in self.folded.into_neighbour:
+        for name in self.outcome.into_neighbour:
             if all(node.target != name for node in graph_module.graph.nodes):
                 graph_module.delete_submodule(name)
         graph_module.graph.lint()
@@ -97,10 +102,11 @@ class FoldAffine(Rewrite):
     def _fold_call(self, graph_module: GraphModule, node: Node, norm: nn.Module, ranks: dict[Node, int]) -> None:
         affine = affine_of(norm)
         before, after = node.args[0], next(iter(node.users), None)
-        if not _has_hooks(norm) and isinstance(before, Node) and _may_fold(graph_module, before, node, ranks):
+        hooks = neighbours.has_hooks(norm)
+        if not hooks and isinstance(before, Node) and _may_fold(graph_module, before, node, ranks):
             _swap(graph_module, before, into_previous(graph_module.get_submodule(str(before.target)), affine))
         elif (
-            not _has_hooks(norm)
+            not hooks
             and isinstance(after, Node)
             and tail_of(norm) is None
             and len(node.users) == 1
@@ -119,10 +125,10 @@ class FoldAffine(Rewrite):
         else:
             name = free_name(graph_module, f"{node.target}_tail")  # another call of the norm still needs the norm
             graph_module.add_submodule(name, tail)
-            self.folded.into_neighbour.append(str(node.target))
+            self.outcome.into_neighbour.append(str(node.target))
             node.target = name
             return
-        self.folded.into_neighbour.append(str(node.target))
+        self.outcome.into_neighbour.append(str(node.target))
 
     def _leave_affine(self, graph_module: GraphModule, node: Node, norm: nn.Module) -> None:
         site = Site((str(node.target),), norm, ())
@@ -139,6 +145,13 @@ def tail_of(norm: nn.Module) -> nn.Sequential | None:
         kind = recognise(norm)
         names = kind.tail if isinstance(kind, Kind) else ()
     return nn.Sequential(*(norm.get_submodule(name) for name in names)) if names else None
+
+
+def as_affine(norm: Any) -> ChannelAffine:
+    """The norm's affine, without its tail, as a module of the norm's dtype."""
+    a, b = affine_of(norm)
+    like = norm.running_mean if norm.weight is None else norm.weight
+    return ChannelAffine(a.to(like.dtype), b.to(like.dtype))
 
 
 def affine_of(norm: Any) -> Affine:
@@ -194,26 +207,8 @@ def _with(layer: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
     return new
 
 
-def _may_fold(graph_module: GraphModule, node: Node, only_user: Node | None, ranks: dict[Node, int]) -> bool:
-    """Whether `node` calls a plain layer that nothing else depends on, and (if given) feeds `only_user` alone."""
-    layer = graph.module_of(graph_module, node)
-    if type(layer) not in _LAYERS or layer is None:
-        return False
-    if only_user is not None and list(node.users) != [only_user]:
-        return False
-    if isinstance(layer, nn.Linear) and ranks.get(node) != 2:
-        return False
-    if _read_elsewhere(graph_module, layer):
-        return False
-    plain = not (_has_hooks(layer) or is_parametrized(layer) or "forward" in vars(layer))
-    return plain and graph.call_counts(graph_module)[id(layer)] == 1
-
-
-def _read_elsewhere(graph_module: GraphModule, layer: nn.Module) -> bool:
-    """Whether the graph reads a tensor of the layer itself, beside calling it."""
-    own = {id(parameter) for parameter in layer.parameters()}
-    reads = [str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"]
-    return any(id(attrgetter(target)(graph_module)) in own for target in reads)
+def _may_fold(graph_module: GraphModule, node: Node, reader: Node | None, ranks: dict[Node, int]) -> bool:
+    return neighbours.why_not_fold(graph_module, node, reader, ranks) is None
 
 
 def _takes_affine_input(layer: nn.Module) -> bool:
@@ -228,22 +223,3 @@ def _takes_affine_input(layer: nn.Module) -> bool:
 
 def _swap(graph_module: GraphModule, node: Node, layer: nn.Module) -> None:
     graph_module.set_submodule(str(node.target), layer)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return any("hooks" in name and "state_dict" not in name and value for name, value in vars(module).items())
-
-
-def _ranks(graph_module: GraphModule, example_inputs: Sequence[Tensor] | None) -> dict[Node, int]:
-    """The rank of each node's output, where example inputs tell it."""
-    if example_inputs is None:
-        return {}
-    from torch.fx.passes.shape_prop import ShapeProp
-
-    with torch.no_grad(), evaluating(graph_module):
-        ShapeProp(graph_module).propagate(*example_inputs)
-    return {
-        node: len(node.meta["tensor_meta"].shape)
-        for node in graph_module.graph.nodes
-        if hasattr(node.meta.get("tensor_meta"), "shape")
-    }

@@ -9,15 +9,15 @@ that both agree on Gaussian inputs. The parameters stay the same objects; the ru
 Between two of our own norms only the metric changes.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from normrewrite.kinds import Kind, recognise
-from normrewrite.nn import batch
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.origin import Origin
-from normrewrite.nn.parts import assemble, attributes, shallow
+from normrewrite.nn.parts import assemble, attributes, shallow, statistics_dtype
 from normrewrite.norms import Gain, metric
 from normrewrite.passes.base import Rewrite
 from normrewrite.sites import Site
@@ -30,9 +30,10 @@ class SwapMetric(Rewrite):
     True
     """
 
-    def __init__(self, to: str = "l1", gain: Gain = "exact") -> None:
+    def __init__(self, to: str = "l1", gain: Gain = "exact", scopes: Sequence[str] = ("batch",)) -> None:
         self.to = metric(to)
         self.gain: Gain = gain
+        self.target = str(self.to)
 
     def why_not(self, site: Site) -> str | None:
         old = site.module
@@ -52,12 +53,13 @@ class SwapMetric(Rewrite):
         else:
             kind = recognise(old)
             assert isinstance(kind, Kind)
-            new = _from_native(old, kind, str(self.to), self.gain)
+            new = from_native(old, kind, str(self.to), self.gain)
         new.site = site.name
         return new
 
 
-def _from_native(old: Any, kind: Kind, to: str, gain: Gain) -> BatchNorm:
+def from_native(old: Any, kind: Kind, to: str, gain: Gain) -> BatchNorm:
+    """One of our batch norms, of `kind.cls`, with the tensors of one that is not ours."""
     mean, var = old.running_mean, old.running_var
     buffers: dict[str, Tensor | None] = {"running_mean": None, "running_scale": None, "num_batches_tracked": None}
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
@@ -95,4 +97,4 @@ def _attributes(old: Any, kind: Kind, to: str, gain: Gain) -> dict[str, Any]:
 
 
 def _wide(values: Tensor) -> Tensor:
-    return values.detach().to(batch.statistics_dtype(values.dtype), copy=True)
+    return values.detach().to(statistics_dtype(values.dtype), copy=True)

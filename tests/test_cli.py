@@ -347,9 +347,9 @@ BAD: dict[str, tuple[str, str]] = {
     "key of a tensor": (f"convert nested.pt {TO} {DIGITS} --key state_dict.head.bias", "--key state_dict.head.bias"),
     # requests
     "no target": (CONVERT, "--to"),
-    "target": (f"{CONVERT} --to l3", "unknown metric 'l3'. Did you mean 'l[12]'.*Known: l2, l1"),
+    "target": (f"{CONVERT} --to l3", "--to 'l3': there is no such target. Did you mean 'l[12]'.*Known: l1, linf"),
     "target, near": (f"{CONVERT} --to lnf", "Did you mean 'linf'"),
-    "target, empty": (f"{CONVERT} --to ''", "unknown metric ''"),
+    "target, empty": (f"{CONVERT} --to ''", "--to ''"),
     "topk:0": (f"{CONVERT} --to topk:0", "'0' is no count. Give a whole number"),
     "topk:x": (f"{CONVERT} --to topk:x", "'x' is no count"),
     "topk:-5%": (f"{CONVERT} --to topk:-5%", "'-5%' is no count.*or a percentage above 0 up to 100"),
@@ -372,7 +372,7 @@ BAD: dict[str, tuple[str, str]] = {
     "rule, no target": (f"{CONVERT} {TO} --rule 'stem.*'", "rule 'stem.\\*': write PATTERN=TARGET"),
     "rule, empty target": (f"{CONVERT} {TO} --rule 'stem.*='", "write PATTERN=TARGET"),
     "rule, empty pattern": (f"{CONVERT} {TO} --rule '=l1'", "write PATTERN=TARGET"),
-    "rule, unknown target": (f"{CONVERT} {TO} --rule 'stem.*=l3'", "unknown metric 'l3'"),
+    "rule, unknown target": (f"{CONVERT} {TO} --rule 'stem.*=l3'", "no such target"),
     "nothing of ours": (f"revert digits.pt {DIGITS}", "holds no norm of normrewrite's"),
     "nothing of ours, pickled": ("revert conv.pt", "holds no norm of normrewrite's"),
     "calibrate, native": (

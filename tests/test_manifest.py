@@ -94,7 +94,7 @@ FALSE: dict[str, Sequence[object]] = {
     + [record_of(entry() | {"names": odd}) for odd in (*ODD, "1", {"1": "1"})],
     "no valid target or gain": [record_of(entry(**{key: odd})) for key in ("gain", "to") for odd in ODD]
     + [record_of(entry(gain="guess"))],
-    "unknown metric": [record_of(entry(to=odd)) for odd in ("", "l3", "__class__", "os.system")],
+    "there is no such target": [record_of(entry(to=odd)) for odd in ("", "l3", "__class__", "os.system")],
     "is no count": [record_of(entry(to=f"topk:{odd}")) for odd in ("", "0", "x", "-1%", "9e9%", "nan%")],
     "takes no argument": [
         record_of(entry(to="l1:3")),
@@ -118,7 +118,7 @@ def test_check_refuses(record: object, said: str) -> None:
         ([entry("")], "rewrites ''"),
         ([entry("1.weight")], "rewrites '1.weight'"),
         ([entry("1"), entry("7")], "rewrites '7'"),
-        ([entry("1"), entry("1")], "here: 1 can't be rewritten as its manifest says: is l1 already"),
+        ([entry("1"), entry("1")], "here: 1 can't be rewritten as its manifest says: it is rewritten already"),
         ([entry("1", "l2")], "here: 1 can't be rewritten as its manifest says"),
     ],
 )

@@ -136,7 +136,7 @@ def test_include_and_exclude(include: str | list[str], exclude: str | list[str],
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"rules": {"stem": "l3"}}, "unknown metric 'l3'"),
+        ({"rules": {"stem": "l3"}}, "no such target"),
         ({"rules": {"head": "linf"}}, "--rule 'head' matches none"),
         ({"include": "head"}, "--include 'head' matches none"),
         ({"exclude": ["stem", "head"]}, "--exclude 'head' matches none"),

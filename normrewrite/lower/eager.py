@@ -18,16 +18,20 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from normrewrite.lower.families import (
+    Sparse,
+    dense_slope,
+    extremes,
+    laid_out_as,
+    nothing,
+    power_mean,
+    sparse_slope,
+    taken,
+    wide,
+    within_half,
+)
 from normrewrite.norms import Gain, Metric
 from normrewrite.norms import metric as row_of
-
-# What a backward must know of S: nothing more for dense families, (indices, signs), each (C, k), for sparse ones.
-Sparse = tuple[Tensor, Tensor]
-
-
-def wide(x: Tensor) -> Tensor:
-    """x in the dtype that statistics are kept in: fp32, or float64 where x is that already."""
-    return x if x.dtype is torch.float64 else x.float()
 
 
 def per_channel(values: Tensor, rank: int) -> Tensor:
@@ -47,32 +51,11 @@ def affine(x: Tensor, mean: Tensor, scale: Tensor, weight: Tensor | None, bias: 
 
 def measure(x: Tensor, mean: Tensor, row: Metric) -> tuple[Tensor, Sparse | None]:
     """S of each channel (C,), and where a sparse family read it. x: (N, C, *), mean: (C,), both fp32 or float64."""
-    dims = [0, *range(2, x.dim())]
     if row.family == "mean":
         d = x - per_channel(mean, x.dim())
-        return _power_mean(d, dims, row.power), None
+        return power_mean(d.abs_(), [0, *range(2, x.dim())], row.power), None
     rows = x.transpose(0, 1).flatten(1)  # (C, n)
-    if row.family == "span":
-        high, low = rows.max(1), rows.min(1)
-        indices = torch.stack([high.indices, low.indices], 1)
-        signs = torch.tensor([1.0, -1.0], dtype=x.dtype, device=x.device).repeat(len(indices), 1)
-        return high.values - low.values, (indices, signs)
-    d = rows - mean[:, None]
-    indices = d.abs().topk(row.k(rows.shape[1]), dim=1, sorted=False).indices
-    taken = d.gather(1, indices)
-    return taken.abs().mean(1), (indices, taken.sign())
-
-
-def _power_mean(d: Tensor, dims: list[int], power: int) -> Tensor:
-    if power == 1:
-        return d.abs_().mean(dims)
-    return d.abs_().pow_(power).mean(dims).pow_(1 / power)
-
-
-def _laid_out_as(values: Tensor, x: Tensor) -> Tensor:
-    """In x's dtype and strides: what the fake operators announce to compilers, whatever layout a kernel chose."""
-    like = torch.empty_like(x)
-    return values.to(x.dtype) if values.stride() == like.stride() else like.copy_(values)
+    return extremes(rows if row.family == "span" else rows - mean[:, None], row)
 
 
 @torch.library.custom_op("normrewrite::batch_norm", mutates_args=())
@@ -85,7 +68,7 @@ def _forward(
     raw, sparse = measure(values, mean, row)
     spread = raw * row.gain(x.numel() // x.shape[1], cast(Gain, gain))
     y = affine(x, mean, spread + eps, weight, bias)
-    return _laid_out_as(y, x), mean, spread, *(sparse or (x.new_empty(0, dtype=torch.int64), mean.new_empty(0)))
+    return laid_out_as(y, x), mean, spread, *(sparse or nothing(mean))
 
 
 @_forward.register_fake
@@ -95,21 +78,9 @@ def _(
     row, channels = row_of(metric), x.shape[1]
     dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
     mean = x.new_empty(channels, dtype=dtype)
-    taken = _fake_taken(row, x)
-    indices = x.new_empty(taken, dtype=torch.int64)
-    return torch.empty_like(x), mean, torch.empty_like(mean), indices, x.new_empty(taken, dtype=dtype)
-
-
-def _fake_taken(row: Metric, x: Tensor) -> tuple[Any, ...]:
-    """The shape of the indices that a sparse family keeps; a percentage of a symbolic n is known only at run time."""
-    if row.family == "mean":
-        return (0,)
-    if row.family == "span":
-        return (x.shape[1], 2)
-    n = x.numel() // x.shape[1]
-    if row.percent is not None and isinstance(n, torch.SymInt):
-        return (x.shape[1], torch.library.get_ctx().new_dynamic_size(min=1))
-    return (x.shape[1], row.count if row.percent is None else row.k(n))
+    shape = taken(row, channels, x.numel() // channels)
+    indices = x.new_empty(shape, dtype=torch.int64)
+    return torch.empty_like(x), mean, torch.empty_like(mean), indices, x.new_empty(shape, dtype=dtype)
 
 
 @torch.library.custom_op("normrewrite::batch_norm_backward", mutates_args=())
@@ -132,19 +103,18 @@ def _backward(
     constant = row.gain(n, cast(Gain, gain))
     dx = wide(g) - per_channel(dbias / n, x.dim())
     if row.family == "mean":
-        slope = _dense_slope(wide(x), mean, spread / constant, row).mul_(constant / n)
+        d = wide(x) - per_channel(mean, x.dim())
+        slope = dense_slope(d, per_channel(spread / constant, x.dim()), row).mul_(constant / n)
         slope -= per_channel(slope.mean([0, *range(2, x.dim())]), x.dim())
         dx = dx.addcmul_(slope, per_channel(-dweight, x.dim()))
     else:
-        slope = signs * (constant if row.family == "span" else constant / signs.shape[1])
+        slope = constant * sparse_slope(signs, row)
         dx += per_channel(dweight * slope.sum(1) / n, x.dim())
         _add_at(dx, indices, -dweight[:, None] * slope)
     factor = scale.reciprocal() if weight is None else weight.to(scale.dtype) / scale
     dx *= per_channel(factor, x.dim())
-    if x.dtype is torch.float16:  # 1/eps of a dead channel lies beyond its range, and one inf would void the whole step
-        largest = torch.where(spread <= eps, torch.finfo(x.dtype).max, torch.inf)
-        dx = dx.clamp(-per_channel(largest, x.dim()), per_channel(largest, x.dim()))
-    return _laid_out_as(dx, x), dweight, dbias
+    dx = within_half(dx, per_channel(spread, x.dim()), eps, x.dtype)
+    return laid_out_as(dx, x), dweight, dbias
 
 
 @_backward.register_fake
@@ -194,15 +164,6 @@ def _sums(g: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Te
         g.to(x.dtype), x, ones, None, None, mean, scale.reciprocal(), True, 0.0, [False, True, True]
     )
     return dweight, dbias
-
-
-def _dense_slope(x: Tensor, mean: Tensor, spread: Tensor, row: Metric) -> Tensor:
-    """n * dS/dd = sign(d) * (|d|/S)^(power-1), elementwise; zero where a channel is constant."""
-    d = x - per_channel(mean, x.dim())
-    if row.power == 1:
-        return d.sign_()
-    ratio = d / per_channel(spread.clamp_min(torch.finfo(spread.dtype).tiny), x.dim())
-    return ratio.abs().pow_(row.power - 1).mul_(ratio.sign())
 
 
 def _add_at(dx: Tensor, indices: Tensor, values: Tensor) -> None:

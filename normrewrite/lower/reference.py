@@ -43,3 +43,26 @@ def batch_norm(
     y = (wide - mean.reshape(shape)) / (measured + eps).reshape(shape)
     y = y * (1.0 if weight is None else np.asarray(weight, np.float64).reshape(shape))
     return y + (0.0 if bias is None else np.asarray(bias, np.float64).reshape(shape)), mean, measured
+
+
+def row_norm(
+    x: Array,
+    row: Metric,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    eps: float = 1e-5,
+    gain: Gain = "exact",
+    centred: bool = True,
+) -> tuple[Array, Array, Array]:
+    """The same over (K, S) of x: (B, G, K, S), with weight and bias (G, K); mean and C * S are (B, G).
+
+    Not centred, the mean is 0 and the deviations are x itself.
+    """
+    wide = np.asarray(x, dtype=np.float64)
+    rows = wide.reshape(wide.shape[0] * wide.shape[1], -1)
+    mean = rows.mean(1) if centred else np.zeros(len(rows))
+    measured = row.gain(rows.shape[1], gain) * spread(rows - mean[:, None], row)
+    y = ((rows - mean[:, None]) / (measured + eps)[:, None]).reshape(wide.shape)
+    y = y * (1.0 if weight is None else np.asarray(weight, np.float64)[None, :, :, None])
+    y = y + (0.0 if bias is None else np.asarray(bias, np.float64)[None, :, :, None])
+    return y, mean.reshape(wide.shape[:2]), measured.reshape(wide.shape[:2])

@@ -2,5 +2,37 @@
 
 from normrewrite.nn.affine import ChannelAffine
 from normrewrite.nn.batch import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
+from normrewrite.nn.mean_only import MeanOnlyBatchNorm
+from normrewrite.nn.renorm import BatchRenorm
+from normrewrite.nn.rows import (
+    GroupNorm,
+    InstanceNorm,
+    InstanceNorm1d,
+    InstanceNorm2d,
+    InstanceNorm3d,
+    LayerNorm,
+    RMSNorm,
+)
+from normrewrite.nn.stand_in import StandIn
+from normrewrite.nn.weights import BoundedWeightNorm, WeightNorm, normalise_weight
 
-__all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "ChannelAffine"]
+__all__ = [
+    "BatchNorm",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "BatchRenorm",
+    "BoundedWeightNorm",
+    "ChannelAffine",
+    "GroupNorm",
+    "InstanceNorm",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
+    "LayerNorm",
+    "MeanOnlyBatchNorm",
+    "RMSNorm",
+    "StandIn",
+    "WeightNorm",
+    "normalise_weight",
+]

@@ -5,6 +5,8 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from normrewrite.lower.eager import per_channel
+from normrewrite.nn.origin import Origin
+from normrewrite.nn.parts import through_tail
 from normrewrite.nn.tracing import as_one_node
 
 
@@ -16,6 +18,9 @@ class ChannelAffine(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
+        self.site = ""  # the dotted name in a converted model
+        self.origin: Origin | None = None  # the norm that it was before a rewrite
+        self.tail: tuple[str, ...] = ()  # children that are applied behind it: a fused activation, dropout
         self.weight = nn.Parameter(weight)
         self.bias = nn.Parameter(bias)
 
@@ -23,7 +28,7 @@ class ChannelAffine(nn.Module):
         if isinstance(input, Proxy):
             return as_one_node(self, input)
         weight, bias = per_channel(self.weight, input.dim()), per_channel(self.bias, input.dim())
-        return torch.addcmul(bias, input, weight).to(input.dtype)
+        return through_tail(self, torch.addcmul(bias, input, weight).to(input.dtype))
 
     def extra_repr(self) -> str:
         return str(len(self.weight))

@@ -8,9 +8,9 @@ from torch import Tensor, distributed, nn
 from torch.fx import Proxy
 
 from normrewrite.errors import NormRewriteError
-from normrewrite.nn.functional import batch_norm
+from normrewrite.nn.functional import averaging_factor, batch_norm
 from normrewrite.nn.origin import Origin
-from normrewrite.nn.parts import keep_wide
+from normrewrite.nn.parts import keep_wide, statistics_dtype, through_tail
 from normrewrite.nn.tracing import as_one_node
 from normrewrite.norms import GAINS, Gain
 from normrewrite.norms import metric as row_of
@@ -84,10 +84,7 @@ class BatchNorm(nn.Module):
         if isinstance(input, Proxy):
             return as_one_node(self, input)
         self._check_input(input)
-        output = self._normalised(input, self.training)
-        for name in self.tail:
-            output = self._modules[name](output)  # type: ignore[misc]
-        return output
+        return through_tail(self, self._normalised(input, self.training))
 
     def _normalised(self, input: Tensor, training: bool) -> Tensor:
         live = training or self.running_mean is None
@@ -102,7 +99,7 @@ class BatchNorm(nn.Module):
                 self.weight,
                 self.bias,
                 live,
-                self._factor(input) if updating else 0.0,
+                averaging_factor(self, input) if updating else 0.0,
                 self.eps,
                 self.metric,
                 self.gain,
@@ -111,19 +108,6 @@ class BatchNorm(nn.Module):
             if not self.site:
                 raise
             raise NormRewriteError(f"{self.site}: {error} (input {tuple(input.shape)})") from error
-
-    def _factor(self, input: Tensor) -> float | Tensor:
-        """The weight of this batch in the running statistics; counts the batch, as torch does.
-
-        A cumulative average counts only batches that enter it, or one NaN would leave it short for good.
-        """
-        if self.num_batches_tracked is None:
-            return self.momentum or 0.0
-        if self.momentum is not None:
-            self.num_batches_tracked.add_(1)
-            return self.momentum
-        self.num_batches_tracked.add_(torch.isfinite(input).all())
-        return self.num_batches_tracked.double().reciprocal()
 
     def _check_input(self, input: Tensor) -> None:
         if self.ranks is not None and input.dim() not in self.ranks:
@@ -164,11 +148,6 @@ class BatchNorm(nn.Module):
         """`.half()`, `.to(...)`: parameters follow, running statistics keep fp32 at least, to the bit."""
         names = ["running_mean", "running_scale"]
         return keep_wide(self, names, lambda: super(BatchNorm, self)._apply(fn, recurse))  # type: ignore[no-any-return, no-untyped-call]
-
-
-def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, else fp32."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 class BatchNorm1d(BatchNorm):

@@ -1,5 +1,7 @@
 """`batch_norm` as torch's, with a metric: the function behind the modules of `normrewrite.nn`."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
@@ -51,14 +53,14 @@ def batch_norm(
                 "batch_norm in eval needs running_mean and running_scale; pass training=True without them."
             )
         return eager.affine(input, running_mean, running_scale + eps, weight, bias)
-    _check_trainable(input)
+    check_trainable(input)
     y, mean, spread = eager.normalise(input, weight, bias, metric, gain, eps)
     if running_mean is not None and running_scale is not None:
-        _update(running_mean, running_scale, mean, spread, momentum)
+        average_in(momentum, (running_mean, mean), (running_scale, spread))
     return y
 
 
-def _check_trainable(input: Tensor) -> None:
+def check_trainable(input: Tensor) -> None:
     if input.dim() < 2:
         raise NormRewriteError(f"batch_norm needs (N, C, *), got shape {tuple(input.shape)}.")
     if input.numel() // input.shape[1] < 2:
@@ -68,13 +70,28 @@ def _check_trainable(input: Tensor) -> None:
         )
 
 
+def averaging_factor(norm: Any, input: Tensor) -> float | Tensor:
+    """The weight of this batch in a norm's running statistics; counts the batch, as torch does.
+
+    A cumulative average counts only batches that enter it, or one NaN would leave it short for good.
+    """
+    if norm.num_batches_tracked is None:
+        return norm.momentum or 0.0
+    if norm.momentum is not None:
+        norm.num_batches_tracked.add_(1)
+        return norm.momentum  # type: ignore[no-any-return]
+    norm.num_batches_tracked.add_(torch.isfinite(input).all())
+    return norm.num_batches_tracked.double().reciprocal()  # type: ignore[no-any-return]
+
+
 @torch.no_grad()
-def _update(
-    running_mean: Tensor, running_scale: Tensor, mean: Tensor, spread: Tensor, momentum: float | Tensor
-) -> None:
-    """Average the batch in, unless it is not finite: one NaN under mixed precision would poison the buffers for good."""
-    finite = torch.isfinite(mean + spread)
-    for running, batch in ((running_mean, mean), (running_scale, spread)):
+def average_in(momentum: float | Tensor, *pairs: tuple[Tensor, Tensor]) -> None:
+    """Average the batch into running statistics, given as (running, batch), unless one of them is not finite.
+
+    One NaN under mixed precision would poison the buffers for good.
+    """
+    finite = torch.isfinite(sum(batch for _, batch in pairs))  # type: ignore[arg-type]
+    for running, batch in pairs:
         factor = momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum
         new = torch.lerp(running, batch.to(running.dtype), factor)
         running.copy_(torch.where(finite, new, running))

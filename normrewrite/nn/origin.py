@@ -1,6 +1,7 @@
 """What a rewritten norm was, kept beside it so that `revert` can give the original's bits back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,11 +10,11 @@ from normrewrite.nn import parts
 
 
 class Origin(nn.Module):
-    """The class, the plain attributes and the tensors of a norm that a rewrite could not keep as they were.
+    """The class, the plain attributes and the tensors of a module that a rewrite could not keep as they were.
 
     >>> origin = Origin(bn, {"running_var": (bn.running_var, twin.running_scale)})
 
-    Each pair is (original, converted), both (C,). `restore` gives the original back wherever the live tensor still has
+    Each pair is (original, converted), of one shape. `restore` gives the original back wherever the live tensor still has
     the converted bits. As buffers they travel through state_dict, deepcopy and files. It is never called.
     """
 
@@ -23,6 +24,10 @@ class Origin(nn.Module):
         super().__init__()
         self.kind = type(old)
         self.attributes = parts.attributes(old)
+        self.slots = tuple(old._parameters), tuple(old._buffers)
+        self.target = ""  # what it became, as people write it
+        self.gain = "exact"
+        self.inexact = ""  # why eval can't be the same function, where it can't
         self.difference: float | None = None  # of the site in eval, as measured when it was rewritten
         self.training = False  # it has no mode
         self._buffers["trained"] = torch.zeros((), dtype=torch.bool)  # before its last calibration
@@ -34,6 +39,13 @@ class Origin(nn.Module):
         self._buffers[name] = original.detach().clone()
         self._buffers[f"{name}_converted"] = converted.detach().clone()
 
+    def keep(self, old: nn.Module) -> "Origin":
+        """Keep every further tensor of `old` too, where nothing live stands for it."""
+        for name, value in (old._parameters | old._buffers).items():
+            if isinstance(value, Tensor) and name not in self._buffers:
+                self._buffers[name] = value.detach().clone()
+        return self
+
     def restore(self, live: dict[str, Tensor], nearest: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
         """The originals, by channel: where all of `live` is unchanged since the rewrite; `nearest` elsewhere.
 
@@ -42,11 +54,27 @@ class Origin(nn.Module):
         kept = [name for name in live if name in self._buffers]
         if not kept:
             return nearest, False
-        same = torch.stack([live[name] == getattr(self, f"{name}_converted") for name in kept]).all(0)
+        same = torch.stack([self._same(name, live[name]) for name in kept]).all(0)
         originals = {
             name: torch.where(same, getattr(self, name), nearest[name].to(getattr(self, name))) for name in kept
         }
         return nearest | originals, bool(same.all()) and not bool(self.trained)
+
+    def _same(self, name: str, live: Tensor) -> Tensor:
+        converted: Tensor = getattr(self, f"{name}_converted")
+        return live.detach() == converted.to(live.dtype)
+
+    def unchanged(self, live: Mapping[str, Any]) -> bool:
+        """Whether each live tensor that stands for a kept one still has the bits that a rewrite gave it."""
+        kept = {name: value for name, value in live.items() if f"{name}_converted" in self._buffers}
+        return not self.trained and all(bool(self._same(name, value).all()) for name, value in kept.items())
+
+    def module(self) -> Any:
+        """The original, put together from what was kept of it; its children are the caller's to add."""
+        parameters = {name: self._buffers.get(name) for name in self.slots[0]}
+        learned = {name: None if value is None else nn.Parameter(value) for name, value in parameters.items()}
+        buffers = {name: self._buffers.get(name) for name in self.slots[1]}
+        return parts.assemble(self.kind, self.attributes, learned, buffers)
 
     def extra_repr(self) -> str:
         return f"was {self.kind.__name__}"

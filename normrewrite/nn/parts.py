@@ -37,6 +37,11 @@ def shallow(module: nn.Module) -> Any:
     return new
 
 
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, else fp32."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
 def keep_wide(module: nn.Module, names: list[str], apply: Callable[[], object]) -> Any:
     """Run a `.half()` or `.to(...)` on module, but leave the named buffers at fp32 or wider, to the bit."""
     before = {name: getattr(module, name) for name in names}
@@ -46,3 +51,10 @@ def keep_wide(module: nn.Module, names: list[str], apply: Callable[[], object]) 
         if new is not None and torch.finfo(new.dtype).bits < 32:
             setattr(module, name, old.to(new.device))
     return module
+
+
+def through_tail(module: Any, output: Tensor) -> Tensor:
+    """What a norm applies to its own result: the children named in `module.tail`, in order."""
+    for name in module.tail:
+        output = module._modules[name](output)
+    return output

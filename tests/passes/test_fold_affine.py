@@ -42,7 +42,7 @@ def test_into_the_layer_before(
     x = torch.randn(2, 4, *(5,) * rank, dtype=torch.float64)
     folded, rewrite = _fold(model)
     torch.testing.assert_close(folded(x), model(x), **EXACT)
-    assert rewrite.folded.into_neighbour == ["1"] and not sites.find(folded)
+    assert rewrite.outcome.into_neighbour == ["1"] and not sites.find(folded)
     assert model[0].bias is None or not bias or not torch.equal(model[0].bias, folded.get_submodule("0").bias)
 
 
@@ -57,8 +57,8 @@ def test_into_the_layer_behind(groups: int, padding: int | str, mode: str, folds
     x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
     folded, rewrite = _fold(model)
     torch.testing.assert_close(folded(x), model(x), **EXACT)
-    assert rewrite.folded.into_neighbour == (["1"] if folds else [])
-    assert rewrite.folded.to_affine == ([] if folds else ["1"])
+    assert rewrite.outcome.into_neighbour == (["1"] if folds else [])
+    assert rewrite.outcome.to_affine == ([] if folds else ["1"])
 
 
 @pytest.mark.parametrize("shape", [(5, 6), (5, 8, 6)], ids=["rank2", "rank3"])
@@ -69,7 +69,7 @@ def test_a_linear_layer_folds_only_where_its_rank_is_known_to_be_two(shape: tupl
     for inputs in ((), (x,)):
         folded, rewrite = _fold(model, *inputs)
         torch.testing.assert_close(folded(x), model(x), **EXACT)
-        assert bool(rewrite.folded.into_neighbour) == (len(inputs) == 1 and len(shape) == 2)
+        assert bool(rewrite.outcome.into_neighbour) == (len(inputs) == 1 and len(shape) == 2)
 
 
 class _SharedConv(nn.Module):
@@ -119,7 +119,9 @@ def test_hooks_and_parametrisations_are_left_alone() -> None:
     expected = model(x)
     folded, rewrite = _fold(model)
     torch.testing.assert_close(folded(x), expected, **EXACT)
-    assert rewrite.folded.to_affine == ["3"] and rewrite.folded.into_neighbour == ["1"]  # "1" goes into the conv behind
+    assert rewrite.outcome.to_affine == ["3"] and rewrite.outcome.into_neighbour == [
+        "1"
+    ]  # "1" goes into the conv behind
 
 
 def test_live_statistics_stay() -> None:

@@ -1,0 +1,87 @@
+"""Torch: what a family of the table measures and how it slopes, for every scope.
+
+>>> spread, (indices, signs) = extremes(deviations, metric("linf"))      # deviations: (rows, n)
+
+A row is n elements that share statistics. Dense families take all of it into account, and a backward reads the slope
+again from x; sparse ones read k elements, whose (rows, k) indices and signs are all that a backward needs to keep.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normrewrite.norms import Metric
+
+# Where a sparse family read S, and which way: (indices, signs), each (rows, k).
+Sparse = tuple[Tensor, Tensor]
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in the dtype that statistics are kept in: fp32, or float64 where x is that already."""
+    return x if x.dtype is torch.float64 else x.float()
+
+
+def power_mean(magnitude: Tensor, dims: list[int], power: int) -> Tensor:
+    """(mean |d|^power)^(1/power) over dims, the spread of the dense family. Overwrites magnitude, |d|, where it can."""
+    if power == 1:
+        return magnitude.mean(dims)
+    return magnitude.pow_(power).mean(dims).pow_(1 / power)
+
+
+def dense_slope(d: Tensor, spread: Tensor, row: Metric) -> Tensor:
+    """n * dS/dd = sign(d) * (|d|/S)^(power-1), elementwise; zero where a row is constant. Overwrites d where it can.
+
+    spread meets d by broadcasting.
+    """
+    if row.power == 1:
+        return d.sign_()
+    ratio = d / spread.clamp_min(torch.finfo(spread.dtype).tiny)
+    return ratio.abs().pow_(row.power - 1).mul_(ratio.sign())
+
+
+def extremes(d: Tensor, row: Metric) -> tuple[Tensor, Sparse]:
+    """S of each row of deviations (rows, n), for sparse families, and where it was read. A span minds no shift of d."""
+    if row.family == "span":
+        high, low = d.max(1), d.min(1)
+        indices = torch.stack([high.indices, low.indices], 1)
+        signs = torch.tensor([1.0, -1.0], dtype=d.dtype, device=d.device).repeat(len(indices), 1)
+        return high.values - low.values, (indices, signs)
+    indices = d.abs().topk(row.k(d.shape[1]), dim=1, sorted=False).indices
+    taken = d.gather(1, indices)
+    return taken.abs().mean(1), (indices, taken.sign())
+
+
+def sparse_slope(signs: Tensor, row: Metric) -> Tensor:
+    """dS/dd on the elements that a sparse family read, (rows, k)."""
+    return signs if row.family == "span" else signs / signs.shape[1]
+
+
+def nothing(x: Tensor) -> Sparse:
+    """What a dense family keeps: operators return tensors, so empty ones. x: statistics, for dtype and device."""
+    return x.new_empty(0, dtype=torch.int64), x.new_empty(0)
+
+
+def taken(row: Metric, rows: Any, n: Any) -> tuple[Any, ...]:
+    """The shape of what `extremes` keeps; a percentage of a symbolic n is known only at run time."""
+    if row.family == "mean":
+        return (0,)
+    if row.family == "span":
+        return (rows, 2)
+    if row.percent is not None and isinstance(n, torch.SymInt):
+        return (rows, torch.library.get_ctx().new_dynamic_size(min=1))
+    return (rows, row.count if row.percent is None else row.k(n))
+
+
+def within_half(dx: Tensor, spread: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """dx, kept finite in fp16 on dead rows: 1/eps lies beyond its range, and one inf would void the whole step."""
+    if dtype is not torch.float16:
+        return dx
+    largest = torch.where(spread <= eps, torch.finfo(dtype).max, torch.inf)
+    return dx.clamp(-largest, largest)
+
+
+def laid_out_as(values: Tensor, x: Tensor) -> Tensor:
+    """In x's dtype and strides: what the fake operators announce to compilers, whatever layout a kernel chose."""
+    like = torch.empty_like(x)
+    return values.to(x.dtype) if values.stride() == like.stride() else like.copy_(values)

@@ -1,0 +1,186 @@
+"""Torch: normalisation of any row within a sample (layer, group, instance, RMS), with its hand-derived backward.
+
+>>> y, mean, spread = normalise(x, weight, bias, metric("l1"), "exact", eps=1e-5, centred=True)      # x: (B, G, K, S)
+
+Every scope is one view of its input: B * G rows of n = K * S elements that share statistics, and (G, K) channels that share
+a weight. A layer norm of n features is (B, 1, n, 1), a group norm (B, groups, channels a group, positions), an instance
+norm (B, C, 1, positions). Not centred (RMS), mean is 0 and d = x. Statistics are fp32 at least, whatever x's dtype; y has
+x's dtype and strides. The backward is, with gh = weight * dL/dy, w = dscale/dd and means and sums over a row:
+
+    dx = (gh - mean gh - (sum gh*d / scale) * (w - mean w)) / scale          without both means where not centred
+    dbias = sum g      dweight = sum g*d/scale                               over all rows and positions of a channel
+
+It is lower/eager.py's with the weight inside, as that varies in a row; it keeps x, two numbers a row and, for the
+families that read few elements, their k indices a row. Twice-differentiation is refused by torch.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from normrewrite.lower.families import (
+    Sparse,
+    dense_slope,
+    extremes,
+    laid_out_as,
+    nothing,
+    power_mean,
+    sparse_slope,
+    taken,
+    wide,
+    within_half,
+)
+from normrewrite.norms import Gain, Metric
+from normrewrite.norms import metric as row_of
+
+_ROW, _CHANNEL = (2, 3), (0, 3)  # the dimensions that statistics, and those that parameters, are reduced over
+
+
+def _by_row(values: Tensor) -> Tensor:
+    """(B, G) -> (B, G, 1, 1)."""
+    return values[:, :, None, None]
+
+
+def _by_channel(values: Tensor, x: Tensor) -> Tensor:
+    """(G, K) -> (1, G, K, 1), in x's dtype."""
+    return values.to(x.dtype)[None, :, :, None]
+
+
+def measure(d: Tensor, row: Metric) -> tuple[Tensor, Sparse | None]:
+    """S of each row (B, G), and where a sparse family read it. d: (B, G, K, S) deviations, fp32 or float64."""
+    if row.family == "mean":
+        return power_mean(d.abs(), list(_ROW), row.power), None
+    spread, sparse = extremes(_as_rows(d), row)
+    return spread.view(d.shape[:2]), sparse
+
+
+def _as_rows(values: Tensor) -> Tensor:
+    """(B, G, K, S) -> (B * G, n)."""
+    return values.reshape(values.shape[0] * values.shape[1], values.shape[2] * values.shape[3])
+
+
+def _count(x: Tensor) -> int:
+    """n, how many elements share statistics."""
+    return x.shape[2] * x.shape[3]
+
+
+@torch.library.custom_op("normrewrite::row_norm", mutates_args=())
+def _forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, metric: str, gain: str, eps: float, centred: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y, mean, C * S, and where a sparse family read S (empty for dense ones)."""
+    row, values = row_of(metric), wide(x)
+    constant = row.gain(_count(x), cast(Gain, gain))  # first, as it refuses rows that are too short
+    mean = values.mean(_ROW) if centred else values.new_zeros(x.shape[:2])
+    d = values - _by_row(mean)
+    raw, sparse = measure(d, row)
+    spread = raw * constant
+    y = d.div_(_by_row(spread + eps))
+    if weight is not None:
+        y *= _by_channel(weight, y)
+    if bias is not None:
+        y += _by_channel(bias, y)
+    return laid_out_as(y, x), mean, spread, *(sparse or nothing(mean))
+
+
+@_forward.register_fake
+def _(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, metric: str, gain: str, eps: float, centred: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+    mean = x.new_empty(x.shape[:2], dtype=dtype)
+    shape = taken(row_of(metric), x.shape[0] * x.shape[1], _count(x))
+    indices = x.new_empty(shape, dtype=torch.int64)
+    return torch.empty_like(x), mean, torch.empty_like(mean), indices, x.new_empty(shape, dtype=dtype)
+
+
+@torch.library.custom_op("normrewrite::row_norm_backward", mutates_args=())
+def _backward(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    spread: Tensor,
+    indices: Tensor,
+    signs: Tensor,
+    metric: str,
+    gain: str,
+    eps: float,
+    centred: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx as x, dweight and dbias (G, K) in the dtype of the statistics."""
+    row, constant = row_of(metric), row_of(metric).gain(_count(x), cast(Gain, gain))
+    scale = _by_row(spread + eps)
+    d, g = wide(x) - _by_row(mean), wide(g)
+    dweight, dbias = (g * d / scale).sum(_CHANNEL), g.sum(_CHANNEL)
+    gh = g if weight is None else g * _by_channel(weight, g)
+    share = (gh * d / scale).sum(_ROW, keepdim=True)
+    if row.family == "mean":
+        slope = dense_slope(d, _by_row(spread / constant), row).mul_(constant / _count(x))
+        dx = gh - slope * share
+    else:
+        slope = constant * sparse_slope(signs, row)
+        dx = _as_rows(gh).scatter_add(1, indices, -slope * share.view(-1, 1)).view(x.shape)
+    if centred:
+        dx -= dx.mean(_ROW, keepdim=True)
+    dx = within_half(dx.div_(scale), _by_row(spread), eps, x.dtype)
+    return laid_out_as(dx, x), dweight, dbias
+
+
+@_backward.register_fake
+def _(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    spread: Tensor,
+    indices: Tensor,
+    signs: Tensor,
+    metric: str,
+    gain: str,
+    eps: float,
+    centred: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    channels = mean.new_empty(x.shape[1:3])
+    return torch.empty_like(x), channels, torch.empty_like(channels)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, *ctx.settings = inputs
+    _, mean, spread, indices, signs = output
+    ctx.save_for_backward(x, weight, mean, spread, indices, signs)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.mark_non_differentiable(mean, spread, indices, signs)
+
+
+def _gradients(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, *kept = ctx.saved_tensors
+    dx, dweight, dbias = _backward(g, x, weight, *kept, *ctx.settings)
+    return (
+        dx,
+        None if weight is None else dweight.to(weight.dtype),
+        None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype),
+        *(None,) * len(ctx.settings),
+    )
+
+
+_forward.register_autograd(_gradients, setup_context=_keep)
+
+
+def normalise(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    row: Metric | str,
+    gain: Gain,
+    eps: float,
+    centred: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise each row of x: (B, G, K, S) over its last two dimensions; weight, bias: (G, K) or None.
+
+    Returns y (as x), mean (B, G) and C * S (B, G), the last two detached, fp32 at least; mean is 0 where not centred.
+    Raises NormRewriteError where a row has fewer than two elements, or fewer than the metric reads.
+    """
+    y, mean, spread, _, _ = _forward(x, weight, bias, str(row), gain, eps, centred)
+    return y, mean, spread

@@ -1,0 +1,85 @@
+"""Mean-only batch normalisation: what follows a weight norm, where a batch norm's scale lives in the weight."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Proxy
+
+from normrewrite.errors import NormRewriteError
+from normrewrite.lower.eager import per_channel
+from normrewrite.lower.families import wide
+from normrewrite.nn.functional import average_in, averaging_factor
+from normrewrite.nn.origin import Origin
+from normrewrite.nn.parts import keep_wide, statistics_dtype, through_tail
+from normrewrite.nn.tracing import as_one_node
+
+
+class MeanOnlyBatchNorm(nn.Module):
+    """y = x - mean + bias by channel: Salimans & Kingma, arXiv:1602.07868, section 4. (N, C, *), any rank from 2.
+
+    >>> norm = MeanOnlyBatchNorm(64)
+    >>> norm(torch.randn(8, 64, 7, 7)).shape
+    torch.Size([8, 64, 7, 7])
+
+    num_features: C. momentum: as torch.nn.BatchNorm2d's (None: cumulative average). Training subtracts the batch's mean
+    and averages it into running_mean (fp32 at least, in half precision too); eval subtracts running_mean. y has x's dtype.
+    Raises NormRewriteError for other shapes, and where training sees fewer than two values a channel (y would be bias).
+    """
+
+    running_mean: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        momentum: float | None = 0.1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.momentum = momentum
+        self.site = ""  # the dotted name in a converted model, for errors
+        self.origin: Origin | None = None  # what it was before a rewrite
+        self.tail: tuple[str, ...] = ()  # children that are applied behind the norm: a fused activation, dropout
+        self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
+        mean = torch.zeros(num_features, device=device, dtype=statistics_dtype(self.bias.dtype))
+        self.register_buffer("running_mean", mean)
+        self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long, device=device))
+
+    def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return as_one_node(self, input)
+        self._check(input)
+        x = wide(input)
+        mean = self._batch_mean(x) if self.training else self.running_mean
+        centred = x - per_channel(mean, x.dim()) + per_channel(self.bias, x.dim())
+        return through_tail(self, centred.to(input.dtype))
+
+    def _batch_mean(self, x: Tensor) -> Tensor:
+        mean = x.mean([0, *range(2, x.dim())])
+        average_in(averaging_factor(self, x), (self.running_mean, mean))
+        return mean
+
+    def _check(self, input: Tensor) -> None:
+        where = self.site or type(self).__name__
+        if input.dim() < 2 or input.shape[1] != self.num_features:
+            raise NormRewriteError(f"{where} expects (N, {self.num_features}, *), got shape {tuple(input.shape)}.")
+        if self.training and input.numel() // self.num_features < 2:
+            raise NormRewriteError(
+                f"{where} needs more than one value a channel when training, got shape {tuple(input.shape)}. "
+                "Raise the batch size or call .eval()."
+            )
+
+    def reset_parameters(self) -> None:
+        self.running_mean.zero_()
+        self.num_batches_tracked.zero_()
+        nn.init.zeros_(self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, momentum={self.momentum}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MeanOnlyBatchNorm":
+        names = ["running_mean"]
+        return keep_wide(self, names, lambda: super(MeanOnlyBatchNorm, self)._apply(fn, recurse))  # type: ignore[no-any-return, no-untyped-call]

@@ -1,0 +1,79 @@
+"""Batch Renorm: training normalises as inference does, up to bounded corrections that carry no gradient."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normrewrite.lower import eager
+from normrewrite.nn.batch import BatchNorm
+from normrewrite.nn.functional import average_in, averaging_factor, check_trainable
+from normrewrite.norms import Gain
+
+# Steps of Ioffe 2017, section 4: all is batch norm until the first, r is free at the second, d at the third.
+SCHEDULE = (5_000, 40_000, 25_000)
+
+
+class BatchRenorm(BatchNorm):
+    """`BatchNorm` whose training is corrected towards its running statistics. Ioffe 2017, arXiv:1702.03275.
+
+    >>> norm = BatchRenorm(64)                      # l2, as published; metric="l1" measures otherwise
+
+    In training, with batch statistics m, s and running ones M, S: r = clip(s/S, 1/r_max, r_max) and
+    d = clip((m - M)/S, -d_max, d_max), both without gradient, and
+
+        y = weight * ((x - m)/s * r + d) + bias
+
+    Eval is BatchNorm's. schedule: (start, r_end, d_end) in steps: r_max rises from 1 and d_max from 0 between start and
+    their ends; None: the full limits at once. The buffer `trained` says so too: statistics that were trained before.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *arguments: Any,
+        metric: str = "l2",
+        gain: Gain = "exact",
+        r_max: float = 3.0,
+        d_max: float = 5.0,
+        schedule: tuple[int, int, int] | None = SCHEDULE,
+        **options: Any,
+    ) -> None:
+        """Positional arguments and further options are BatchNorm's."""
+        super().__init__(num_features, *arguments, metric=metric, gain=gain, **options)
+        self.r_max = r_max
+        self.d_max = d_max
+        self.schedule = schedule
+        self.trained: Tensor
+        self.register_buffer("trained", torch.tensor(False))
+
+    def _normalised(self, input: Tensor, training: bool) -> Tensor:
+        if not training or self.running_mean is None or self.running_scale is None:
+            return super()._normalised(input, training)
+        if self.synchronised:
+            self._refuse_several_ranks()
+        check_trainable(input)
+        y, mean, spread = eager.normalise(input, None, None, self.metric, self.gain, self.eps)
+        with torch.no_grad():
+            r_max, d_max = self.limits()
+            running = self.running_scale + self.eps
+            r = ((spread + self.eps) / running).clamp(1 / r_max, r_max)
+            d = ((mean - self.running_mean) / running).clamp(-d_max, d_max)
+            factor = averaging_factor(self, input)
+            average_in(factor, (self.running_mean, mean), (self.running_scale, spread))
+        r, d = (r, d) if self.weight is None else (self.weight * r, self.weight * d)
+        d = d if self.bias is None else d + self.bias
+        return torch.addcmul(eager.per_channel(d, y.dim()), y, eager.per_channel(r, y.dim())).to(input.dtype)
+
+    def limits(self) -> tuple[Tensor, Tensor]:
+        """(r_max, d_max) at this step."""
+        assert self.running_mean is not None
+        done = self.running_mean.new_ones(2)
+        if self.schedule is not None and self.num_batches_tracked is not None:
+            start, r_end, d_end = self.schedule
+            done = ((self.num_batches_tracked - start) / done.new_tensor([r_end - start, d_end - start])).clamp(0, 1)
+        done = torch.where(self.trained, 1.0, done)
+        return 1 + (self.r_max - 1) * done[0], self.d_max * done[1]
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, r_max={self.r_max}, d_max={self.d_max}, schedule={self.schedule}"

@@ -1,0 +1,135 @@
+"""NormaliseWeights: norms taken over by the weights in front: weight norm, plain or bounded.
+
+before:  conv -> norm          norm in eval: y = a * x + b by channel
+after:   conv'                 w'_i = a_i * w_i as direction and length (nn/weights.py), the bias takes b; an identity behind
+
+before:  conv -> norm          with mean_bn
+after:   conv' -> mean-only    w' takes a alone; y = x - running_mean + bias, the mean of each batch in training
+
+before:  x -> norm             where no layer can take it (norm after ReLU, a layer that is read or called elsewhere too)
+after:   x -> affine           y = a * x + b, learnable
+
+before:  conv                  every convolution that no norm stands behind
+after:   conv'                 the same weight as direction and length
+
+Eval is the same function, to rounding; not so in the strict form, which gives all channels of a layer one norm. Linear
+layers are rewritten only where a norm is folded into them: the paper leaves its classifier plain.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normrewrite import neighbours, sites
+from normrewrite.kinds import Kind, native
+from normrewrite.nn.mean_only import MeanOnlyBatchNorm
+from normrewrite.nn.origin import Origin
+from normrewrite.nn.parts import statistics_dtype
+from normrewrite.nn.stand_in import StandIn
+from normrewrite.nn.weights import normalise_weight, remember
+from normrewrite.passes.base import Rewrite
+from normrewrite.passes.fold_affine import affine_of, as_affine, into_previous
+from normrewrite.sites import Site
+
+
+@dataclass(frozen=True)
+class Form:
+    """bounded: the layer's norm is fixed; strict: so is each channel's; mean_bn: batch means stay; p of the weights' norm."""
+
+    bounded: bool = True
+    strict: bool = False
+    mean_bn: bool = False
+    p: float = 2
+
+
+class NormaliseWeights(Rewrite):
+    """A torch.fx pass, also usable on any nn.Module by `apply`.
+
+    >>> NormaliseWeights(Form(bounded=True))(torch.fx.symbolic_trace(model)).modified
+    True
+    """
+
+    def __init__(self, form: Form, target: str = "", example_inputs: Sequence[Tensor] | None = None) -> None:
+        self.form = form
+        self.target = target or ("bwn" if form.bounded else "wn")
+        self.example_inputs = example_inputs
+
+    def wants(self, module: nn.Module) -> bool:
+        return sites.is_norm(module) or _is_convolution(module)
+
+    def look(self, model: nn.Module, found: Sequence[Site]) -> list[Site]:
+        """Norms with the layer that takes them, and the convolutions that are nobody's."""
+        norms = neighbours.attach(model, [site for site in found if sites.is_norm(site.module)], self.example_inputs)
+        taken = {id(site.before.module) for site in norms if site.before is not None}
+        shared = sites.shared_parameters(model)
+        alone = [
+            replace(site, alone="shares its weight with another layer" if id(site.module.weight) in shared else "")
+            for site in found
+            if _is_convolution(site.module) and id(site.module) not in taken
+        ]
+        return norms + alone
+
+    def why_not(self, site: Site) -> str | None:
+        if _is_convolution(site.module):
+            return site.alone or None
+        kind = native(site.module, tracked=True)
+        return kind if isinstance(kind, str) else None
+
+    def inexact(self, site: Site) -> str:
+        layer = _is_convolution(site.module) or site.before is not None
+        return "one norm for all channels of the layer" if self.form.strict and layer else ""
+
+    def note(self, site: Site) -> str:
+        where = "" if site.before is None else f"folded into {site.before.name}"
+        where = where or (f"affine: {site.alone}" if site.alone else "")
+        return "; ".join(part for part in (where, super().note(site)) if part)
+
+    def rewrite(self, site: Site) -> Any:
+        old: Any = site.module
+        if _is_convolution(old):
+            return self._normalised(old, old)
+        kind = native(old)
+        assert isinstance(kind, Kind)
+        if site.before is None:
+            new: Any = as_affine(old)
+        else:
+            new = _mean_only(old) if self.form.mean_bn else StandIn(None, {})
+        pairs = {name: (getattr(old, name), getattr(new, name)) for name in ("weight", "bias") if _both(old, new, name)}
+        new.origin, new.site, new.tail = Origin(old, pairs).keep(old), site.name, kind.tail
+        new._modules.update({name: old._modules[name] for name in kind.tail})
+        return new
+
+    def rewrite_before(self, site: Site) -> nn.Module | None:
+        if site.before is None:
+            return None
+        a, b = affine_of(site.module)
+        layer = into_previous(site.before.module, (a, torch.zeros_like(b) if self.form.mean_bn else b))
+        if self.form.mean_bn and site.before.module.bias is None:
+            layer.bias = None  # type: ignore[assignment]
+        return self._normalised(layer, site.before.module)
+
+    def _normalised(self, layer: nn.Module, was: nn.Module) -> nn.Module:
+        form = self.form
+        return normalise_weight(layer, bounded=form.bounded, strict=form.strict, p=form.p, origin=remember(was))
+
+
+def _is_convolution(module: nn.Module) -> bool:
+    return neighbours.is_layer(module) and not isinstance(module, nn.Linear)
+
+
+def _both(old: Any, new: Any, name: str) -> bool:
+    return all(isinstance(getattr(module, name, None), Tensor) for module in (old, new))
+
+
+def _mean_only(old: Any) -> MeanOnlyBatchNorm:
+    """The part of a batch norm that a layer's weight can't take."""
+    a, _ = affine_of(old)
+    like = old.running_mean if old.weight is None else old.weight
+    new = MeanOnlyBatchNorm(len(a), getattr(old, "momentum", 0.1), device=like.device, dtype=like.dtype)
+    new.running_mean.copy_(old.running_mean.double() * a).to(statistics_dtype(like.dtype))
+    if old.bias is not None:
+        new.bias = old.bias if isinstance(old.bias, nn.Parameter) else nn.Parameter(old.bias.clone())
+    return new
