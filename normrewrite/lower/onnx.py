@@ -1,6 +1,7 @@
 """ONNX: a norm that measures at inference as one node, with a local-function body that any runtime can run.
 
->>> program = torch.onnx.export(as_nodes(model), inputs, dynamo=True)
+>>> model, names = as_nodes(model)
+>>> program = torch.onnx.export(model, inputs, dynamo=True)
 >>> add_bodies(program.model_proto)
 
 A node takes x: (B, G, K, S), statistics over the last two axes, and weight and bias: (G, K, 1); it gives y like x:
@@ -20,7 +21,6 @@ sqrt(ln n) for the others), eps, centred (0: x itself is measured, as
 RMSNorm does), plugin_namespace and plugin_version, by which TensorRT finds a plugin. Bodies compute in fp32.
 """
 
-import copy
 import math
 from functools import lru_cache
 from typing import Any, cast
@@ -28,8 +28,13 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
-from normrewrite import nn as norms_nn
+from normrewrite import sites
+from normrewrite.errors import NormRewriteError
+from normrewrite.nn.batch import BatchNorm
+from normrewrite.nn.rows import RowNorm
+from normrewrite.nn.tracing import as_one_node
 from normrewrite.norms import Gain, Metric
 from normrewrite.norms import metric as row_of
 
@@ -90,52 +95,45 @@ def _variable(row: Metric, n: int) -> float:
 
 
 class Node(nn.Module):
-    """A norm of normrewrite.nn as one node of its own under torch.onnx.export; it has no other use.
+    """A norm of normrewrite.nn as one node under torch.onnx.export; it has no other use.
 
-    x: as the norm takes it. Statistics are those of x itself, also for batch scope.
+    x: as the norm takes it. Statistics are those of x itself, for batch scope too.
     """
 
     def __init__(self, norm: Any) -> None:
         super().__init__()
         self.row, self.gain, self.eps = row_of(norm.metric), cast(Gain, norm.gain), norm.eps
+        if self.eps is None:
+            self.eps = torch.finfo(torch.float32).eps  # statistics are fp32 in a body
         self.centred = bool(getattr(norm, "centred", True))
-        self.norm = norm  # its parameters, its view and what it applies behind itself
+        self.weight, self.bias = norm.weight, norm.bias
+        self.layout = (_rows, _as_input) if isinstance(norm, BatchNorm) else (norm.view, norm.from_view)
+        self.tail = nn.Sequential(*(norm.get_submodule(name) for name in getattr(norm, "tail", ())))
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = _rows(self.norm, x)
-        _, groups, members, size = rows.shape
-        n = members * size
+        if isinstance(x, Proxy):
+            return as_one_node(self, x)
+        view, from_view = self.layout
+        rows = view(x)
+        groups, members = int(rows.shape[1]), int(rows.shape[2])
+        weight, bias = _affine(self.weight, 1.0, groups, members, x), _affine(self.bias, 0.0, groups, members, x)
+        name, given = f"{DOMAIN}::{operator(self.row)}", self._attributes(rows)
+        y = torch.onnx.ops.symbolic(name, (rows, weight, bias), given, dtype=x.dtype, shape=rows.shape, version=1)
+        return self.tail(from_view(y, x))  # type: ignore[no-any-return]
+
+    def _attributes(self, rows: Tensor) -> dict[str, Any]:
+        n: Any = rows.shape[2] * rows.shape[3]
         known = n if isinstance(n, int) else None  # a torch.SymInt where the export leaves sizes open
-        given = attributes(self.row, known, gain=self.gain, eps=self.eps, centred=self.centred)
-        y: Tensor = torch.onnx.ops.symbolic(
-            f"{DOMAIN}::{operator(self.row)}",
-            (
-                rows,
-                _affine(self.norm.weight, 1.0, groups, members, x),
-                _affine(self.norm.bias, 0.0, groups, members, x),
-            ),
-            given,
-            dtype=x.dtype,
-            shape=rows.shape,
-            version=1,
-        )
-        y = _as_input(self.norm, y, x)
-        for name in getattr(self.norm, "tail", ()):
-            y = self.norm.get_submodule(name)(y)
-        return y
+        return attributes(self.row, known, gain=self.gain, eps=self.eps, centred=self.centred)
 
 
-def _rows(norm: Any, x: Tensor) -> Tensor:
-    """x as (B, G, K, S)."""
-    if isinstance(norm, norms_nn.BatchNorm):
-        return x.transpose(0, 1).reshape(1, x.shape[1], 1, -1)
-    return cast(Tensor, norm.view(x))
+def _rows(x: Tensor) -> Tensor:
+    """(N, C, *) as (1, C, 1, N * prod(*)): batch scope in the form of rows."""
+    return x.transpose(0, 1).reshape(1, x.shape[1], 1, -1)
 
 
-def _as_input(norm: Any, y: Tensor, x: Tensor) -> Tensor:
-    if isinstance(norm, norms_nn.BatchNorm):
-        return y.reshape(x.shape[1], x.shape[0], *x.shape[2:]).transpose(0, 1)
-    return y.reshape(x.shape)
+def _as_input(y: Tensor, x: Tensor) -> Tensor:
+    return y.reshape(x.shape[1], x.shape[0], *x.shape[2:]).transpose(0, 1)
 
 
 def _affine(values: Tensor | None, default: float, groups: int, members: int, x: Tensor) -> Tensor:
@@ -144,25 +142,21 @@ def _affine(values: Tensor | None, default: float, groups: int, members: int, x:
     return values.reshape(groups, members, 1)
 
 
-def is_live(module: nn.Module, live_stats: bool = False) -> bool:
-    """Whether a norm of normrewrite.nn measures at inference; `live_stats` counts batch norms with running statistics."""
-    if isinstance(module, norms_nn.BatchNorm):
-        return live_stats or module.running_mean is None
-    return all(hasattr(module, name) for name in ("metric", "gain", "eps", "centred", "view"))
+def is_live(module: nn.Module, live_stats: bool) -> bool:
+    """Whether a norm of ours measures at inference: of batch scope only on request, with running statistics or without."""
+    return isinstance(module, RowNorm) or (live_stats and isinstance(module, BatchNorm))
 
 
 def as_nodes(model: nn.Module, live_stats: bool = False) -> tuple[nn.Module, list[str]]:
-    """A copy of the model whose live norms are nodes, and their names. One that is used at several places stays one."""
-    copied = copy.deepcopy(model)
-    found = {name: module for name, module in copied.named_modules() if is_live(module, live_stats)}
-    nodes = {id(module): Node(module) for module in found.values()}
-    if "" in found:
-        return nodes[id(copied)], [""]
-    for parent in list(copied.modules()):
-        for key, child in parent._modules.items():
-            if id(child) in nodes and not isinstance(parent, Node):
-                parent._modules[key] = nodes[id(child)]
-    return copied, list(found)
+    """The model in which live norms are nodes, changed in place unless it is a norm itself, and the names of the norms."""
+    found = sites.find(model, lambda module: is_live(module, live_stats))
+    for site in found:
+        new = Node(site.module)
+        new.training = False
+        for parent, key in site.homes:
+            parent._modules[key] = new
+        model = new if site.module is model else model
+    return model, [site.label for site in found]
 
 
 # --- bodies ----------------------------------------------------------------------------------------------------------
@@ -292,3 +286,36 @@ def inlined(proto: Any) -> Any:
     del plain.opset_import[:]
     plain.opset_import.extend(kept)
     return plain
+
+
+# --- nodes of a file -------------------------------------------------------------------------------------------------
+
+_ALLOWED = {  # what the operators' attributes may be
+    "count": lambda value: value >= 0,
+    "percent": lambda value: 0 <= value <= 100,
+    "power": lambda value: value > 0,
+    "eps": lambda value: 0 <= value < math.inf,
+    "centred": lambda value: value in (0, 1),
+    "reads": lambda values: len(values) == _DEGREE + 1 and all(map(math.isfinite, values)),
+}
+
+
+def check(proto: Any) -> None:
+    """Raises NormRewriteError where a node of ours has an attribute that no norm can have."""
+    import onnx
+
+    for node in proto.graph.node:
+        for attribute in node.attribute if node.domain == DOMAIN else ():
+            value = onnx.helper.get_attribute_value(attribute)
+            if not _ALLOWED.get(attribute.name, lambda _: True)(value):
+                raise NormRewriteError(
+                    f"node {node.name or node.op_type}: attribute {attribute.name} is {value}, out of range. Export the "
+                    "model again with normrewrite."
+                )
+
+
+def attribute(node: Any, name: str, default: Any = None) -> Any:
+    """The value of a node's attribute."""
+    import onnx
+
+    return next((onnx.helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
