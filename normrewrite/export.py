@@ -22,7 +22,7 @@ from normrewrite.bake import bake_
 from normrewrite.data import Batch, Data, argument_names, as_data
 from normrewrite.errors import NormRewriteError, first_line
 from normrewrite.files import check_writable
-from normrewrite.lower.onnx import DOMAIN, add_bodies, as_nodes, attribute, inlined
+from normrewrite.lower.onnx import add_bodies, as_nodes, fitted, inlined
 from normrewrite.nn.weights import weight_norm_of
 from normrewrite.passes import FoldAffine
 from normrewrite.passes.fold_affine import Outcome
@@ -114,7 +114,8 @@ def export(
     proto = _to_onnx(folded, inputs, names, opset, dynamic_batch, dynamic_size)
     if keep_io_types:
         cast_io(proto)
-    notes += _notes(proto)
+    if fitted(proto):
+        notes.append(f"{len(fitted(proto))} norms measure as many elements as come: C(n) is a fitted formula there")
     proto = _with_bodies(proto, deploy)
     if precision == "int8":
         proto = quantise(proto, as_data(calibrate, keys), ranges)  # type: ignore[arg-type]
@@ -154,12 +155,6 @@ def _check_weights(model: nn.Module, path: Path) -> None:
 def _with_bodies(proto: Any, deploy: Deploy) -> Any:
     add_bodies(proto)
     return inlined(proto) if deploy == "fold" and proto.functions else proto
-
-
-def _notes(proto: Any) -> list[str]:
-    """What a user of the file should know of its nodes."""
-    fitted = [node for node in proto.graph.node if node.domain == DOMAIN and any(attribute(node, "reads")[1:])]
-    return [f"{len(fitted)} norms measure as many elements as come: C(n) is a fitted formula there"] if fitted else []
 
 
 def _describe(proto: Any, **facts: str) -> None:

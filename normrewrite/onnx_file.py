@@ -10,7 +10,9 @@ from typing import Any
 from normrewrite.data import Batch
 from normrewrite.errors import NormRewriteError, first_line, possible
 from normrewrite.files import write_atomically
+from normrewrite import precision
 from normrewrite.lower import onnx as nodes
+from normrewrite.tolerances import FITTED, SAME_DEPLOYED
 
 OLDEST_OPSET = 13  # from here on axes are inputs and Q/DQ goes by channel
 LARGEST = 2**31 - 1  # bytes: protobuf's own limit, so the largest file without weights beside it
@@ -71,3 +73,9 @@ def feed(batch: Batch, wanted: Sequence[str], where: object) -> dict[str, Any]:
         )
     arrays = {name: tensor.numpy() for name, tensor in batch.inputs.items()}
     return arrays if set(arrays) == set(wanted) else dict(zip(wanted, arrays.values(), strict=True))
+
+
+def tolerance(proto: Any) -> float:
+    """What the outputs of a file may differ from its torch model's, of max(1, largest output), by what it says it is."""
+    fitted = FITTED if nodes.fitted(proto) else 0.0
+    return max(SAME_DEPLOYED[precision.of(proto)], fitted)

@@ -277,6 +277,11 @@ def used(proto: Any) -> set[str]:
     return {node.op_type for node in proto.graph.node if node.domain == DOMAIN}
 
 
+def fitted(proto: Any) -> list[str]:
+    """The nodes of ours whose C(n) is a fitted formula, because n is open."""
+    return [node.name for node in proto.graph.node if node.domain == DOMAIN and any(attribute(node, "reads")[1:])]
+
+
 def inlined(proto: Any) -> Any:
     """The model with the bodies in the place of their nodes: standard operators alone."""
     import onnx.inliner
