@@ -20,7 +20,7 @@ def build(request: dict[str, Any], tell: Any) -> None:
     trt = importlib.import_module(request["module"])
     log = _logger(trt)
     builder = trt.Builder(log)
-    network = _parsed(trt, builder, log, request["onnx"])
+    network, _parser = _parsed(trt, builder, log, request["onnx"])  # the parser owns the weights
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.progress_monitor = _monitor(trt, tell)
@@ -72,14 +72,13 @@ def _monitor(trt: Any, tell: Any) -> Any:
     return Monitor()
 
 
-def _parsed(trt: Any, builder: Any, log: Any, path: str) -> Any:
+def _parsed(trt: Any, builder: Any, log: Any, path: str) -> tuple[Any, Any]:
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(path):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
         raise RuntimeError("; ".join(f"node {error.node_name()}: {error.desc()}" for error in errors))
-    network.parser = parser  # it owns the weights
-    return network
+    return network, parser
 
 
 def _choose_gpus(trt: Any, config: Any, gpus: list[str]) -> None:
