@@ -175,6 +175,8 @@ def calibrate_(
     each: Callable[..., object] = lambda done, **_: None,
 ) -> tuple[nn.Module, Calibration]:
     """`calibrate` in place: parameters stay the same objects."""
+    if not calibratable(twin) and any(map(sites.is_rewritten, twin.modules())):
+        raise NormRewriteError("every rewritten site is exact as it is: there is nothing to calibrate.")
     examples = as_data(data, argument_names(twin))
     fits = fit_(twin, original or _original(twin), examples, batch_size=batch_size, each=each) if fittable(twin) else []
     found = [site for site in sites.find(twin) if isinstance(site.module, BatchNorm)]
@@ -195,6 +197,11 @@ def calibrate_(
     probe = Probe()
     rows = [_apply(site, readings.get(site.name), probe, _why_not(site, shared)) for site in found]
     return twin, Calibration(rows, fits, inputs, skipped)
+
+
+def calibratable(twin: nn.Module) -> bool:
+    """Whether any site can be matched or fitted at all."""
+    return bool(fittable(twin)) or any(isinstance(module, BatchNorm) for module in twin.modules())
 
 
 def _original(twin: nn.Module) -> nn.Module:

@@ -14,7 +14,12 @@ from normrewrite._version import __version__
 from normrewrite.errors import NormRewriteError
 
 Command = Callable[..., Any]
-_TARGETS = "l1, linf, topk:K (a count, or a percentage as topk:1%), range; l2 gives torch's own norms back"
+# As in normrewrite.targets, which would import torch; a test compares them.
+_TARGETS = (
+    "Metrics: l1, linf, topk:K (a count, or a percentage as topk:1%), range. Weight norms: bwn (bounded), bwn:strict, wn, "
+    "wn:mean-bn. Each sample's statistics: group[:G], layer, instance, rms. Also renorm, frozen, none (folded away), and l2 "
+    "for torch's own norms back"
+)
 
 
 def _together(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -106,7 +111,7 @@ force = click.option("--force", is_flag=True, help="Overwrite an existing output
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="normrewrite", message="%(prog)s %(version)s")
 def app() -> None:
-    """Rewrite the batch norms of trained networks to L1, L-infinity, Top-k and range norms: the same function."""
+    """Rewrite the norms of trained networks to L1, L-infinity, Top-k, range and weight norms: the same function."""
 
 
 @app.command()
@@ -122,6 +127,13 @@ def inspect(source: Any, as_json: bool, quiet: bool) -> None:
 @app.command()
 @source
 @click.option("--to", required=True, metavar="TARGET", help=f"{_TARGETS}.")
+@click.option(
+    "--scope",
+    default="batch",
+    show_default=True,
+    metavar="SCOPES",
+    help="Norms whose metric changes: batch, layer, group, instance, rms, several with commas, or all.",
+)
 @click.option(
     "--rule",
     "rules",
@@ -142,7 +154,9 @@ def inspect(source: Any, as_json: bool, quiet: bool) -> None:
 @click.option("--expect", type=int, metavar="N", help="Fail unless exactly N sites are rewritten.")
 @click.option("--input-shape", metavar="N,C,...", help="Check the whole network too, on random input of this shape.")
 @click.option(
-    "--calibrate", metavar="DATA", help="Match training to the original on this data too, as `calibrate` does."
+    "--calibrate",
+    metavar="DATA",
+    help="Match training to the original on this data too, as `calibrate` does; fresh weight norms are initialised by it.",
 )
 @pixels
 @batch_size
@@ -151,7 +165,7 @@ def inspect(source: Any, as_json: bool, quiet: bool) -> None:
 @force
 @printed
 def convert(source: Any, to: str, rules: tuple[str, ...], as_json: bool, quiet: bool, **options: Any) -> None:
-    """Rewrite batch norms; in eval the network computes the same function."""
+    """Rewrite norms; in eval the network computes the same function, or says where it can't."""
     from normrewrite import commands, console
     from normrewrite.rules import parse_rule
 
@@ -169,7 +183,10 @@ def convert(source: Any, to: str, rules: tuple[str, ...], as_json: bool, quiet: 
 @force
 @printed
 def calibrate(source: Any, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Match a converted network's training to the original, on unlabelled data; eval and the way back stay exact."""
+    """Match a converted network to its original on unlabelled data; the way back stays exact.
+
+    Batch norms are matched in training, with eval as it was; norms that can't be exact are fitted to the original.
+    """
     from normrewrite import commands, console
 
     with console.busy("calibrating", quiet=quiet or as_json) as each:

@@ -9,17 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from normrewrite import files
-from normrewrite.calibrate import Calibration
+from normrewrite.calibrate import Calibration, calibratable
 from normrewrite.calibrate import calibrate_ as calibrate_model
-from normrewrite.convert import Plan
+from normrewrite.convert import Plan, as_scopes
 from normrewrite.convert import plan as plan_model
 from normrewrite.data import Batch, Data, argument_names, open_data
 from normrewrite.data import example as example_input
 from normrewrite.errors import NormRewriteError
 from normrewrite.export import OPSET, Exported, fold
 from normrewrite.export import export as export_model
+from normrewrite.initialise import Initialisation, initialise_
 from normrewrite.inspect import Inspection
 from normrewrite.inspect import inspect as inspect_model
+from normrewrite.nn.weights import gain_of
 from normrewrite.norms import Gain
 from normrewrite.report import Report
 from normrewrite.revert import reverted
@@ -72,7 +74,7 @@ class Converted:
     output: str
     form: str
     network: Comparison | None = None
-    calibration: Calibration | None = None
+    calibration: Calibration | Initialisation | None = None
     note: str = ""
 
     def as_dict(self) -> dict[str, Any]:
@@ -118,6 +120,7 @@ def convert(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     gain: Gain = "exact",
+    scope: str = "batch",
     output: Path | None = None,
     folded: bool = False,
     force: bool = False,
@@ -128,30 +131,70 @@ def convert(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     batch_size: int = 250,
-    each: Callable[[int], object] = lambda done: None,
+    each: Callable[..., object] = lambda done, **_: None,
 ) -> Converted | Planned:
     """Rewrite the norms of a model file and write the twin beside it, once its function has been checked.
 
-    calibrate: data to match training on, as `calibrate` does.
+    calibrate: data to match training on, as `calibrate` does; fresh weight norms are initialised by it.
     """
-    rewrite(to, gain)  # a wrong target is told before a large file is read
+    rewrite(to, gain, as_scopes(scope))  # a wrong target is told before a large file is read
     output = output or derived(source.path, f"{slug(to)}.folded" if folded else slug(to))
     if not dry_run:
         files.check_writable(output, force)
     file = source.read()
-    plan = plan_model(file.model, to, rules=rules, include=include, exclude=exclude, gain=gain)
+    data = None if calibrate is None else _open(calibrate, file.model, mean, std)
+    inputs = _some_inputs(input_shape, data, source.device)
+    plan = plan_model(
+        file.model,
+        to,
+        rules=rules,
+        include=include,
+        exclude=exclude,
+        gain=gain,
+        scope=scope,
+        example_inputs=inputs,
+    )
     plan.require(expect)
     if dry_run:
         return Planned(plan)
-    examples = None if calibrate is None else _open(calibrate, file.model, mean, std)
+    fresh = plan.fresh
     twin, report, network = _rewritten(plan, input_shape, source.device)
-    calibration = None
-    if examples is not None:
-        twin, calibration = calibrate_model(twin, examples, batch_size=batch_size, each=each)
+    calibration, notes = _made_ready(twin, report, fresh, data, batch_size, each)
     if folded:
         return _write_folded(twin, report, output, force, network)
     form = files.save(twin.cpu(), output, form=file.form, report=report, force=force)
-    return Converted(report, str(output), form, network, calibration, _how_to_load(file.form, form, output))
+    notes.append(_how_to_load(file.form, form, output))
+    return Converted(report, str(output), form, network, calibration, "\n".join(filter(None, notes)))
+
+
+def _some_inputs(input_shape: str | None, data: Data | None, device: str) -> list[Tensor] | None:
+    """Forward's arguments for one small batch, where there is something to take them from."""
+    if input_shape is not None:
+        return [example_input(input_shape).to(device)]
+    if data is None:
+        return None
+    batch = next(iter(data.batches(2)), None)
+    return None if batch is None else [values.to(device) for values in batch.inputs.values()]
+
+
+def _made_ready(
+    twin: nn.Module,
+    report: Report,
+    fresh: bool,
+    data: Data | None,
+    batch_size: int,
+    each: Callable[..., object],
+) -> tuple[Calibration | Initialisation | None, list[str]]:
+    """What data can do for a twin, in place: calibrate it, or initialise its weight norms; and what is to be said of it."""
+    if data is None:
+        hint = f"{len(report.inexact)} sites can't be exact: --calibrate DATA fits them to the original"
+        return None, [hint] if report.inexact else []
+    if fresh and any(gain_of(module) is not None for module in twin.modules()):
+        batch = next(iter(data.batches(batch_size)))
+        return initialise_(twin, batch.inputs), []
+    if not calibratable(twin):
+        return None, ["exact as it is: there is nothing to calibrate"]
+    return calibrate_model(twin, data, batch_size=batch_size, each=each)[1], []
 
 
 def _rewritten(plan: Plan, input_shape: str | None, device: str) -> tuple[nn.Module, Report, Comparison | None]:
@@ -163,7 +206,7 @@ def _rewritten(plan: Plan, input_shape: str | None, device: str) -> tuple[nn.Mod
     twin, report = plan.apply()
     report.require_exact()
     network = verify_networks(plan.model, twin, x)
-    if not network.ok and not report.live:
+    if not network.ok and not report.live and not report.inexact:
         raise NormRewriteError(
             f"the twin computes another function; no file was written. {network.verdict}", exit_code=1
         )
@@ -219,7 +262,7 @@ def calibrate(
     batch_size: int = 250,
     output: Path | None = None,
     force: bool = False,
-    each: Callable[[int], object] = lambda done: None,
+    each: Callable[..., object] = lambda done, **_: None,
 ) -> Calibrated:
     """Match a twin's training to the original on unlabelled data, and write it beside."""
     output = output or derived(source.path, "calibrated")
@@ -308,7 +351,7 @@ def verify(
     std: Sequence[float] | None = None,
     batch_size: int = 250,
     tolerance: float | None = None,
-    each: Callable[[int], object] = lambda done: None,
+    each: Callable[..., object] = lambda done, **_: None,
 ) -> Comparison:
     """Compare two files, torch or ONNX, on the same inputs. `source`'s architecture serves both."""
     networks = [path if path.suffix == ".onnx" else source.read(path).model for path in (source.path, other)]

@@ -53,10 +53,10 @@ def style_of(line: str) -> str:
 
 
 @contextmanager
-def busy(what: str, *, quiet: bool = False) -> Iterator[Callable[[int], None]]:
-    """A line on stderr, for people who wait: what is being done, for how long, and how many inputs are through."""
+def busy(what: str, *, quiet: bool = False) -> Iterator[Callable[..., None]]:
+    """A line on stderr, for people who wait: what is being done, for how long, and how many inputs (or sites) are through."""
     if quiet or not sys.stderr.isatty():
-        yield lambda done: None
+        yield lambda done, **_: None
         return
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -66,9 +66,9 @@ def busy(what: str, *, quiet: bool = False) -> Iterator[Callable[[int], None]]:
         task = progress.add_task(what, total=None, count="")
         through = 0
 
-        def advance(done: int) -> None:
+        def advance(done: int, of: int | None = None) -> None:
             nonlocal through
-            through += done
-            progress.update(task, count=f"{through} inputs")
+            through = (0 if of and through >= of else through) + done
+            progress.update(task, count=f"{through} of {of} sites" if of else f"{through} inputs")
 
         yield advance

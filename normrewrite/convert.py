@@ -22,6 +22,7 @@ from normrewrite.optimizers import inherited, parameters_of, rebind
 from normrewrite.passes import Rewrite
 from normrewrite.passes.change_scope import SCOPES
 from normrewrite.passes.lift_functional import candidates, lift_, lifted
+from normrewrite.passes.renormalise import is_fresh
 from normrewrite.report import Report, SiteResult, table
 from normrewrite.rules import KEEP, Rules
 from normrewrite.sites import Site
@@ -61,6 +62,12 @@ class Plan:
     @property
     def kept(self) -> list[Choice]:
         return [choice for choice in self.choices if choice.rewrite is None]
+
+    @property
+    def fresh(self) -> bool:
+        """Whether nothing was trained yet: every batch norm has the statistics that it was made with."""
+        norms = sites.find(self.model)
+        return bool(norms) and all(is_fresh(site.module) for site in norms)
 
     def __str__(self) -> str:
         rows = [

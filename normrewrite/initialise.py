@@ -40,6 +40,10 @@ class Initialisation:
     layers: list[InitialisedLayer]
     unreached: list[str]
 
+    def as_dict(self) -> dict[str, Any]:
+        layers = [{"name": layer.name, "std": layer.std.tolist(), "left": layer.left} for layer in self.layers]
+        return {"initialised": layers, "unreached": self.unreached}
+
     def __str__(self) -> str:
         rows = [
             (layer.name, f"{layer.std.median():.3g} ({layer.std.min():.3g}, {layer.std.max():.3g})", _left(layer))

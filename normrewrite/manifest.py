@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from normrewrite import sites
 from normrewrite._version import __version__
 from normrewrite.errors import NormRewriteError
+from normrewrite.nn.affine import ChannelAffine
 from normrewrite.nn.batch import BatchNorm
+from normrewrite.nn.stand_in import StandIn
 from normrewrite.norms import GAINS, Gain
 from normrewrite.passes import Rewrite
 from normrewrite.passes.change_scope import SCOPES
@@ -29,23 +31,26 @@ FORMAT = 1
 def describe(model: nn.Module, report: Report | None = None) -> dict[str, Any]:
     """The manifest of a twin, read off the twin itself; the report of the rewrite goes along where it is at hand."""
     record: dict[str, Any] = {KEY: __version__, "format": FORMAT, "torch": str(torch.__version__), "sites": []}
-    for site in sites.find(model, sites.is_rewritten):
-        origin = sites.origin_of(site.module)
-        if origin is None or not origin.target:  # a layer that took a norm in: that norm's place tells
-            continue
-        record["sites"].append(
-            {
-                "names": list(site.names),
-                "was": origin.kind.__name__,
-                "to": origin.target,
-                "gain": origin.gain,
-                "difference": origin.difference,
-                "calibrated": hasattr(origin, "weight"),
-            }
-        )
+    for site in sites.find(model, lambda module: bool(_entry(module))):
+        record["sites"].append({"names": list(site.names), **_entry(site.module)})
     if report is not None:
         record["report"] = report.as_dict()
     return record
+
+
+def _entry(module: nn.Module) -> dict[str, Any]:
+    """What a module became, if it is a site of a rewrite. A layer that took a norm in is none: that norm's place tells."""
+    origin = sites.origin_of(module)
+    if origin is not None and origin.target:
+        return {
+            "was": origin.kind.__name__,
+            "to": origin.target,
+            "gain": origin.gain,
+            "difference": origin.difference,
+            "calibrated": hasattr(origin, "weight"),
+        }
+    was = module.folded if isinstance(module, StandIn | ChannelAffine) else ""
+    return {"was": was, "to": "none", "gain": "exact"} if was else {}
 
 
 def check(record: object, where: str) -> dict[str, Any]:

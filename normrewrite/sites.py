@@ -15,7 +15,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.origin import Origin
 from normrewrite.nn.rows import RowNorm
-from normrewrite.nn.weights import weight_norm_of
+from normrewrite.nn.weights import WeightNorm, weight_norm_of
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ def is_norm(module: nn.Module) -> bool:
 
 def origin_of(module: nn.Module) -> Origin | None:
     """What the module was before a rewrite, if it was one: of a weight norm, the layer itself."""
+    if isinstance(module, WeightNorm):  # a part of its layer
+        return None
     norm = weight_norm_of(module)
     origin = module._modules.get("origin") if norm is None else norm.origin
     return origin if isinstance(origin, Origin) else None

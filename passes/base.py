@@ -46,8 +46,10 @@ class Rewrite(ABC):
 
     def note(self, site: Site) -> str:
         """What people should know of this site's rewrite."""
+        where = f"affine: {site.alone}" if site.alone else ""
+        where = where if site.before is None else f"folded into {site.before.name}"
         reason = self.inexact(site)
-        return f"not exact: {reason}" if reason else ""
+        return "; ".join(part for part in (where, f"not exact: {reason}" if reason else "") if part)
 
     @abstractmethod
     def rewrite(self, site: Site) -> nn.Module:

@@ -30,6 +30,8 @@ from normrewrite import graph, neighbours, sites
 from normrewrite.kinds import Kind, recognise
 from normrewrite.nn.affine import ChannelAffine
 from normrewrite.nn.batch import BatchNorm
+from normrewrite.nn.mean_only import MeanOnlyBatchNorm
+from normrewrite.nn.stand_in import StandIn
 from normrewrite.passes.base import Rewrite, own_parents
 from normrewrite.passes.lift_functional import LiftFunctional, free_name
 from normrewrite.sites import Site
@@ -60,8 +62,11 @@ class FoldAffine(Rewrite):
     def look(self, model: nn.Module, found: Sequence[Site]) -> list[Site]:
         return neighbours.attach(model, found, self.example_inputs)
 
+    def wants(self, module: nn.Module) -> bool:
+        return sites.is_norm(module) or isinstance(module, MeanOnlyBatchNorm)
+
     def why_not(self, site: Site) -> str | None:
-        kind = None if isinstance(site.module, BatchNorm) else recognise(site.module)
+        kind = None if isinstance(site.module, BatchNorm | MeanOnlyBatchNorm) else recognise(site.module)
         if isinstance(kind, str):
             return kind
         if site.module.running_mean is None:
@@ -69,13 +74,12 @@ class FoldAffine(Rewrite):
         return None
 
     def rewrite(self, site: Site) -> nn.Module:
-        tail = tail_of(site.module)
-        if site.before is not None:
-            self.outcome.into_neighbour.append(site.name)
-            return tail or nn.Identity()
-        self.outcome.to_affine.append(site.name)
-        affine = as_affine(site.module)
-        return affine if tail is None else nn.Sequential(affine, *tail)
+        (self.outcome.to_affine if site.before is None else self.outcome.into_neighbour).append(site.name)
+        new: StandIn | ChannelAffine = as_affine(site.module) if site.before is None else StandIn(None, {})
+        tail = tail_names(site.module)
+        new.tail, new.folded = tail, site.kind
+        new._modules.update({name: site.module._modules[name] for name in tail})
+        return new
 
     def rewrite_before(self, site: Site) -> nn.Module | None:
         return None if site.before is None else into_previous(site.before.module, affine_of(site.module))
@@ -85,7 +89,7 @@ class FoldAffine(Rewrite):
         own_parents(graph_module)
         LiftFunctional()(graph_module)
         ranks = neighbours.ranks_of(graph_module, self.example_inputs)
-        norms = {id(site.module): site for site in sites.find(graph_module) if self.why_not(site) is None}
+        norms = {id(site.module): site for site in sites.find(graph_module, self.wants) if self.why_not(site) is None}
         called = False
         for node in list(graph_module.graph.nodes):
             module = graph.module_of(graph_module, node)
@@ -137,26 +141,33 @@ class FoldAffine(Rewrite):
         graph_module.set_submodule(str(node.target), new)
 
 
+def tail_names(norm: nn.Module) -> tuple[str, ...]:
+    """The children that a norm applies to its own result (a fused activation), if any."""
+    if isinstance(norm, BatchNorm | MeanOnlyBatchNorm):
+        return norm.tail
+    kind = recognise(norm)
+    return kind.tail if isinstance(kind, Kind) else ()
+
+
 def tail_of(norm: nn.Module) -> nn.Sequential | None:
-    """What a norm applies to its own result (a fused activation), if anything."""
-    if isinstance(norm, BatchNorm):
-        names: tuple[str, ...] = norm.tail
-    else:
-        kind = recognise(norm)
-        names = kind.tail if isinstance(kind, Kind) else ()
+    """The same, as one module."""
+    names = tail_names(norm)
     return nn.Sequential(*(norm.get_submodule(name) for name in names)) if names else None
 
 
 def as_affine(norm: Any) -> ChannelAffine:
     """The norm's affine, without its tail, as a module of the norm's dtype."""
     a, b = affine_of(norm)
-    like = norm.running_mean if norm.weight is None else norm.weight
+    like = next(t for t in (norm.weight, norm.bias, norm.running_mean) if t is not None)
     return ChannelAffine(a.to(like.dtype), b.to(like.dtype))
 
 
 def affine_of(norm: Any) -> Affine:
     """(a, b), float64, with norm(x) = a*x + b in eval, before its tail."""
-    if isinstance(norm, BatchNorm):
+    scale: Any
+    if isinstance(norm, MeanOnlyBatchNorm):
+        scale = torch.ones_like(norm.running_mean, dtype=torch.float64)
+    elif isinstance(norm, BatchNorm):
         assert norm.running_scale is not None
         scale = norm.running_scale.double() + norm.eps
     else:

@@ -18,7 +18,7 @@ layers are rewritten only where a norm is folded into them: the paper leaves its
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -74,18 +74,22 @@ class NormaliseWeights(Rewrite):
 
     def why_not(self, site: Site) -> str | None:
         if _is_convolution(site.module):
-            return site.alone or None
+            return site.alone or self._unfit(site.module)
         kind = native(site.module, tracked=True)
-        return kind if isinstance(kind, str) else None
+        if isinstance(kind, str):
+            return kind
+        return None if site.before is None else self._unfit(site.before.module)
+
+    def _unfit(self, layer: nn.Module) -> str | None:
+        """One norm for a layer can't hold a weight without a norm, nor keep one bad channel to itself."""
+        weight = cast(Tensor, layer.weight).detach()
+        if self.form.bounded and not weight.isfinite().all():
+            return "its weight is not finite"
+        return "its weight is all zero, and would stay so" if self.form.bounded and not weight.any() else None
 
     def inexact(self, site: Site) -> str:
         layer = _is_convolution(site.module) or site.before is not None
         return "one norm for all channels of the layer" if self.form.strict and layer else ""
-
-    def note(self, site: Site) -> str:
-        where = "" if site.before is None else f"folded into {site.before.name}"
-        where = where or (f"affine: {site.alone}" if site.alone else "")
-        return "; ".join(part for part in (where, super().note(site)) if part)
 
     def rewrite(self, site: Site) -> Any:
         old: Any = site.module
@@ -108,7 +112,7 @@ class NormaliseWeights(Rewrite):
         a, b = affine_of(site.module)
         layer = into_previous(site.before.module, (a, torch.zeros_like(b) if self.form.mean_bn else b))
         if self.form.mean_bn and site.before.module.bias is None:
-            layer.bias = None  # type: ignore[assignment]
+            layer.bias = None
         return self._normalised(layer, site.before.module)
 
     def _normalised(self, layer: nn.Module, was: nn.Module) -> nn.Module:

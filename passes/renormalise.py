@@ -42,5 +42,5 @@ class Renormalise(Rewrite):
 
 def is_fresh(norm: nn.Module) -> bool:
     """Whether a norm's running statistics are those that it was made with."""
-    mean, var = norm.running_mean, norm.running_var
+    mean, var = getattr(norm, "running_mean", None), getattr(norm, "running_var", None)
     return isinstance(mean, Tensor) and isinstance(var, Tensor) and not mean.any() and bool((var == 1).all())

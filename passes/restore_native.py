@@ -109,7 +109,7 @@ def _norm(old: Any) -> tuple[nn.Module, bool]:
 
 def _nearest_row_norm(old: Any) -> Any:
     """A norm within a sample keeps what it has learned, in torch's class where it was one; else it stays as it is."""
-    if isinstance(old, RowNorm) and not old.origin.slots[1]:
+    if isinstance(old, RowNorm) and old.origin is not None and not old.origin.slots[1]:
         was = old.origin.module()
         was._parameters.update(old._parameters)
         return was

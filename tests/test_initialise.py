@@ -147,6 +147,13 @@ def test_an_input_without_batch_dimension() -> None:
     assert_standard(layer(x).detach().double().flatten(1), centred=False)
 
 
+def test_the_layer_itself_is_standardised_before_other_hooks_see_it() -> None:
+    layer, x, seen = parametrised("conv2d", "wn"), data("conv2d"), []
+    layer.register_forward_hook(lambda _, __, output: seen.append(output) or 5 * output)
+    nr.initialise_(layer, x)
+    assert_standard(by_channel(layer, seen[0]), centred=False)
+
+
 def test_what_can_not_be_initialised() -> None:
     for model in (nn.Linear(2, 2), parametrised("linear", "strict")):
         with pytest.raises(nr.NormRewriteError, match="holds no weight norm with a gain"):

@@ -21,6 +21,7 @@ class ChannelAffine(nn.Module):
         self.site = ""  # the dotted name in a converted model
         self.origin: Origin | None = None  # the norm that it was before a rewrite
         self.tail: tuple[str, ...] = ()  # children that are applied behind it: a fused activation, dropout
+        self.folded = ""  # the class of a norm that was folded away for good
         self.weight = nn.Parameter(weight)
         self.bias = nn.Parameter(bias)
 

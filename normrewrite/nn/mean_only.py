@@ -27,6 +27,7 @@ class MeanOnlyBatchNorm(nn.Module):
     Raises NormRewriteError for other shapes, and where training sees fewer than two values a channel (y would be bias).
     """
 
+    weight: None = None  # it has no scale: a weight norm in front has it
     running_mean: Tensor
     num_batches_tracked: Tensor
 
