@@ -56,7 +56,8 @@ class Bench:
             middle = statistics.median(values)
             rows.append((name, f"{1000 * middle:.3f}", f"{1000 * min(values):.3f}", f"{self.inputs / middle:.1f}"))
         head = ("form", "ms a batch (median)", "smallest", "inputs a second")
-        last = f"B takes {self.ratio:.3f} times A's time: {self.runtime}, batches of {self.inputs}, {len(rows and self.seconds[0])} rounds"
+        rounds = len(self.seconds[0])
+        last = f"B takes {self.ratio:.3f} times A's time: {self.runtime}, batches of {self.inputs}, {rounds} rounds"
         return f"{table(head, rows)}\n{last}"
 
 

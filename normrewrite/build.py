@@ -169,7 +169,10 @@ def profile_of(proto: Any, shapes: Mapping[str, Sequence[str]]) -> dict[str, lis
         for name, shape in wanted.items():
             _check_shape(f"--{end}", name, shape, inputs[name])
     opened = {name: sizes for name, sizes in inputs.items() if None in sizes}
-    return {name: _profile(name, sizes, {end: given.get(end, {}).get(name) for end in _ENDS}) for name, sizes in opened.items()}
+    return {
+        name: _profile(name, sizes, {end: given.get(end, {}).get(name) for end in _ENDS})
+        for name, sizes in opened.items()
+    }
 
 
 _ENDS = ("min", "opt", "max")

@@ -26,7 +26,7 @@ from normrewrite.lower.onnx import add_bodies, as_nodes, fitted, inlined
 from normrewrite.nn.weights import weight_norm_of
 from normrewrite.passes import FoldAffine
 from normrewrite.passes.fold_affine import Outcome
-from normrewrite.precision import PRECISIONS, Precision, cast
+from normrewrite.precision import PRECISIONS, Precision, cast_model
 from normrewrite.precision import keep_io_types as cast_io
 from normrewrite.quantise import Ranges, quantise
 from normrewrite.verify import runner
@@ -109,7 +109,7 @@ def export(
     lowered, live = as_nodes(copy.deepcopy(model).cpu().eval(), live_stats)
     folded, outcome, notes = fold(lowered, inputs)
     _refuse_live(folded, live_stats)
-    inputs = cast(folded, inputs, precision)
+    inputs = cast_model(folded, inputs, precision)
     _check_weights(folded, path)
     proto = _to_onnx(folded, inputs, names, opset, dynamic_batch, dynamic_size)
     if keep_io_types:
@@ -128,20 +128,22 @@ def export(
     if written != opset:
         raise NormRewriteError(f"--opset {opset}: torch's exporter gave opset {written} instead. Ask for that one.")
     nodes = dict(Counter(node.op_type for node in proto.graph.node))
-    return Exported(
-        str(path), opset, outcome.into_neighbour, outcome.to_affine, notes, nodes, live, precision, deploy
-    )
+    return Exported(str(path), opset, outcome.into_neighbour, outcome.to_affine, notes, nodes, live, precision, deploy)
 
 
 def _check_request(opset: int, deploy: Deploy, bodies: bool, precision: Precision, calibrate: object) -> None:
     if opset not in _OPSETS:
         raise NormRewriteError(f"--opset {opset}: the exporter gives {_OPSETS.start} to {_OPSETS.stop - 1}.")
     if precision not in PRECISIONS or deploy not in DEPLOYS:
-        raise NormRewriteError(f"precision {precision!r}, deploy {deploy!r}: {', '.join((*PRECISIONS, *DEPLOYS))} are known.")
+        raise NormRewriteError(
+            f"precision {precision!r}, deploy {deploy!r}: {', '.join((*PRECISIONS, *DEPLOYS))} are known."
+        )
     if precision == "int8" and calibrate is None:
         raise NormRewriteError("int8 needs unlabelled inputs to see how far activations reach: give --calibrate DATA.")
     if precision == "bf16" and opset < _BF16_OPSET:
-        raise NormRewriteError(f"--opset {opset}: many operators take bf16 only from opset {_BF16_OPSET}. Ask for that.")
+        raise NormRewriteError(
+            f"--opset {opset}: many operators take bf16 only from opset {_BF16_OPSET}. Ask for that."
+        )
     if deploy == "fold" and not bodies:
         raise NormRewriteError("--no-bodies goes with --deploy op: a folded file holds no functions.")
 
@@ -166,7 +168,9 @@ def _describe(proto: Any, **facts: str) -> None:
 def _refuse_live(model: nn.Module, live_stats: bool) -> None:
     live = [site.label for site in sites.find(model) if getattr(site.module, "running_mean", None) is None]
     if live:
-        what = "torch's batch norm has no such form: convert them first" if live_stats else "ask for that by --live-stats"
+        what = (
+            "torch's batch norm has no such form: convert them first" if live_stats else "ask for that by --live-stats"
+        )
         raise NormRewriteError(
             f"{len(live)} norms keep no running statistics ({', '.join(live[:4])}) and would measure each batch; {what}, or "
             "train with track_running_stats=True."
@@ -221,7 +225,7 @@ def _open_shapes(inputs: Sequence[Tensor], dynamic_batch: bool, dynamic_size: bo
     """What each input leaves open, by axis: the batch, and the sizes behind the channels."""
     batch = {0: torch.export.Dim("batch")} if dynamic_batch else {}
     sizes = [range(2, value.dim()) if dynamic_size else () for value in inputs]
-    return [batch | {axis: torch.export.Dim.DYNAMIC for axis in axes} for axes in sizes]
+    return [batch | dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for axes in sizes]
 
 
 def _innermost(error: BaseException) -> str:

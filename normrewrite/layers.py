@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-
 from torch import Tensor, nn
 
 from normrewrite import onnx_file
@@ -106,10 +105,3 @@ def _last_tensors(proto: Any) -> dict[str, str]:
             last.pop(names[-2], None)
             last[names[-2]] = node.output[0]
     return last
-
-
-def first_batch(batch: Batch, size: int = 8) -> Batch:
-    """Few inputs: every layer's output is kept."""
-    return Batch({name: values[:size] for name, values in batch.inputs.items()})
-
-

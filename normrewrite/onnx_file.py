@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from normrewrite import precision
 from normrewrite.data import Batch
 from normrewrite.errors import NormRewriteError, first_line, possible
 from normrewrite.files import write_atomically
-from normrewrite import precision
 from normrewrite.lower import onnx as nodes
 from normrewrite.tolerances import FITTED, SAME_DEPLOYED
 

@@ -4,7 +4,7 @@
 'fp16'
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8")
 _HALF: dict[str, tuple[torch.dtype, str]] = {"fp16": (torch.float16, "FLOAT16"), "bf16": (torch.bfloat16, "BFLOAT16")}
 
 
-def cast(model: nn.Module, inputs: tuple[torch.Tensor, ...], precision: Precision) -> tuple[torch.Tensor, ...]:
+def cast_model(model: nn.Module, inputs: tuple[torch.Tensor, ...], precision: Precision) -> tuple[torch.Tensor, ...]:
     """Cast a model (in place) and its example inputs to a half precision; others are left.
 
     Torch's own rules then stand in the exported graph as types and Casts, which is what strongly typed TensorRT reads.
@@ -39,13 +39,13 @@ def keep_io_types(proto: Any) -> None:
         inside = f"{value.name}_{onnx.TensorProto.DataType.Name(kind.elem_type).lower()}"
         _rename(graph, value.name, inside)
         if value in graph.input:
-            graph.node.insert(0, _cast(value.name, inside, kind.elem_type))
+            graph.node.insert(0, _cast_node(value.name, inside, kind.elem_type))
         else:
-            graph.node.append(_cast(inside, value.name, onnx.TensorProto.FLOAT))
+            graph.node.append(_cast_node(inside, value.name, onnx.TensorProto.FLOAT))
         kind.elem_type = onnx.TensorProto.FLOAT
 
 
-def _cast(source: str, result: str, to: int) -> Any:
+def _cast_node(source: str, result: str, to: int) -> Any:
     import onnx
 
     return onnx.helper.make_node("Cast", [source], [result], name=f"cast_{result}", to=to)
@@ -63,8 +63,10 @@ def of(proto: Any) -> Precision:
 
     said = next((entry.value for entry in proto.metadata_props if entry.key == "normrewrite.precision"), None)
     if said in PRECISIONS:
-        return said
+        return cast(Precision, said)
     if any(node.op_type == "DequantizeLinear" for node in proto.graph.node):
         return "int8"
     types = {onnx.TensorProto.DataType.Name(tensor.data_type) for tensor in proto.graph.initializer}
-    return next((name for name, (_, word) in _HALF.items() if word in types and "FLOAT" not in types), "fp32")  # type: ignore[return-value]
+    if "FLOAT" in types:
+        return "fp32"
+    return "fp16" if "FLOAT16" in types else "bf16" if "BFLOAT16" in types else "fp32"

@@ -236,7 +236,9 @@ def _flat(outputs: object, name: str = "output") -> Outputs:
 
 def _onnx_runner(path: Path) -> Callable[[Batch], Outputs]:
     if path.suffix == ".engine":
-        raise NormRewriteError(f"{path}: a TensorRT engine runs only on the GPU it was built for; verify its ONNX file here.")
+        raise NormRewriteError(
+            f"{path}: a TensorRT engine runs only on the GPU it was built for; verify its ONNX file here."
+        )
     if not path.is_file():
         raise NormRewriteError(f"{path}: there is no such file.")
     import onnxruntime

@@ -22,6 +22,7 @@ RMSNorm does), plugin_namespace and plugin_version, by which TensorRT finds a pl
 """
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, cast
 
@@ -295,7 +296,7 @@ def inlined(proto: Any) -> Any:
 
 # --- nodes of a file -------------------------------------------------------------------------------------------------
 
-_ALLOWED = {  # what the operators' attributes may be
+_ALLOWED: dict[str, Callable[[Any], bool]] = {  # what the operators' attributes may be
     "count": lambda value: value >= 0,
     "percent": lambda value: 0 <= value <= 100,
     "power": lambda value: value > 0,
@@ -310,11 +311,11 @@ def check(proto: Any) -> None:
     import onnx
 
     for node in proto.graph.node:
-        for attribute in node.attribute if node.domain == DOMAIN else ():
-            value = onnx.helper.get_attribute_value(attribute)
-            if not _ALLOWED.get(attribute.name, lambda _: True)(value):
+        for given in node.attribute if node.domain == DOMAIN else ():
+            value = onnx.helper.get_attribute_value(given)
+            if given.name in _ALLOWED and not _ALLOWED[given.name](value):
                 raise NormRewriteError(
-                    f"node {node.name or node.op_type}: attribute {attribute.name} is {value}, out of range. Export the "
+                    f"node {node.name or node.op_type}: attribute {given.name} is {value}, out of range. Export the "
                     "model again with normrewrite."
                 )
 
