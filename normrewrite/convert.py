@@ -15,14 +15,14 @@ from torch.optim import Optimizer
 
 from normrewrite import rules as rules_
 from normrewrite import sites
-from normrewrite.errors import NormRewriteError, nearest
+from normrewrite.errors import NormRewriteError
 from normrewrite.exactness import Probe, difference, folded_difference, tolerance
 from normrewrite.norms import Gain
 from normrewrite.optimizers import inherited, parameters_of, rebind
 from normrewrite.passes import Rewrite
-from normrewrite.passes.change_scope import SCOPES
 from normrewrite.passes.lift_functional import candidates, lift_, lifted
 from normrewrite.passes.renormalise import is_fresh
+from normrewrite.passes.swap_metric import SCOPES
 from normrewrite.report import Report, SiteResult, table
 from normrewrite.rules import KEEP, Rules
 from normrewrite.sites import Site
@@ -185,13 +185,7 @@ def plan(
 def as_scopes(scope: Names) -> tuple[str, ...]:
     """`all`, a name, several with commas, or a sequence of names."""
     names = tuple(scope.split(",") if isinstance(scope, str) else scope)
-    known = ("batch", *SCOPES)
-    for name in names:
-        if name not in (*known, "all"):
-            raise NormRewriteError(
-                f"--scope {name!r}: there is no such scope.{nearest(name, known)} Known: {', '.join(known)}, all."
-            )
-    return known if "all" in names else names
+    return SCOPES if "all" in names else names
 
 
 def _within(name: str, module: str) -> bool:

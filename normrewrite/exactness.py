@@ -10,7 +10,7 @@ from normrewrite.modes import evaluating
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.tolerances import SAME_FUNCTION, worst
 
-_RANKS = {nn.BatchNorm1d: 2, nn.BatchNorm3d: 5}
+_RANKS = {nn.BatchNorm1d: 2, nn.BatchNorm3d: 5, nn.InstanceNorm1d: 3, nn.InstanceNorm3d: 5}
 
 
 class Probe:
@@ -27,7 +27,8 @@ class Probe:
         if self._noise.numel() < need:
             self._noise = torch.randn(need, generator=self._generator, dtype=torch.float64)
         dtype = mean.dtype if norm.weight is None else norm.weight.dtype
-        spread: Any = norm.running_scale if isinstance(norm, BatchNorm) else norm.running_var.sqrt()
+        spread: Any = getattr(norm, "running_scale", None)
+        spread = norm.running_var.sqrt() if spread is None else spread
         noise = self._noise[:need].view(4, -1).to(mean.device, mean.dtype)
         x: Tensor = (mean.detach() + spread * noise).to(dtype)
         return x.view(4, -1, *(1,) * (_rank(norm) - 2))

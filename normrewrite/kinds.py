@@ -9,8 +9,9 @@ if both agree with a batch norm, followed by the module's own children in their 
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -68,10 +69,7 @@ def recognise(module: nn.Module) -> Kind | str:
         module._buffers.get("running_var"), Tensor
     ):
         return f"{name} overrides forward and keeps no running statistics, so it can't be told what it computes"
-    alike = _alike(module)
-    kind = _SEEN[alike] if alike in _SEEN else _watched(module)
-    if all(isinstance(value, _PLAIN) for value in parts.attributes(module).values()):
-        _SEEN[alike] = kind
+    kind = remembered(_SEEN, module, _watched)
     return kind or f"{name} overrides forward, and does more than a batch norm followed by its own children"
 
 
@@ -89,6 +87,16 @@ def native(module: nn.Module, *, tracked: bool = False, frozen: bool = True) -> 
 
 _PLAIN = (bool, int, float, str, tuple, type(None))
 _SEEN: dict[tuple[Any, ...], "Kind | None"] = {}  # a network has dozens of norms that differ in their width alone
+Found = TypeVar("Found")
+
+
+def remembered(seen: dict[tuple[Any, ...], Found], module: nn.Module, watch: Callable[[nn.Module], Found]) -> Found:
+    """What watching the module finds, or found in one that behaves alike."""
+    alike = _alike(module)
+    kind = seen[alike] if alike in seen else watch(module)
+    if all(isinstance(value, _PLAIN) for value in parts.attributes(module).values()):
+        seen[alike] = kind
+    return kind
 
 
 def _alike(module: nn.Module) -> tuple[Any, ...]:

@@ -17,8 +17,8 @@ from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.stand_in import StandIn
 from normrewrite.norms import GAINS, Gain
 from normrewrite.passes import Rewrite
-from normrewrite.passes.change_scope import SCOPES
 from normrewrite.passes.lift_functional import lift_
+from normrewrite.passes.swap_metric import SCOPES
 from normrewrite.report import Report
 from normrewrite.sites import Site
 from normrewrite.targets import measures
@@ -109,6 +109,6 @@ def replay(model: nn.Module, record: dict[str, Any], where: str) -> nn.Module:
 
 
 def _pass_and_sites(model: nn.Module, to: str, gain: Gain) -> tuple[Rewrite, dict[str, Site]]:
-    rewrite = make(to, gain, ("batch", *SCOPES) if measures(to) else ("batch",))
+    rewrite = make(to, gain, SCOPES if measures(to) else ("batch",))
     found = rewrite.look(model, sites.find(model, rewrite.wants))
     return rewrite, {name: site for site in found for name in site.names}

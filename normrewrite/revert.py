@@ -1,4 +1,4 @@
-"""The way back: torch's own batch norms from ours, to the bit where nothing was trained since."""
+"""The way back: torch's own norms from ours, to the bit where nothing was trained since."""
 
 import copy
 
@@ -11,7 +11,7 @@ from normrewrite.passes import RestoreNative
 
 
 def revert(twin: nn.Module) -> nn.Module:
-    """A copy of `twin` with torch's batch norms; `revert_` does it in place.
+    """A copy of `twin` with torch's norms; `revert_` does it in place.
 
     >>> back = revert(convert(model))          # the same bits as model, parameter by parameter
 
@@ -29,7 +29,7 @@ def revert_(twin: nn.Module) -> nn.Module:
 def reverted(twin: nn.Module) -> tuple[nn.Module, list[str], list[str]]:
     """In place; also the names of the sites that came back, and of those that had been trained since."""
     rewrite = RestoreNative()
-    found = sites.find(twin, lambda module: isinstance(module, BatchNorm) or sites.is_rewritten(module))
+    found = sites.find(twin, lambda module: isinstance(module, BatchNorm) or rewrite.gives_back(module))
     if not found:
         raise NormRewriteError(f"{type(twin).__name__} holds no norm of normrewrite's, so there is nothing to revert.")
     for site in found:

@@ -10,9 +10,8 @@ norm, also where eps is all that matters, is it taken for one.
 
 import copy
 import itertools
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -20,12 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from normrewrite.kinds import unreadable
+from normrewrite.kinds import remembered, unreadable
 from normrewrite.nn import parts
 
 Scope = Literal["layer", "group", "instance", "rms"]
 ROW_SCOPES: tuple[Scope, ...] = get_args(Scope)
 
+_SEEN: dict[tuple[Any, ...], "RowKind | str"] = {}
 _EPS = (1e-5, 1e-6, 1e-3, 1e-8, 1e-12, 0.0)
 # Inputs of order one, and two that an eps of 1e-5, and of 1e-8, outweighs: an eps that is another's shows.
 _SCALES = (2.0, 1e-2, 1e-4)
@@ -49,7 +49,11 @@ class RowKind:
 
 def recognise_row(module: nn.Module) -> RowKind | str:
     """The kind of a norm within a sample that is not ours, or the reason why it is none."""
-    return unreadable(module) or _by_class(module) or _shape_refusal(module) or _watched(module)
+    told = unreadable(module) or _by_class(module) or _shape_refusal(module)
+    if told is not None:
+        return told
+    found = remembered(_SEEN, module, _watched)
+    return found if isinstance(found, str) else replace(found, shape=tuple(module.get_parameter("weight").shape))
 
 
 def _by_class(module: nn.Module) -> RowKind | None:
@@ -95,10 +99,10 @@ def _watched(module: nn.Module) -> RowKind | str:
     for tensor in subject.parameters():
         tensor.data = 0.5 + torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
     width = len(subject.weight)  # type: ignore[arg-type]
-    for shape in ((3, 5, width), (3, width, 4, 5), (3, width, 7)):
+    for channels_first, shape in ((False, (3, 5, width)), (True, (3, width, 4, 5)), (True, (3, width, 7))):
         noise = 0.5 + torch.randn(shape, generator=generator, dtype=torch.float64)
         seen = _outputs(subject, [scale * noise for scale in _SCALES])
-        for kind in _candidates(module, width, channels_first=shape[1] == width and shape[-1] != width) if seen else ():
+        for kind in _candidates(module, width, channels_first) if seen else ():
             if all(_same(got, _expected(kind, subject, x)) for x, got in seen):
                 return kind
     return f"{name} has its own forward, and is no layer, RMS, group or instance norm with a weight and a bias"
@@ -146,8 +150,3 @@ def _same(got: Any, expected: Tensor) -> bool:
     if not isinstance(got, Tensor) or got.shape != expected.shape:
         return False
     return bool((got - expected).abs().max() <= _SAME * expected.abs().max())
-
-
-def shortest(kind: RowKind) -> int | None:
-    """n, where it doesn't depend on the input: of layer and RMS norms."""
-    return math.prod(kind.shape) if kind.scope in ("layer", "rms") else None

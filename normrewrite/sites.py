@@ -47,7 +47,7 @@ class Site:
 
     @property
     def channels(self) -> int | None:
-        return getattr(self.module, "num_features", None)
+        return getattr(self.module, "num_features", getattr(self.module, "num_channels", None))
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -9,13 +9,15 @@ graph module shares with the model it was traced from are never altered, only re
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import nn
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
 from normrewrite import graph, sites
+from normrewrite.fused import step_aside_
+from normrewrite.nn.rows import RowNorm
 from normrewrite.nn.stand_in import StandIn
 from normrewrite.norms import Gain
 from normrewrite.passes.lift_functional import LiftFunctional
@@ -84,11 +86,13 @@ class Rewrite(ABC):
             done.append((site, before, new))
             if site.module is model:
                 model = new
+        if any(isinstance(norm, RowNorm) for site, _, new in done for norm in (site.module, new)):
+            step_aside_(model)
         return model, done
 
     def __call__(self, graph_module: GraphModule) -> PassResult:
         """Graph driver: rewrite every site of the graph module that is not refused."""
-        own_parents(graph_module)
+        own_parents(graph_module, self.wants)
         lifted = LiftFunctional()(graph_module).modified
         _, done = self.apply(graph_module)
         graph_module.graph.lint()
@@ -96,14 +100,14 @@ class Rewrite(ABC):
         return PassResult(graph_module, lifted or bool(done))
 
 
-def own_parents(graph_module: GraphModule) -> None:
+def own_parents(graph_module: GraphModule, wants: Callable[[nn.Module], bool] = sites.is_norm) -> None:
     """Give the graph module its own copy of every module that it calls whole and that holds norms inside.
 
     A trace shares such a module (torch.nn's TransformerEncoderLayer, say) with the original, down to its children.
     """
     for node in graph_module.graph.nodes:
         module = graph.module_of(graph_module, node)
-        if module is not None and any(site.name for site in sites.find(module)):
+        if module is not None and any(site.name for site in sites.find(module, wants)):
             graph_module.set_submodule(str(node.target), _unshared(module))
 
 

@@ -21,8 +21,6 @@ from normrewrite.nn.stand_in import StandIn
 from normrewrite.passes.base import Rewrite
 from normrewrite.sites import Site
 
-SCOPES = ("group", "layer", "instance", "rms")
-
 
 class ChangeScope(Rewrite):
     """A torch.fx pass, also usable on any nn.Module by `apply`.

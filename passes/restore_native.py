@@ -24,6 +24,7 @@ from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.parts import assemble, shallow
 from normrewrite.nn.rows import RowNorm
 from normrewrite.nn.weights import original, unchanged, weight_norm_of
+from normrewrite.passes import restore_rows
 from normrewrite.passes.base import Rewrite
 from normrewrite.sites import Site
 
@@ -48,12 +49,19 @@ class RestoreNative(Rewrite):
         self.trained: list[str] = []
 
     def wants(self, module: nn.Module) -> bool:
-        return sites.is_norm(module) or sites.is_rewritten(module)
+        return sites.is_norm(module) or self.gives_back(module)
+
+    def gives_back(self, module: nn.Module) -> bool:
+        """Whether the module stands for another, or is a norm within a sample that torch has too."""
+        own = isinstance(module, RowNorm) and restore_rows.why_not(module) is None
+        return sites.is_rewritten(module) or own
 
     def why_not(self, site: Site) -> str | None:
         old = site.module
         if sites.is_rewritten(old):
             return None
+        if isinstance(old, RowNorm):
+            return restore_rows.why_not(old)
         if not isinstance(old, BatchNorm):
             return "is no norm of normrewrite's"
         if old.origin is None and type(old) not in _NATIVE:
@@ -83,6 +91,8 @@ class RestoreNative(Rewrite):
         old: Any = site.module
         if weight_norm_of(old) is not None:
             new, exact = _layer(old)
+        elif restore_rows.knows(old):
+            new, exact = restore_rows.rewrite(old)
         else:
             new, exact = _norm(old)
             new._modules.update({name: old._modules[name] for name in getattr(old, "tail", ())})
@@ -108,11 +118,7 @@ def _norm(old: Any) -> tuple[nn.Module, bool]:
 
 
 def _nearest_row_norm(old: Any) -> Any:
-    """A norm within a sample keeps what it has learned, in torch's class where it was one; else it stays as it is."""
-    if isinstance(old, RowNorm) and old.origin is not None and not old.origin.slots[1]:
-        was = old.origin.module()
-        was._parameters.update(old._parameters)
-        return was
+    """A norm within a sample that was a batch norm has no way back once it was trained: it stays as it is."""
     new: nn.Module = shallow(old)
     new._modules.pop("origin", None)
     return new

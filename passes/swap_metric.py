@@ -6,7 +6,8 @@ after:   y = weight * (x - running_mean) / (running_scale + eps') + bias        
 
 Eval computes the same function, to rounding. Training then measures C * S instead of the standard deviation, with C such
 that both agree on Gaussian inputs. The parameters stay the same objects; the running variance travels in `origin`.
-Between two of our own norms only the metric changes.
+Between two of our own norms only the metric changes. Norms within a sample are rewritten where `scopes` names theirs:
+swap_rows.py.
 """
 
 from collections.abc import Sequence
@@ -14,13 +15,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from normrewrite.errors import NormRewriteError, nearest
 from normrewrite.kinds import Kind, recognise
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.origin import Origin
 from normrewrite.nn.parts import assemble, attributes, shallow, statistics_dtype
 from normrewrite.norms import Gain, metric
+from normrewrite.passes import swap_rows
 from normrewrite.passes.base import Rewrite
-from normrewrite.sites import Site
+from normrewrite.row_kinds import ROW_SCOPES
+from normrewrite.sites import Site, is_norm, is_row_norm
+
+SCOPES = ("batch", *ROW_SCOPES)
 
 
 class SwapMetric(Rewrite):
@@ -28,17 +34,36 @@ class SwapMetric(Rewrite):
 
     >>> SwapMetric(to="l1")(torch.fx.symbolic_trace(model)).modified
     True
+
+    scopes: which norms, of `batch`, `layer`, `group`, `instance` and `rms`.
     """
 
     def __init__(self, to: str = "l1", gain: Gain = "exact", scopes: Sequence[str] = ("batch",)) -> None:
         self.to = metric(to)
         self.gain: Gain = gain
         self.target = str(self.to)
+        self.scopes = tuple(scopes)
+        unknown = [scope for scope in self.scopes if scope not in SCOPES]
+        if unknown:
+            raise NormRewriteError(
+                f"unknown scope {unknown[0]!r}.{nearest(unknown[0], SCOPES)} Known: {', '.join(SCOPES)}, all."
+            )
+
+    def wants(self, module: nn.Module) -> bool:
+        return ("batch" in self.scopes and is_norm(module)) or (self.scopes != ("batch",) and is_row_norm(module))
+
+    def inexact(self, site: Site) -> str:
+        tracked = getattr(site.module, "running_mean", None) is not None
+        return "" if tracked or not is_row_norm(site.module) else "another metric on statistics of each sample"
 
     def why_not(self, site: Site) -> str | None:
         old = site.module
         if self.to.native:
-            return "RestoreNative is the pass for torch's own batch norm"
+            return "RestoreNative is the pass for torch's own norms"
+        if is_row_norm(old):
+            return swap_rows.why_not(old, self.to, self.gain, self.scopes)
+        if "batch" not in self.scopes:
+            return f"its scope is batch, and {', '.join(self.scopes)} is asked for"
         if isinstance(old, BatchNorm):
             return f"is {old.metric} already" if (old.metric, old.gain) == (str(self.to), self.gain) else None
         kind = recognise(old)
@@ -46,6 +71,8 @@ class SwapMetric(Rewrite):
 
     def rewrite(self, site: Site) -> nn.Module:
         old = site.module
+        if is_row_norm(old):
+            return swap_rows.rewrite(site, self.to, self.gain)
         if isinstance(old, BatchNorm):
             new: BatchNorm = shallow(old)
             new.metric, new.gain = str(self.to), self.gain

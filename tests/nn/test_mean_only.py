@@ -1,4 +1,4 @@
-"""Mean-only batch norm: train and eval, running mean, casts, tracing, export; Folded and the tails beside it."""
+"""Mean-only batch norm: train and eval, running mean, casts, tracing, export; the tails beside it."""
 
 import copy
 from typing import Any
@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from normrewrite import sites
 from normrewrite.errors import NormRewriteError
 from normrewrite.lower.eager import per_channel
-from normrewrite.nn import BatchNorm, ChannelAffine, Folded, MeanOnlyBatchNorm
+from normrewrite.nn import BatchNorm, ChannelAffine, MeanOnlyBatchNorm, StandIn
 from normrewrite.nn.origin import Origin
 from tests.lower.tolerances import TOLERANCES, check_close
 
@@ -117,12 +117,11 @@ def test_repr() -> None:
 
 
 def test_it_is_no_batch_norm_site() -> None:
-    assert not sites.find(nn.Sequential(trained(), Folded(Origin(nn.BatchNorm1d(3), {}))))
+    assert not sites.find(nn.Sequential(trained(), StandIn(None, {})))
 
 
 MODULES = {
     "mean only": trained,
-    "folded": Folded,
     "affine": lambda: ChannelAffine(torch.tensor([2.0, -0.5, 0.0]), torch.tensor([1.0, 0.25, -3.0])),
     "batch norm": lambda: BatchNorm(3),
 }
@@ -149,7 +148,7 @@ def test_one_node_and_its_tail(kind: str, training: bool) -> None:
 def test_compiled_and_exported(training: bool) -> None:
     torch._dynamo.reset()
     x = torch.randn(4, 3, 5)
-    model = nn.Sequential(Folded(), trained(None), MODULES["affine"]()).train(training)
+    model = nn.Sequential(StandIn(None, {}), trained(None), MODULES["affine"]()).train(training)
     wanted = copy.deepcopy(model)(x)
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), wanted)
@@ -157,7 +156,7 @@ def test_compiled_and_exported(training: bool) -> None:
     torch.testing.assert_close(program.module()(x), wanted)
 
 
-@pytest.mark.parametrize("kind", ["mean only", "folded", "affine"])
+@pytest.mark.parametrize("kind", ["mean only", "affine"])
 def test_the_origin_travels(kind: str) -> None:
     norm = nn.BatchNorm1d(3)
     modules: list[Any] = [MODULES[kind](), MODULES[kind]()]
