@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -117,12 +118,12 @@ def test_what_topk_cannot_do_is_refused_by_name(tmp_path: Path, spec: str, n: in
 
 
 def test_norms_that_should_have_been_folded(tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()).eval()
-    x = torch.randn(2, 3, 4, 4)
-    with torch.no_grad():
-        program = torch.onnx.export(model, (x,), dynamo=True, opset_version=20, verbose=False, optimize=False)
-    assert program is not None
-    onnx.save(program.model_proto, tmp_path / "left.onnx")
+    value, tensor = onnx.helper.make_tensor_value_info, onnx.numpy_helper.from_array
+    names = ("scale", "bias", "mean", "var")
+    node = onnx.helper.make_node("BatchNormalization", ["x", *names], ["y"], "bn")
+    constants = [tensor(np.ones(4, np.float32), name) for name in names]
+    graph = onnx.helper.make_graph([node], "g", [value("x", 1, [1, 4, 8, 8])], [value("y", 1, [1, 4, 8, 8])], constants)
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)]), tmp_path / "left.onnx")
     refused(tmp_path / "left.onnx", tmp_path, "1 batch norms are left that should have been folded", exit_code=1)
 
 
@@ -140,7 +141,7 @@ def test_no_builder(files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.
     [
         ("import os, signal; os.kill(os.getpid(), signal.SIGABRT)", r"broke down .*\(signal 6\): it said nothing"),
         ("import sys; sys.exit('no driver')", r"broke down .*\(exit code 1\): no driver"),
-        ("import sys; sys.stdin.read(); print('{\"error\": \"too small\"}')", "can't build .*: too small"),
+        ('import sys; sys.stdin.read(); print(\'{"error": "too small"}\')', "can't build .*: too small"),
     ],
 )
 def test_a_worker_that_breaks_down(
@@ -248,7 +249,7 @@ def test_a_node_without_body_and_plugin_is_told_by_name(tmp_path: Path) -> None:
     proto = node_model("l1", (2, 4, 1, 256), "float32", 256)
     del proto.functions[:]
     onnx.save(proto, tmp_path / "bare.onnx")
-    refused(tmp_path / "bare.onnx", tmp_path, "can't build .*NormRewriteMean")
+    refused(tmp_path / "bare.onnx", tmp_path, "can't build .*node norm: .*Plugin not found")
 
 
 @rtx
