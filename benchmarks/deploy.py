@@ -106,6 +106,10 @@ def op_forms(folder: Path) -> Iterator[dict[str, Any]]:
                 }
 
 
+def _op_row(op: dict[str, Any]) -> list[str]:
+    return [op["network"], op["to"], op["precision"], str(op["nodes"]), f"{op['max_rel']:.1e}", _told(op["engines"])]
+
+
 def _told(engines: dict[str, Any]) -> str:
     words = [
         f"{gpu}: no" if "error" in made else f"{gpu}: {made['honoured']} of {made['products']}"
@@ -152,26 +156,21 @@ def main() -> None:
     from tests.conftest import NETWORKS
 
     torch.manual_seed(0)
+    found: dict[str, Any] = {"gpus": GPUS, "networks": [], "latency": [], "op": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        ops = list(op_forms(folder))
-        rows = [
-            [op["network"], op["to"], op["precision"], str(op["nodes"]), f"{op['max_rel']:.1e}", _told(op["engines"])]
-            for op in ops
-        ]
-        print(markdown(OP_HEAD, rows), flush=True)
-        times = [latency(network, folder, options.rounds) for network in NETWORKS]
-        for timed in times:
-            print(f"{timed['network']}: l1 twin / BN original {timed['ratio']:.3f}", flush=True)
-        results = []
+        for network in NETWORKS:
+            found["latency"].append(latency(network, folder, options.rounds))
+            print(f"{network.name}: l1 twin / BN original {found['latency'][-1]['ratio']:.3f}", flush=True)
+        for op in op_forms(folder):
+            found["op"].append(op)
+        print(markdown(OP_HEAD, [_op_row(op) for op in found["op"]]), flush=True)
         for network in NETWORKS:
             for result in measure(network, options.inputs, folder):
-                results.append(result)
+                found["networks"].append(result)
                 print(" | ".join(_row(result)), flush=True)
-    found = {"gpus": GPUS, "networks": results, "latency": times, "op": ops}
-    print(
-        f"\n{markdown(HEAD, [_row(result) for result in results])}\n\nwrote {write('deploy', found, 'onnxruntime', 'onnx')}"
-    )
+            write("deploy", found, "onnxruntime", "onnx")
+    print(f"\n{markdown(HEAD, [_row(result) for result in found['networks']])}")
 
 
 if __name__ == "__main__":

@@ -114,15 +114,16 @@ def export(
     proto = _to_onnx(folded, inputs, names, opset, dynamic_batch, dynamic_size)
     if keep_io_types:
         cast_io(proto)
-    if fitted(proto):
-        notes.append(f"{len(fitted(proto))} norms measure as many elements as come: C(n) is a fitted formula there")
+    formulas = len(fitted(proto))
+    if formulas:
+        notes.append(f"{formulas} norms measure as many elements as come: C(n) is a fitted formula there")
     proto = _with_bodies(proto, deploy)
     if precision == "int8":
         proto = quantise(proto, as_data(calibrate, keys), ranges)  # type: ignore[arg-type]
     if not bodies:
         del proto.functions[:]
         notes.append("no bodies: only a runtime with normrewrite's plugins can run this file")
-    _describe(proto, precision=precision, deploy=deploy)
+    _describe(proto, precision=precision, deploy=deploy, fitted=str(formulas))
     onnx_file.write(proto, path, force)
     written = onnx_file.opset_of(proto)
     if written != opset:

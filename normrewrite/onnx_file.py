@@ -77,5 +77,5 @@ def feed(batch: Batch, wanted: Sequence[str], where: object) -> dict[str, Any]:
 
 def tolerance(proto: Any) -> float:
     """What the outputs of a file may differ from its torch model's, of max(1, largest output), by what it says it is."""
-    fitted = FITTED if nodes.fitted(proto) else 0.0
-    return max(SAME_DEPLOYED[precision.of(proto)], fitted)
+    fitted = any(entry.key == "normrewrite.fitted" and entry.value != "0" for entry in proto.metadata_props)
+    return max(SAME_DEPLOYED[precision.of(proto)], FITTED if fitted else 0.0)

@@ -279,8 +279,8 @@ def used(proto: Any) -> set[str]:
 
 
 def fitted(proto: Any) -> list[str]:
-    """The nodes of ours whose C(n) is a fitted formula, because n is open."""
-    return [node.name for node in proto.graph.node if node.domain == DOMAIN and any(attribute(node, "reads")[1:])]
+    """The nodes of ours whose C(n) is a fitted formula, because n is open; that of means is exact."""
+    return [node.name for node in proto.graph.node if node.domain == DOMAIN and any(attribute(node, "reads")[2:])]
 
 
 def inlined(proto: Any) -> Any:

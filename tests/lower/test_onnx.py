@@ -128,8 +128,7 @@ MODULES = {
 }
 
 
-@pytest.mark.parametrize("spec", ["l1", "topk:10"])
-@pytest.mark.parametrize("kind", MODULES)
+@pytest.mark.parametrize(("kind", "spec"), [*((kind, "l1") for kind in MODULES), ("layer", "topk:10")])
 def test_every_scope_is_one_node_or_plain_operators(kind: str, spec: str, tmp_path: Path) -> None:
     make, shape = MODULES[kind]
     norm = make(spec)
