@@ -146,7 +146,8 @@ def verify(
     batch_size: int = 250,
     each: Callable[[int], object] = lambda done: None,
 ) -> Comparison:
-    """Compare two networks in eval on the same inputs: torch modules, or ONNX files run in onnxruntime.
+    """Compare two networks in eval on the same inputs: torch modules, ONNX files run in onnxruntime, or engines
+    where their GPU is.
 
     inputs: forward's arguments as a tensor, a sequence or a mapping, (N, ...) each; or Data, gone through in batches.
     labels: (N,), for top-1. tolerance: of max(1, largest output); by default that of the precision, 1e-4 for fp32.
@@ -186,7 +187,8 @@ def named(inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor], *networks: N
 
 def _tolerance(network: Network) -> float:
     if not isinstance(network, nn.Module):
-        return onnx_file.tolerance(onnx_file.read(network))
+        is_engine = Path(network).suffix == ".engine"  # it doesn't say its precision; fp32 ones may use TF32
+        return SAME_NETWORK[torch.float16] if is_engine else onnx_file.tolerance(onnx_file.read(network))
     dtypes = [parameter.dtype for parameter in network.parameters()]
     return max(
         (SAME_NETWORK[dtype] for dtype in set(dtypes) if dtype in SAME_NETWORK), default=SAME_NETWORK[torch.float32]
@@ -194,8 +196,14 @@ def _tolerance(network: Network) -> float:
 
 
 def runner(network: Network) -> Callable[[Batch], Outputs]:
-    """What runs a batch: a module in eval, or an ONNX file in onnxruntime."""
-    return _torch_runner(network) if isinstance(network, nn.Module) else _onnx_runner(Path(network))
+    """What runs a batch: a module in eval, an ONNX file in onnxruntime, or an engine on its GPU."""
+    if isinstance(network, nn.Module):
+        return _torch_runner(network)
+    if Path(network).suffix == ".engine":
+        from normrewrite import engine
+
+        return engine.runner(Path(network))
+    return _onnx_runner(Path(network))
 
 
 def _torch_runner(model: nn.Module) -> Callable[[Batch], Outputs]:
@@ -235,10 +243,6 @@ def _flat(outputs: object, name: str = "output") -> Outputs:
 
 
 def _onnx_runner(path: Path) -> Callable[[Batch], Outputs]:
-    if path.suffix == ".engine":
-        raise NormRewriteError(
-            f"{path}: a TensorRT engine runs only on the GPU it was built for; verify its ONNX file here."
-        )
     if not path.is_file():
         raise NormRewriteError(f"{path}: there is no such file.")
     import onnxruntime

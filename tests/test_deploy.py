@@ -78,7 +78,10 @@ BAD = {
     "build, profile": ("build digits.onnx -o x.engine --gpu sm89 --min 8,1,8,8 --opt 4,1,8,8", "lies outside"),
     "export, opset": (f"export {DIGITS} -o x.onnx --input-shape 2,1,8,8 --opset 9", "--opset 9"),
     "export, int8": (f"export {DIGITS} -o x.onnx --input-shape 2,1,8,8 --precision int8", "--calibrate"),
-    "verify, engine": (f"verify {DIGITS} model.engine --input-shape 2,1,8,8", "runs only on the GPU"),
+    "verify, engine": (
+        f"verify {DIGITS} model.engine --input-shape 2,1,8,8",
+        "runs only on the GPU it was built for, and torch sees none here",
+    ),
     "verify, text": (f"verify {DIGITS} text.onnx --input-shape 2,1,8,8", "text.onnx"),
     "bench, no input": (f"bench {DIGITS} digits.onnx", "timed on what"),
 }
