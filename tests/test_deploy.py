@@ -15,9 +15,7 @@ from torch import nn
 
 import normrewrite as nr
 from normrewrite import cli
-from normrewrite.bench import bench
 from normrewrite.layers import compare_layers
-from tests.conftest import randomise
 from tests.test_build import rtx
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -131,13 +129,6 @@ def test_bench(run: Command, runtime: str) -> None:
     assert found["ratio"] > 0 and set(found["seconds"]) == {"a", "b"}
     text = run(f"{line} --input-shape 3,1,8,8")
     assert text.code == 0 and "batches of 3, 5 rounds" in text.out and "B digits.onnx" in text.out
-
-
-def test_bench_sees_a_slower_form() -> None:
-    small, large = (
-        randomise(nn.Sequential(nn.Conv2d(3, 8, 3), *(nn.Conv2d(8, 8, 3, padding=1),) * n)) for n in (1, 30)
-    )
-    assert bench(small, large, torch.randn(8, 3, 32, 32), rounds=7).ratio > 2
 
 
 @rtx

@@ -3,18 +3,16 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import pytest
 import torch
 from torch import nn
 
 import normrewrite as nr
-from normrewrite import onnx_file, precision
+from normrewrite import onnx_file
 from tests.conftest import RealNetwork, randomise, real_images
 
 FP16 = 2e-3  # of max(1, largest output): a few layers, each rounded to 11 bits
-INT8 = 5e-2  # the same: a few layers of 8 bits, on the inputs that they were calibrated on
 
 
 class Residual(nn.Module):
@@ -118,50 +116,6 @@ def test_without_bodies(tmp_path: Path) -> None:
     assert "only a runtime with normrewrite's plugins" in str(written)
 
 
-@pytest.mark.parametrize(("kind", "code"), [("fp16", onnx.TensorProto.FLOAT16), ("bf16", onnx.TensorProto.BFLOAT16)])
-def test_half_precisions(tmp_path: Path, kind: Any, code: int) -> None:
-    model, x = residual(), images()
-    plain, kept = tmp_path / "plain.onnx", tmp_path / "kept.onnx"
-    nr.export(model, x, plain, precision=kind, opset=22)
-    nr.export(model, x, kept, precision=kind, opset=22, keep_io_types=True)
-    assert types(plain) == [code, code] and types(kept) == [1, 1]
-    assert [value.name for value in onnx.load(kept).graph.input] == ["images"]
-    weights = {tensor.data_type for tensor in onnx.load(plain).graph.initializer if tensor.dims}
-    assert weights <= {code, onnx.TensorProto.INT64} and precision.of(onnx.load(plain)) == kind
-    if kind == "fp16":
-        assert all(nr.verify(path, model, x, tolerance=FP16).ok for path in (plain, kept))
-    else:
-        with pytest.raises(nr.NormRewriteError, match=r"no bf16: run such a file on a GPU|can't run it|can't load it"):
-            nr.verify(kept, model, x)
-
-
-@pytest.mark.parametrize("ranges", ["minmax", "percentile", "entropy"])
-def test_int8_is_symmetric_and_by_channel(tmp_path: Path, ranges: Any) -> None:
-    model, x, path = residual(), images(64), tmp_path / "model.onnx"
-    nr.export(model, x, path, precision="int8", calibrate=x, ranges=ranges)
-    proto = onnx.load(path)
-    constants = {t.name: onnx.numpy_helper.to_array(t) for t in proto.graph.initializer}
-    made_by = {node.output[0]: node for node in proto.graph.node}
-    quantisers = [node for node in proto.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
-    assert all(constants[node.input[2]].dtype == np.int8 and not constants[node.input[2]].any() for node in quantisers)
-    for node in proto.graph.node:
-        if node.op_type in ("Conv", "Gemm", "Add"):  # both inputs; the bias of a product stays fp32
-            sources = [made_by[name].op_type for name in node.input[:2]]
-            assert sources == ["DequantizeLinear"] * 2, node.name
-        if node.op_type == "Conv":
-            assert constants[made_by[node.input[1]].input[1]].shape == (8,)
-    # entropy clips a small net's rare large values: it is meant for deep ones
-    assert nr.verify(path, model, x, tolerance=INT8 if ranges != "entropy" else 5 * INT8).ok
-    assert precision.of(proto) == "int8"
-
-
-def test_int8_beside_nodes_of_ours(tmp_path: Path) -> None:
-    model, x, path = live(), images(32), tmp_path / "model.onnx"
-    nr.export(model, x, path, deploy="op", precision="int8", calibrate=x)
-    assert {"NormRewriteMean", "QuantizeLinear"} <= set(operators(path))
-    assert nr.verify(path, model, x, tolerance=2 * INT8).ok
-
-
 def test_open_sizes(tmp_path: Path) -> None:
     model, path = residual(), tmp_path / "model.onnx"
     nr.export(model, images(), path, dynamic_size=True)
@@ -210,12 +164,6 @@ def test_norms_without_running_statistics(tmp_path: Path) -> None:
         with pytest.raises(nr.NormRewriteError, match=said):
             nr.export(model, images(), tmp_path / "model.onnx", **options)  # type: ignore[arg-type]
     nr.export(nr.convert(model, "l1"), images(), tmp_path / "model.onnx", live_stats=True)
-
-
-@pytest.mark.parametrize(("kinds", "said"), [((1,), "fp32"), ((10,), "fp16"), ((16,), "bf16"), ((1, 10), "fp32")])
-def test_precision_of_files_by_others(kinds: tuple[int, ...], said: str) -> None:
-    tensors = [onnx.TensorProto(name=str(kind), data_type=kind, dims=[1]) for kind in kinds]
-    assert precision.of(onnx.ModelProto(graph=onnx.GraphProto(initializer=tensors))) == said
 
 
 @pytest.mark.slow
