@@ -23,6 +23,7 @@ from normrewrite.data import Batch, Data, argument_names, as_data
 from normrewrite.errors import NormRewriteError, first_line
 from normrewrite.files import check_writable
 from normrewrite.lower.onnx import add_bodies, as_nodes, fitted, inlined
+from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.weights import weight_norm_of
 from normrewrite.passes import FoldAffine
 from normrewrite.passes.fold_affine import Outcome
@@ -106,6 +107,8 @@ def export(
     names = argument_names(model)[: len(inputs)]
     keys = names if len(names) == len(inputs) else [f"input_{i}" for i in range(len(inputs))]  # forward(*inputs)
     runner(model)(Batch(dict(zip(keys, inputs, strict=True))))  # input that doesn't fit is told in plain words
+    if live_stats and not any(isinstance(module, BatchNorm) for module in model.modules()):
+        raise NormRewriteError("--live-stats: the model holds no batch norm of normrewrite's. Convert it first.")
     lowered, live = as_nodes(copy.deepcopy(model).cpu().eval(), live_stats)
     folded, outcome, notes = fold(lowered, inputs)
     _refuse_live(folded, live_stats)
@@ -117,9 +120,11 @@ def export(
     formulas = len(fitted(proto))
     if formulas:
         notes.append(f"{formulas} norms measure as many elements as come: C(n) is a fitted formula there")
-    proto = _with_bodies(proto, deploy)
-    if precision == "int8":
+    add_bodies(proto)
+    if precision == "int8":  # the adds inside a body are none of its business
         proto = quantise(proto, as_data(calibrate, keys), ranges)  # type: ignore[arg-type]
+    if deploy == "fold" and proto.functions:
+        proto = inlined(proto)
     if not bodies:
         del proto.functions[:]
         notes.append("no bodies: only a runtime with normrewrite's plugins can run this file")
@@ -141,6 +146,8 @@ def _check_request(opset: int, deploy: Deploy, bodies: bool, precision: Precisio
         )
     if precision == "int8" and calibrate is None:
         raise NormRewriteError("int8 needs unlabelled inputs to see how far activations reach: give --calibrate DATA.")
+    if precision != "int8" and calibrate is not None:
+        raise NormRewriteError(f"--calibrate goes with --precision int8: {precision} needs no data.")
     if precision == "bf16" and opset < _BF16_OPSET:
         raise NormRewriteError(
             f"--opset {opset}: many operators take bf16 only from opset {_BF16_OPSET}. Ask for that."
@@ -153,11 +160,6 @@ def _check_weights(model: nn.Module, path: Path) -> None:
     """Before minutes of export: a file can't be smaller than its weights."""
     tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     onnx_file.check_size(sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()), str(path))
-
-
-def _with_bodies(proto: Any, deploy: Deploy) -> Any:
-    add_bodies(proto)
-    return inlined(proto) if deploy == "fold" and proto.functions else proto
 
 
 def _describe(proto: Any, **facts: str) -> None:
@@ -219,7 +221,13 @@ def _to_onnx(
         hint = " If the model fixes its sizes, export with --static-batch and --static-size." if dynamic_batch else ""
         raise NormRewriteError(f"torch can't export {type(model).__name__} to ONNX: {cause}.{hint}") from error
     assert program is not None
-    return program.model_proto
+    proto = program.model_proto
+    if dynamic_batch and any(value.type.tensor_type.shape.dim[0].HasField("dim_value") for value in proto.graph.input):
+        raise NormRewriteError(
+            f"{type(model).__name__} fixes its batch size while it runs (by len(x) or int(x.shape[0]), say). Export it "
+            "with --static-batch."
+        )
+    return proto
 
 
 def _open_shapes(inputs: Sequence[Tensor], dynamic_batch: bool, dynamic_size: bool) -> list[dict[int, Any]]:

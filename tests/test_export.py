@@ -141,6 +141,8 @@ def test_opsets(tmp_path: Path, opset: int) -> None:
         ({"precision": "bf16"}, "bf16 only from opset 22"),
         ({"precision": "fp8"}, "'fp8'.* are known"),
         ({"deploy": "plugin"}, "'plugin'.* are known"),
+        ({"calibrate": torch.randn(4, 3, 8, 8)}, "--calibrate goes with --precision int8"),
+        ({"live_stats": True}, "holds no batch norm of normrewrite's"),
         ({"bodies": False}, "--no-bodies goes with --deploy op"),
         ({"precision": "int8", "calibrate": torch.randn(4, 1, 8, 8)}, "can't calibrate the model"),
     ],
@@ -160,10 +162,39 @@ def test_a_file_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_norms_without_running_statistics(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)).eval()
-    for options, said in (({}, "ask for that by --live-stats"), ({"live_stats": True}, "convert them first")):
-        with pytest.raises(nr.NormRewriteError, match=said):
-            nr.export(model, images(), tmp_path / "model.onnx", **options)  # type: ignore[arg-type]
+    with pytest.raises(nr.NormRewriteError, match="ask for that by --live-stats"):
+        nr.export(model, images(), tmp_path / "model.onnx")
+    mixed = nn.Sequential(model, nr.nn.BatchNorm2d(4))
+    with pytest.raises(nr.NormRewriteError, match="convert them first"):
+        nr.export(mixed.eval(), images(), tmp_path / "model.onnx", live_stats=True)
     nr.export(nr.convert(model, "l1"), images(), tmp_path / "model.onnx", live_stats=True)
+
+
+class Untraceable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Live()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.net(images if images.dim() == 4 else images[None])  # type: ignore[no-any-return]
+
+
+class FixesItsBatch(nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.relu() if len(images) else images
+
+
+def test_a_model_that_cannot_be_traced(tmp_path: Path) -> None:
+    model, path = Untraceable().eval(), tmp_path / "model.onnx"
+    written = nr.export(model, images(), path, deploy="op")
+    assert len(written.live) == 4 and "NormRewriteMean" in operators(path)
+    assert nr.verify(path, model, images(5), tolerance=1e-5).ok
+
+
+def test_a_model_that_fixes_its_batch(tmp_path: Path) -> None:
+    with pytest.raises(nr.NormRewriteError, match="fixes its batch size .*--static-batch"):
+        nr.export(FixesItsBatch(), images(), tmp_path / "model.onnx")
+    nr.export(FixesItsBatch(), images(), tmp_path / "model.onnx", dynamic_batch=False)
 
 
 @pytest.mark.slow
