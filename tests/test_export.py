@@ -192,7 +192,7 @@ def test_a_model_that_cannot_be_traced(tmp_path: Path) -> None:
 
 
 def test_a_model_that_fixes_its_batch(tmp_path: Path) -> None:
-    with pytest.raises(nr.NormRewriteError, match="fixes its batch size .*--static-batch"):
+    with pytest.raises(nr.NormRewriteError, match=r"fixes its batch size .*--static-batch"):
         nr.export(FixesItsBatch(), images(), tmp_path / "model.onnx")
     nr.export(FixesItsBatch(), images(), tmp_path / "model.onnx", dynamic_batch=False)
 
