@@ -6,6 +6,7 @@
 
 from normrewrite import nn, norms, passes
 from normrewrite._version import __version__
+from normrewrite.advise import Advice, advise
 from normrewrite.bake import bake, bake_
 from normrewrite.calibrate import calibrate, calibrate_
 from normrewrite.convert import Plan, convert, convert_, plan
@@ -18,10 +19,12 @@ from normrewrite.revert import revert, revert_
 from normrewrite.verify import verify
 
 __all__ = [
+    "Advice",
     "NormRewriteError",
     "Plan",
     "Report",
     "__version__",
+    "advise",
     "bake",
     "bake_",
     "calibrate",

@@ -9,7 +9,6 @@ that of the training to come; scales are averaged over the calls, and batches th
 """
 
 import copy
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -18,12 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from normrewrite import sites
-from normrewrite.data import Batch, Data, argument_names, as_data
+from normrewrite.data import Data, argument_names, as_data
 from normrewrite.errors import NormRewriteError
 from normrewrite.exactness import Probe, in_eval, tolerance
 from normrewrite.least_squares import Fit, fit_, fittable
-from normrewrite.lower import eager
-from normrewrite.lower.families import wide
+from normrewrite.moments import Moments, Rows, headroom, read
 from normrewrite.nn.batch import BatchNorm, FrozenBatchNorm
 from normrewrite.nn.origin import Origin
 from normrewrite.norms import metric
@@ -31,40 +29,6 @@ from normrewrite.report import table
 from normrewrite.revert import reverted
 from normrewrite.sites import Site
 from normrewrite.tolerances import worst
-from normrewrite.verify import runner
-
-_FP16_MAX = 65504.0
-
-
-@dataclass
-class Reading:
-    """What one site's metric read, summed over its calls; every tensor (C,), fp32 or float64."""
-
-    calls: int = 0
-    skipped: int = 0
-    spread: Any = 0.0
-    sigma: Any = 0.0
-    sums: float = 0.0
-    squares: float = 0.0
-    dead: Any = None
-
-    def add(self, norm: BatchNorm, x: Tensor) -> None:
-        values = wide(x.detach())
-        n = values.numel() // values.shape[1]
-        row = metric(norm.metric)
-        mean = values.mean([0, *range(2, values.dim())])
-        spread = row.gain(n, norm.gain) * eager.measure(values, mean, row)[0]
-        if not torch.isfinite(spread).all():
-            self.skipped += 1
-            return
-        sigma, absolute = (eager.measure(values, mean, metric(name))[0] for name in ("l2", "l1"))
-        dead = spread <= 1e-6 * mean.abs() + 1e-12  # constant, to the rounding of fp32
-        self.dead = dead if self.dead is None else self.dead & dead
-        self.calls += 1
-        self.spread = self.spread + spread
-        self.sigma = self.sigma + sigma
-        self.sums = max(self.sums, n * float(absolute.max()))
-        self.squares = max(self.squares, n * float(sigma.max()) ** 2)
 
 
 @dataclass(frozen=True)
@@ -188,15 +152,10 @@ def calibrate_(
     usable = [site for site in found if _why_not(site, shared) is None]
     if not usable:
         raise NormRewriteError(f"no site can be calibrated. {found[0].label}: {_why_not(found[0], shared)}.")
-    readings = {site.name: Reading() for site in usable}
-    inputs, skipped = _run(twin, usable, readings, examples, batch_size, each)
-    if not inputs:
-        raise NormRewriteError(
-            f"nothing to calibrate on: {skipped} batches were not finite." if skipped else "the data held no batch."
-        )
+    readings = read(twin, usable, examples, _rows, batch_size=batch_size, each=each)
     probe = Probe()
-    rows = [_apply(site, readings.get(site.name), probe, _why_not(site, shared)) for site in found]
-    return twin, Calibration(rows, fits, inputs, skipped)
+    rows = [_apply(site, readings.by_site.get(site.name), probe, _why_not(site, shared)) for site in found]
+    return twin, Calibration(rows, fits, readings.inputs, readings.skipped_batches)
 
 
 def calibratable(twin: nn.Module) -> bool:
@@ -226,52 +185,14 @@ def _why_not(site: Site, shared: set[int]) -> str | None:
     return "no affine parameters that could take the factor" if norm.weight is None else None
 
 
-def _run(
-    twin: nn.Module,
-    usable: list[Site],
-    readings: dict[str, Reading],
-    data: Data,
-    batch_size: int,
-    each: Callable[..., object],
-) -> tuple[int, int]:
-    """Read every site on every batch, in eval. Returns the inputs used and the batches left out."""
-    hooks = [
-        site.module.register_forward_pre_hook(_reader(site, readings[site.name]), with_kwargs=True) for site in usable
-    ]
-    run, inputs, skipped = runner(twin), 0, 0
-    try:
-        for batch in data.batches(batch_size):
-            if inputs and data.whole is not None and len(batch) < batch_size:
-                continue
-            if _finite(batch):
-                run(batch)
-                inputs += len(batch)
-            else:
-                skipped += 1
-            each(len(batch))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return inputs, skipped
-
-
-def _finite(batch: Batch) -> bool:
-    return all(bool(torch.isfinite(values).all()) for values in batch.inputs.values())
-
-
-def _reader(site: Site, reading: Reading) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-    def read(norm: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        assert isinstance(norm, BatchNorm)
-        try:
-            reading.add(norm, *arguments, *named.values())
-        except NormRewriteError as error:
-            raise NormRewriteError(f"{site.label}: {error}") from error
-
-    return read
+def _rows(site: Site, n: int) -> Rows:
+    norm = site.module
+    assert isinstance(norm, BatchNorm)
+    return [(metric(norm.metric), norm.gain), (metric("l2"), "exact")]
 
 
 @torch.no_grad()
-def _apply(site: Site, reading: Reading | None, probe: Probe, refusal: str | None) -> SiteCalibration:
+def _apply(site: Site, reading: Moments | None, probe: Probe, refusal: str | None) -> SiteCalibration:
     norm = site.module
     assert isinstance(norm, BatchNorm)
     if reading is None or not reading.calls or norm.running_scale is None or norm.weight is None:
@@ -279,7 +200,7 @@ def _apply(site: Site, reading: Reading | None, probe: Probe, refusal: str | Non
         return SiteCalibration(site.label, 0, None, None, 0, norm.num_features, None, None, None, note)
     x = probe.input(norm)
     before = in_eval(norm, x)
-    measured = (reading.spread / reading.calls).clone()
+    measured = reading.scales[norm.metric].mean.to(norm.running_scale)
     ratio = (measured + norm.eps) / (norm.running_scale + norm.eps)
     _remember(norm, measured, (norm.weight * ratio).to(norm.weight.dtype))
     difference, limit = worst(in_eval(norm, x), before), tolerance(norm)
@@ -287,24 +208,18 @@ def _apply(site: Site, reading: Reading | None, probe: Probe, refusal: str | Non
         raise NormRewriteError(
             f"{site.label}: eval differs by {difference:.2g} after calibration, tolerance {limit:.2g}.", exit_code=1
         )
-    alive = ~reading.dead
-    kappa = (reading.spread / reading.sigma)[alive]
     return SiteCalibration(
         site.label,
         reading.calls,
-        float(kappa.median()) if kappa.numel() else math.nan,
+        reading.kappa(norm.metric),
         (float(ratio.median()), float(ratio.min()), float(ratio.max())),
         int(reading.dead.sum()),
         norm.num_features,
-        _headroom(reading.sums),
-        _headroom(reading.squares),
+        headroom(reading.sums),
+        headroom(reading.squares),
         difference,
         f"{reading.skipped} calls were not finite" if reading.skipped else "",
     )
-
-
-def _headroom(largest: float) -> float:
-    return math.log2(_FP16_MAX / largest) if largest > 0 else math.inf
 
 
 def _remember(norm: BatchNorm, scale: Tensor, weight: Tensor) -> None:

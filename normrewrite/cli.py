@@ -93,7 +93,7 @@ batch_size = click.option(
     type=click.IntRange(min=1),
     default=250,
     show_default=True,
-    help="Inputs at a time; for calibration that of the training to come.",
+    help="Inputs at a time; for calibration and advice that of the training to come.",
 )
 data_help = "A .npz (arrays named as forward's arguments, or images; labels), a folder of images, or module:factory."
 data = _together(
@@ -116,12 +116,19 @@ def app() -> None:
 
 @app.command()
 @source
+@click.option(
+    "--advise", metavar="DATA", help="Say which target suits each norm and why, from this data, no labels needed."
+)
+@pixels
+@batch_size
 @printed
-def inspect(source: Any, as_json: bool, quiet: bool) -> None:
-    """List the norms of a model."""
+def inspect(source: Any, as_json: bool, quiet: bool, **options: Any) -> None:
+    """List the norms of a model and its traps; with data, which target suits each norm."""
     from normrewrite import commands, console
 
-    console.show(commands.inspect(source), as_json=as_json, quiet=quiet)
+    with console.busy("reading", quiet=quiet or as_json or not options["advise"]) as each:
+        result = commands.inspect(source, each=each, **options)
+    console.show(result, as_json=as_json, quiet=quiet)
 
 
 @app.command()

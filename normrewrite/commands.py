@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from normrewrite import files
+from normrewrite.advise import Advice
+from normrewrite.advise import advise as advise_model
 from normrewrite.calibrate import Calibration, calibratable
 from normrewrite.calibrate import calibrate_ as calibrate_model
 from normrewrite.convert import Plan, as_scopes
@@ -106,9 +108,36 @@ class Planned:
         return f"{self.plan}\nnothing was written (--dry-run)"
 
 
-def inspect(source: Source) -> Inspection:
-    """The norms of a model file."""
-    return inspect_model(source.read().model)
+@dataclass
+class Advised:
+    """What `inspect --advise` found: the norms, and which target suits each."""
+
+    inspection: Inspection
+    advice: Advice
+
+    def as_dict(self) -> dict[str, Any]:
+        return self.inspection.as_dict() | {"advice": self.advice.as_dict()}
+
+    def __str__(self) -> str:
+        return f"{self.inspection}\n\n{self.advice}"
+
+
+def inspect(
+    source: Source,
+    *,
+    advise: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    batch_size: int = 250,
+    each: Callable[[int], object] = lambda done: None,
+) -> Inspection | Advised:
+    """The norms of a model file. advise: data to tell from which target suits each."""
+    model = source.read().model
+    inspection = inspect_model(model)
+    if advise is None:
+        return inspection
+    examples = _open(advise, model, mean, std)
+    return Advised(inspection, advise_model(model, examples, batch_size=batch_size, each=each))
 
 
 def convert(

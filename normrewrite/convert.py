@@ -17,6 +17,7 @@ from normrewrite import rules as rules_
 from normrewrite import sites
 from normrewrite.errors import NormRewriteError
 from normrewrite.exactness import Probe, difference, folded_difference, tolerance
+from normrewrite.neighbours import is_layer
 from normrewrite.norms import Gain
 from normrewrite.optimizers import inherited, parameters_of, rebind
 from normrewrite.passes import Rewrite
@@ -54,6 +55,7 @@ class Plan:
     choices: list[Choice]
     lifts: list[str] = field(default_factory=list)  # modules whose own forward calls F.batch_norm, and will be traced
     passes: list[Rewrite] = field(default_factory=list)
+    missing: str = "no batch norm"  # what it was looked through for in vain, where nothing was found
 
     @property
     def rewritten(self) -> list[Choice]:
@@ -126,8 +128,8 @@ class Plan:
         because = f" Left: {'; '.join(reasons[:5])}{' ...' if len(reasons) > 5 else ''}." if reasons else ""
         if not self.choices:
             raise NormRewriteError(
-                f"{type(self.model).__name__} holds no batch norm, so there is nothing to rewrite. "
-                "Norms of other scopes are rewritten with --scope."
+                f"{type(self.model).__name__} holds {self.missing}, so there is nothing to rewrite. "
+                "`normrewrite inspect` lists its norms; metrics reach other scopes with --scope."
             )
         if not self.rewritten:
             raise NormRewriteError(f"none of {len(self.choices)} sites can be rewritten.{because}")
@@ -179,7 +181,8 @@ def plan(
         if known is not None:
             choices.append(_choose(known, target, include, exclude, passes))
     wanted = [name for name in lifts if any(_within(c.site.name, name) for c in choices if c.rewrite is not None)]
-    return Plan(model, choices, wanted, list(passes.values()))
+    missing = "no batch norm" if scopes == ("batch",) else f"no norm of scope {', '.join(scopes)}"
+    return Plan(model, choices, wanted, list(passes.values()), missing)
 
 
 def as_scopes(scope: Names) -> tuple[str, ...]:
@@ -255,6 +258,8 @@ def _measured(site: Site, before: nn.Module | None, new: nn.Module, choice: Choi
     reason, gap = choice.rewrite.inexact(site), None
     if before is not None and site.before is not None:
         gap = folded_difference((site.before.module, site.module), (before, new))
+    elif not reason and is_layer(site.module):  # a layer that no norm stands behind
+        gap = folded_difference((site.module, nn.Identity()), (new, nn.Identity()))
     elif not reason:
         gap = difference(site.module, new, probe)
     origin = sites.origin_of(new)

@@ -1,9 +1,10 @@
 """The torch.fx graph of a model, where it has one."""
 
 from collections import Counter
+from collections.abc import Collection
 
 from torch import nn
-from torch.fx import GraphModule, Node, symbolic_trace
+from torch.fx import GraphModule, Node, Tracer
 
 from normrewrite.errors import NormRewriteError, first_line
 
@@ -12,17 +13,27 @@ class Untraceable(NormRewriteError):
     """torch.fx can't trace the model; the message carries its reason."""
 
 
-def trace(model: nn.Module) -> GraphModule:
+class _Tracer(Tracer):
+    def __init__(self, whole: Collection[int]) -> None:
+        super().__init__()
+        self.whole = whole
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return id(module) in self.whole or super().is_leaf_module(module, name)
+
+
+def trace(model: nn.Module, whole: Collection[int] = ()) -> GraphModule:
     """The model as a GraphModule that shares its modules; itself if it is one already.
 
     >>> gm = trace(model.eval())
 
+    whole: modules, by id, that are one node each, whatever their class.
     Raises Untraceable with torch.fx's own reason, on one line.
     """
     if isinstance(model, GraphModule):
         return model
     try:
-        return symbolic_trace(model)
+        return GraphModule(model, _Tracer(whole).trace(model), type(model).__name__)
     except Exception as error:  # a model's own forward runs here, and may raise anything
         raise Untraceable(f"torch.fx can't trace {type(model).__name__}: {first_line(error)}") from error
 

@@ -3,25 +3,33 @@
 >>> print(inspect(model))
 """
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from normrewrite import sites
-from normrewrite.kinds import recognise
+from normrewrite.kinds import Kind, recognise
 from normrewrite.nn.batch import BatchNorm
+from normrewrite.nn.rows import RowNorm
+from normrewrite.passes.swap_rows import scope_of
 from normrewrite.report import table
+from normrewrite.row_kinds import RowKind, recognise_row
 from normrewrite.sites import Site
 from normrewrite.traps import Trap, find_traps
 
 
 @dataclass(frozen=True)
 class SiteFacts:
-    """One norm as it stands. `refusal`: why its metric can't be swapped, or None."""
+    """One norm as it stands, or what a rewrite put in its place. `refusal`: why its metric can't be swapped, or None.
+
+    scope: batch, layer, group, instance or rms; for what is no norm any more (weight norms, affines) empty.
+    """
 
     names: tuple[str, ...]
     kind: str
+    scope: str
     metric: str
     channels: int | None
     eps: float | None
@@ -44,13 +52,16 @@ class Inspection:
         return asdict(self)
 
     def __str__(self) -> str:
-        head = f"{self.model}: {self.parameters:,} parameters, {len(self.sites)} batch norms"
+        counts = Counter(f"{facts.scope} norms" if facts.scope else "rewritten sites" for facts in self.sites)
+        counted = ", ".join(f"{count} {what}" for what, count in counts.items()) or "no norms"
+        head = f"{self.model}: {self.parameters:,} parameters, {counted}"
         if not self.sites:
             return "\n".join([head, *map(_explained, self.traps)])
         rows = [
             (
                 facts.names[0] or "(the model itself)",
                 facts.kind,
+                facts.scope,
                 facts.metric,
                 str(facts.channels or ""),
                 "" if facts.eps is None else f"{facts.eps:g}",
@@ -62,7 +73,7 @@ class Inspection:
         return "\n".join([head, table(HEAD, rows), *map(_explained, self.traps)])
 
 
-HEAD = ("site", "class", "metric", "channels", "eps", "momentum", "note")
+HEAD = ("site", "class", "scope", "metric", "channels", "eps", "momentum", "note")
 
 
 def _explained(trap: Trap) -> str:
@@ -73,29 +84,60 @@ def _explained(trap: Trap) -> str:
 
 def _notes(facts: SiteFacts) -> list[str]:
     notes = [f"also {', '.join(facts.names[1:])}"] if len(facts.names) > 1 else []
-    notes += ["no affine parameters"] if not facts.affine else []
-    notes += ["no running statistics"] if not facts.tracked else []
+    notes += ["no affine parameters"] if not facts.affine and facts.scope else []
+    notes += ["no running statistics"] if not facts.tracked and facts.scope == "batch" else []
     return notes + ([f"can't be rewritten: {facts.refusal}"] if facts.refusal else [])
 
 
 def inspect(model: nn.Module) -> Inspection:
     """Look, and touch nothing."""
     count = sum(parameter.numel() for parameter in model.parameters())
-    return Inspection(type(model).__name__, count, [_facts(site) for site in sites.find(model)], find_traps(model))
+    found = sites.find(model, _is_site)
+    return Inspection(type(model).__name__, count, [_facts(site) for site in found], find_traps(model))
+
+
+def _is_site(module: nn.Module) -> bool:
+    origin = sites.origin_of(module)
+    return sites.is_norm(module) or sites.is_row_norm(module) or (origin is not None and origin.target != "")
 
 
 def _facts(site: Site) -> SiteFacts:
     norm: Any = site.module
-    ours = isinstance(norm, BatchNorm)
-    kind = None if ours else recognise(norm)
+    kind = _kind(norm)
+    origin = sites.origin_of(norm)
+    scope = _scope(norm, kind)
+    became = "" if origin is None else origin.target
     return SiteFacts(
         site.names,
         site.kind,
-        norm.metric if ours else "l2",
-        site.channels,
+        scope,
+        getattr(norm, "metric", "l2" if scope else became),
+        site.channels or _width(norm),
         getattr(norm, "eps", None),
         getattr(norm, "momentum", None),
         getattr(norm, "weight", None) is not None,
         getattr(norm, "running_mean", None) is not None,
         kind if isinstance(kind, str) else None,
     )
+
+
+def _kind(norm: nn.Module) -> Kind | RowKind | str | None:
+    """What it is recognised as; None for ours."""
+    if isinstance(norm, BatchNorm | RowNorm):
+        return None
+    if sites.is_norm(norm):
+        return recognise(norm)
+    return recognise_row(norm) if sites.is_row_norm(norm) else None
+
+
+def _scope(norm: nn.Module, kind: Kind | RowKind | str | None) -> str:
+    if isinstance(kind, RowKind):
+        return kind.scope
+    if isinstance(norm, RowNorm):
+        return scope_of(norm)
+    return "batch" if sites.is_norm(norm) else ""
+
+
+def _width(norm: Any) -> int | None:
+    weight = getattr(norm, "weight", None)
+    return weight.numel() if isinstance(weight, Tensor) and weight.dim() == 1 else None

@@ -1,9 +1,10 @@
 """The manifest: the JSON record of a rewrite inside the saved file, enough to replay it, to check it and to undo it.
 
 {"normrewrite": "0.1.0", "format": 1, "torch": "2.13.0", "sites": [{"names": ["bn1"], "was": "BatchNorm2d",
- "to": "l1", "gain": "exact", "difference": 1.2e-07}, ...], "report": {...}}
+ "to": "l1", "gain": "exact", "difference": 1.2e-07}, ...], "report": {...}}; a norm that a layer took in has the `layer`.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from normrewrite import sites
 from normrewrite._version import __version__
 from normrewrite.errors import NormRewriteError
+from normrewrite.neighbours import is_layer
 from normrewrite.nn.affine import ChannelAffine
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.stand_in import StandIn
@@ -31,8 +33,12 @@ FORMAT = 1
 def describe(model: nn.Module, report: Report | None = None) -> dict[str, Any]:
     """The manifest of a twin, read off the twin itself; the report of the rewrite goes along where it is at hand."""
     record: dict[str, Any] = {KEY: __version__, "format": FORMAT, "torch": str(torch.__version__), "sites": []}
+    names = {id(module): name for name, module in model.named_modules()}
     for site in sites.find(model, lambda module: bool(_entry(module))):
-        record["sites"].append({"names": list(site.names), **_entry(site.module)})
+        layer = [names[id(each)] for each in getattr(site.module, "layer", ()) if id(each) in names]
+        record["sites"].append(
+            {"names": list(site.names), **_entry(site.module), **({"layer": layer[0]} if layer else {})}
+        )
     if report is not None:
         record["report"] = report.as_dict()
     return record
@@ -98,6 +104,7 @@ def replay(model: nn.Module, record: dict[str, Any], where: str) -> nn.Module:
                 f"{where}: its manifest rewrites {entry['names'][0]!r}, and the architecture has no norm of that name. "
                 "Is --arch the one that the file was converted with?"
             )
+        site = _with_layer(model, site, entry.get("layer"), where)
         refusal = "it is rewritten already" if site.name in done else rewrite.why_not(site)
         done.add(site.name)
         if refusal:
@@ -112,3 +119,16 @@ def _pass_and_sites(model: nn.Module, to: str, gain: Gain) -> tuple[Rewrite, dic
     rewrite = make(to, gain, SCOPES if measures(to) else ("batch",))
     found = rewrite.look(model, sites.find(model, rewrite.wants))
     return rewrite, {name: site for site in found for name in site.names}
+
+
+def _with_layer(model: nn.Module, site: Site, layer: object, where: str) -> Site:
+    """The site with the layer that took it in: convert may have known it from example inputs, which no file holds."""
+    if not layer or site.before is not None:
+        return site
+    found = next((each for each in sites.find(model, is_layer) if layer in each.names), None)
+    if found is None:
+        raise NormRewriteError(
+            f"{where}: its manifest folds {site.label} into {layer!r}, and the architecture has no such layer. "
+            "Is --arch the one that the file was converted with?"
+        )
+    return replace(site, before=found, alone="")

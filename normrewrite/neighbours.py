@@ -32,7 +32,7 @@ def attach(model: nn.Module, found: Sequence[Site], example_inputs: Sequence[Ten
     """
     try:
         with evaluating(model):
-            graph_module = graph.trace(model)
+            graph_module = graph.trace(model, {id(site.module) for site in found})
     except graph.Untraceable as error:
         return [replace(site, alone=str(error)) for site in found]
     ranks, shared = ranks_of(graph_module, example_inputs), sites.shared_parameters(model)

@@ -54,6 +54,8 @@ def is_norm(module: nn.Module) -> bool:
     """A batch norm of torch's, of ours, or anything else that keeps running statistics (a pass may refuse it by name)."""
     if isinstance(module, _BatchNorm | BatchNorm):
         return True
+    if isinstance(module, Origin):  # it keeps their tensors
+        return False
     statistics = module._buffers.get("running_mean"), module._buffers.get("running_var")
     return all(isinstance(tensor, Tensor) for tensor in statistics) and not isinstance(
         module, nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d

@@ -39,14 +39,15 @@ PROPERTIES = {
 }
 _BATCH = frozenset({"weight matrix scaled", "weight vector scaled", "data set scaled", "data set shifted"})
 _WEIGHTS = frozenset({"weight matrix scaled", "weight vector scaled"})
-_SAMPLE = frozenset({"weight matrix scaled", "weight matrix shifted", "data set scaled", "one input scaled"})
+_SAMPLE = frozenset({"weight matrix scaled", "data set scaled", "one input scaled"})
 
 
 @dataclass(frozen=True)
 class Target:
     """One row. spelling: as in help texts; make: the pass, from the argument behind the colon (metrics: the whole spelling).
 
-    invariant: what training with it is invariant to (names of PROPERTIES), for the norm alone, without a bias in front.
+    invariant: what training with it is invariant to (names of PROPERTIES), for the norm alone on feature maps, without a bias
+    in front; docs/invariances.md says where vectors differ.
     """
 
     spelling: str
@@ -114,11 +115,9 @@ TARGETS: dict[str, Target] = {row.name: _metric(row) for row in norms.METRICS.va
         "Batch Renorm: training follows the running statistics",
         "Ioffe 2017, arXiv:1702.03275",
         _plain("renorm", lambda _: Renormalise()),
-        _BATCH,
+        frozenset(),
     ),
-    "group": Target(
-        "group[:G]", "group norm, at most G groups (32)", _WU_HE, _group, _SAMPLE - {"weight matrix shifted"}
-    ),
+    "group": Target("group[:G]", "group norm, at most G groups (32)", _WU_HE, _group, _SAMPLE),
     "layer": Target(
         "layer",
         "one group of all channels of a sample",
@@ -138,7 +137,7 @@ TARGETS: dict[str, Target] = {row.name: _metric(row) for row in norms.METRICS.va
         "root mean square of a sample, not centred",
         "Zhang & Sennrich 2019, arXiv:1910.07467",
         _plain("rms", lambda _: ChangeScope("rms")),
-        _SAMPLE - {"weight matrix shifted"},
+        _SAMPLE,
     ),
     "frozen": Target(
         "frozen",

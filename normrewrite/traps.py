@@ -64,12 +64,14 @@ def _any(values: Tensor | None, holds: Callable[[Tensor], Tensor]) -> bool:
     return values is not None and bool(holds(values.detach().float()).any())
 
 
-def _kind(site: Site) -> Any:
+def kind_of(site: Site) -> Any:
+    """Kind or refusal of a norm that is not ours; None of one that is."""
     return None if isinstance(site.module, BatchNorm) else recognise(site.module)
 
 
-def _frozen(site: Site) -> bool:
-    kind = _kind(site)
+def is_frozen(site: Site) -> bool:
+    """Whether training never measures it."""
+    kind = kind_of(site)
     return isinstance(site.module, FrozenBatchNorm) or (isinstance(kind, Kind) and kind.cls is FrozenBatchNorm)
 
 
@@ -104,25 +106,25 @@ _KNOWN = (
         "frozen inside a model in training",
         "its own training flag is off; the next model.train() lets its statistics move again",
         "the flag is carried over as it is; freeze it again after model.train(), or use a frozen norm",
-        lambda site, model: model.training and not site.module.training and not _frozen(site),
+        lambda site, model: model.training and not site.module.training and not is_frozen(site),
     ),
     _Known(
         "frozen for good",
         "no statistics are ever measured, so a metric makes no difference to training",
         "becomes a frozen norm of the same function; calibration leaves it out",
-        lambda site, model: _frozen(site),
+        lambda site, model: is_frozen(site),
     ),
     _Known(
         "activation or dropout fused into the norm's class",
         "a norm that is rebuilt from its tensors alone loses them without a word (timm #1254)",
         "they are kept behind the twin's norm, once the class was seen to do just that",
-        lambda site, model: isinstance(_kind(site), Kind) and bool(_kind(site).tail),
+        lambda site, model: isinstance(kind_of(site), Kind) and bool(kind_of(site).tail),
     ),
     _Known(
         "class that does more than normalise",
         "rebuilding it would change the function",
         "left as it is, with the reason",
-        lambda site, model: isinstance(_kind(site), str),
+        lambda site, model: isinstance(kind_of(site), str),
     ),
     _Known(
         "used at several places",
@@ -134,13 +136,13 @@ _KNOWN = (
         "no running statistics",
         "eval measures the batch: outputs depend on the other inputs, and ONNX has no such inference (pytorch #75252)",
         "converted and marked 'live statistics'; not folded, and export refuses it by name",
-        lambda site, model: _tensor(site, "running_mean") is None and not isinstance(_kind(site), str),
+        lambda site, model: _tensor(site, "running_mean") is None and not isinstance(kind_of(site), str),
     ),
     _Known(
         "no affine parameters",
         "calibration has no weight to put its factor on",
         "converted exactly; calibrate leaves it out and says so",
-        lambda site, model: getattr(site.module, "weight", None) is None and not isinstance(_kind(site), str),
+        lambda site, model: getattr(site.module, "weight", None) is None and not isinstance(kind_of(site), str),
     ),
     _Known(
         "dead channels",
@@ -158,7 +160,7 @@ _KNOWN = (
         "momentum 0",
         "training normalises by the batch, but its running statistics never move (eval and training drift apart)",
         "carried over as it is; set a momentum before you train",
-        lambda site, model: getattr(site.module, "momentum", None) == 0.0 and not _frozen(site),
+        lambda site, model: getattr(site.module, "momentum", None) == 0.0 and not is_frozen(site),
     ),
     _Known(
         "SyncBatchNorm",

@@ -17,6 +17,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from normrewrite import graph, sites
 from normrewrite.fused import step_aside_
+from normrewrite.nn.mean_only import MeanOnlyBatchNorm
 from normrewrite.nn.rows import RowNorm
 from normrewrite.nn.stand_in import StandIn
 from normrewrite.norms import Gain
@@ -78,7 +79,7 @@ class Rewrite(ABC):
             if before is not None and site.before is not None:
                 sites.replace(site.before, before)
             sites.replace(site, new)
-            if isinstance(new, StandIn) and before is not None:
+            if isinstance(new, StandIn | MeanOnlyBatchNorm) and before is not None:
                 new.layer = (before,)
             origin = sites.origin_of(new)
             if origin is not None:

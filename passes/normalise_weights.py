@@ -101,7 +101,8 @@ class NormaliseWeights(Rewrite):
             new: Any = as_affine(old)
         else:
             new = _mean_only(old) if self.form.mean_bn else StandIn(None, {})
-        pairs = {name: (getattr(old, name), getattr(new, name)) for name in ("weight", "bias") if _both(old, new, name)}
+        names = [name for name in ("weight", "bias", "running_mean") if _both(old, new, name)]
+        pairs = {name: (getattr(old, name), getattr(new, name)) for name in names}
         new.origin, new.site, new.tail = Origin(old, pairs).keep(old), site.name, kind.tail
         new._modules.update({name: old._modules[name] for name in kind.tail})
         return new

@@ -21,6 +21,7 @@ from normrewrite import sites
 from normrewrite.bake import bake
 from normrewrite.nn import batch
 from normrewrite.nn.batch import BatchNorm
+from normrewrite.nn.mean_only import MeanOnlyBatchNorm
 from normrewrite.nn.parts import assemble, shallow
 from normrewrite.nn.rows import RowNorm
 from normrewrite.nn.weights import original, unchanged, weight_norm_of
@@ -110,10 +111,15 @@ def _layer(old: Any) -> tuple[nn.Module, bool]:
 def _norm(old: Any) -> tuple[nn.Module, bool]:
     """The norm behind an affine, a folded place or a norm of another scope, and whether that is what it was."""
     origin, norm = old.origin, old._modules.get("norm", old)
-    if origin.unchanged(norm._parameters) and all(unchanged(layer) for layer in getattr(old, "layer", ())):
+    apart = all(
+        unchanged(layer) for layer in getattr(old, "layer", ())
+    )  # then the layer gets back its weight as it was
+    if apart and origin.unchanged(norm._parameters | norm._buffers):
         return origin.module(), True
     if isinstance(norm, RowNorm | nn.GroupNorm):
         return _nearest_row_norm(old), False
+    if apart and isinstance(old, MeanOnlyBatchNorm) and old.layer:
+        return _with_its_scale(old), False
     return _nearest_batch_norm(old), False
 
 
@@ -136,6 +142,18 @@ def _nearest_batch_norm(old: Any) -> nn.Module:
     new.running_var = ones - getattr(new, "eps", 1e-5)
     new.affine = True
     return new  # type: ignore[no-any-return]
+
+
+def _with_its_scale(old: MeanOnlyBatchNorm) -> Any:
+    """The norm whose scale the layer in front had taken, with the mean and bias of now."""
+    new: Any = old.origin.module()  # type: ignore[union-attr]
+    scale = (new.running_var.double() + getattr(new, "eps", 1e-5)).sqrt()
+    if new.weight is None:
+        new.weight, new.affine = nn.Parameter(torch.ones_like(old.bias)), True
+    mean = old.running_mean * scale / new.weight.detach().double()
+    new.running_mean = torch.where(mean.isfinite(), mean, new.running_mean).to(new.running_mean.dtype)
+    new.bias = nn.Parameter(old.bias.detach().clone())
+    return new
 
 
 def _frozen(old: BatchNorm) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import normrewrite as nr
-from normrewrite import cli
+from normrewrite import cli, targets
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 DIGITS = "--arch digits.py:digits_resnet"
@@ -217,6 +217,8 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "folder.pt").mkdir()
     (folder / "text.npz").write_text("not an archive")
     np.savez(folder / "few.npz", images=images()[:20])
+    np.savez(folder / "colour.npz", images=np.zeros((4, 3, 8, 8), np.float32))
+    np.savez(folder / "nan.npz", images=np.full((4, 1, 8, 8), np.nan, np.float32))
     _networks(folder, digits)
     _damaged(folder, digits)
     _hostile(folder)
@@ -349,6 +351,13 @@ BAD: dict[str, tuple[str, str]] = {
     "no target": (CONVERT, "--to"),
     "target": (f"{CONVERT} --to l3", "--to 'l3': there is no such target. Did you mean 'l[12]'.*Known: l1, linf"),
     "target, near": (f"{CONVERT} --to lnf", "Did you mean 'linf'"),
+    "target, misspelled": (f"{CONVERT} --to gruop", "no such target. Did you mean 'group'"),
+    "group, no count": (f"{CONVERT} --to group:x", "'x' is no count"),
+    "form, misspelled": (f"{CONVERT} --to bwn:strickt", "'strickt' is no form. Did you mean 'strict'"),
+    "argument": (f"{CONVERT} --to layer:3", "layer takes no argument"),
+    "scope": (f"{CONVERT} {TO} --scope lyer", "unknown scope 'lyer'. Did you mean 'layer'"),
+    "scope, of no metric": (f"{CONVERT} --to wn --scope layer", "--scope is for metrics"),
+    "scope, nothing there": (f"{CONVERT} {TO} --scope layer", "holds no norm of scope layer"),
     "target, empty": (f"{CONVERT} --to ''", "--to ''"),
     "topk:0": (f"{CONVERT} --to topk:0", "'0' is no count. Give a whole number"),
     "topk:x": (f"{CONVERT} --to topk:x", "'x' is no count"),
@@ -381,6 +390,14 @@ BAD: dict[str, tuple[str, str]] = {
     ),
     "calibrate, no data": (f"calibrate digits.pt {DIGITS}", "--data"),
     "calibrate, missing data": (f"{CONVERT} {TO} --calibrate nosuch.npz", "nosuch.npz: can't be read as .npz"),
+    "advise, missing data": (f"inspect digits.pt {DIGITS} --advise nosuch.npz", "nosuch.npz: can't be read as .npz"),
+    "advise, no batch": (f"inspect digits.pt {DIGITS} --advise zoo.py:nothing", "held no batch"),
+    "advise, text": (f"inspect digits.pt {DIGITS} --advise zoo.py:strings", "gave a str; a batch is a tensor"),
+    "advise, channels": (f"inspect digits.pt {DIGITS} --advise colour.npz", r"can't run on images \(4, 3, 8, 8\)"),
+    "advise, not finite": (f"inspect digits.pt {DIGITS} --advise nan.npz", "1 batches were not finite"),
+    "advise, no norm": ("inspect no_norm.pt --advise digits.npz", "holds no batch norm"),
+    "advise, batch size": (f"inspect digits.pt {DIGITS} --advise digits.npz --batch-size 0", "0 is not in the range"),
+    "advise, mean": (f"inspect digits.pt {DIGITS} --advise digits.npz --mean a,b", "--mean 'a,b': write numbers"),
     "calibrate, no batch": (f"{CONVERT} {TO} --calibrate zoo.py:nothing", "held no batch"),
     "unknown option": (f"{CONVERT} {TO} --ouput x.pt", "--ouput"),
     "unknown command": ("covnert digits.pt", "covnert"),
@@ -703,6 +720,32 @@ def test_checkpoint_keeps_its_dtype(run: Command, folder: Path, dtype: torch.dty
     assert bits(as_saved(folder / f"back{suffix}")) == bits(cast)
 
 
+# --- inspect ----------------------------------------------------------------------------------------------------------
+
+
+def test_advice_stands_below_the_inspection(run: Command) -> None:
+    outcome = run(f"inspect digits.pt {DIGITS} --advise digits.npz --batch-size 100")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.startswith(run(f"inspect digits.pt {DIGITS}").out)
+    for said in (
+        "advice for training in batches of 100, from 500 inputs",
+        "noise: l1",
+        "convert --to l1",
+        "9 of 9 norms",
+    ):
+        assert said in outcome.out
+
+
+def test_advice_as_json(run: Command, folder: Path) -> None:
+    np.savez(folder / "zeros.npz", images=np.zeros((100, 1, 8, 8), np.float32))
+    for data in ("digits.npz", "zeros.npz", "few.npz"):  # dead channels have no kappa, few batches no noise
+        outcome = run(f"inspect digits.pt {DIGITS} --advise {data} --json")
+        assert (outcome.code, outcome.err) == (0, "")
+        assert len(outcome.json["sites"]) == len(outcome.json["advice"]["sites"]) == 9
+        assert outcome.json["advice"]["options"] == "--to l1"
+    assert "advice" not in run(f"inspect digits.pt {DIGITS} --json").json
+
+
 # --- calibrate --------------------------------------------------------------------------------------------------------
 
 
@@ -857,3 +900,49 @@ def test_interrupt(folder: Path, interrupted: subprocess.Popen[str]) -> None:
     out, err = interrupted.communicate(timeout=60)
     assert (interrupted.returncode, out, err.strip()) == (130, "", "interrupted")
     assert not list(folder.glob("digits.l1*")) and not list(folder.glob(".*"))
+
+
+# --- targets beside metrics -------------------------------------------------------------------------------------------
+
+
+def test_help_names_every_target(run: Command) -> None:
+    """Written out there, as the table would import torch."""
+    words = set(re.findall(r"[\w:]+", run("convert --help").out))
+    assert set(targets.TARGETS) <= {word.partition(":")[0] for word in words}
+
+
+@pytest.mark.parametrize("to", ["renorm", "frozen", "wn", "bwn", "wn:mean-bn", "none"])
+def test_exact_targets_there_and_back(run: Command, to: str) -> None:
+    assert run(f"{CONVERT} --to {to} -o twin.pt --expect 9").code == 0
+    assert run(f"verify digits.pt twin.pt {DIGITS} --data digits.npz").code == 0
+    if to == "none":
+        assert "no norm of normrewrite's" in run(f"revert twin.pt {DIGITS}").err
+        return
+    assert run(f"revert twin.pt {DIGITS} -o back.pt").code == 0
+    back, was = (torch.load(name, weights_only=True) for name in ("back.pt", "digits.pt"))
+    assert all(torch.equal(back["state_dict"][name], value) for name, value in was.items())
+
+
+def test_an_inexact_target_is_fitted_in_the_same_command(run: Command) -> None:
+    copied = run(f"{CONVERT} --to layer -o copied.pt")
+    assert copied.code == 0 and "9 sites can't be exact: --calibrate DATA" in copied.out
+    result = run(f"{CONVERT} --to layer --calibrate digits.npz -o twin.pt --json").json
+    fits = result["calibration"]["fits"]
+    assert len(fits) == 9 and all(fit["explained"] > max(0.5, fit["copied"]) for fit in fits)
+    found = {
+        name: run(f"verify digits.pt {name} {DIGITS} --data digits.npz --json").json
+        for name in ("copied.pt", "twin.pt")
+    }
+    right = {name: outcome["outputs"][0]["top1"][1] for name, outcome in found.items()}
+    assert right["twin.pt"] > 0.9 > right["copied.pt"]
+    assert run(f"revert twin.pt {DIGITS} -o back.pt").code == 0
+    assert run(f"verify digits.pt back.pt {DIGITS} --data digits.npz").code == 0
+
+
+def test_fresh_weight_norms_are_initialised_by_data(run: Command, folder: Path) -> None:
+    network = _import(folder / "digits.py", "fresh_digits").digits_resnet()
+    torch.save(network.state_dict(), folder / "fresh.pt")
+    result = run(f"convert fresh.pt {DIGITS} --to wn --calibrate digits.npz --json")
+    assert result.code == 0 and len(result.json["calibration"]["initialised"]) == 9
+    trained = run(f"{CONVERT} --to wn --calibrate digits.npz")
+    assert trained.code == 0 and "there is nothing to calibrate" in trained.out

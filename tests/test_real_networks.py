@@ -12,7 +12,7 @@ import normrewrite as nr
 from normrewrite import sites
 from normrewrite.lower import reference
 from normrewrite.norms import metric
-from tests.conftest import TARGETS, RealNetwork
+from tests.conftest import TARGETS, RealNetwork, real_images
 
 LOGITS = 1e-4  # largest absolute difference in fp32, as promised in README
 TRAIN = 1e-5  # of max(1, largest output): fp32 against float64, one norm
@@ -62,6 +62,35 @@ def test_training_computes_the_float64_formula(network: RealNetwork, to: str) ->
         for running, old, batch in zip((norm.running_mean, norm.running_scale), before, (mean, spread), strict=True):
             follows = (1 - norm.momentum) * old.numpy() + norm.momentum * batch
             np.testing.assert_allclose(running.numpy(), follows, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("to", ["renorm", "wn:mean-bn", "bwn", "none"])
+def test_exact_targets(network: RealNetwork, to: str, tmp_path: Path) -> None:
+    """benchmarks/targets.py does so for every target, on more inputs."""
+    model = network.make()
+    x, _ = network.inputs(4)
+    twin, report = nr.plan(model, to).apply()
+    assert sum(site.was == "BatchNorm2d" for site in report.rewritten) == network.sites and not report.kept
+    with torch.inference_mode():
+        assert (twin(x) - model(x)).abs().max() <= LOGITS
+    nr.save(twin, tmp_path / "twin.pt")
+    again = nr.load(tmp_path / "twin.pt", arch=network.arch).eval()
+    assert _same_bits(again, twin)
+    if to != "none":
+        assert _same_bits(nr.revert(again), model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("to", "least"), [("layer", 0.89), ("group:4", 0.865)])
+def test_a_norm_of_each_sample_is_fitted_without_labels(resnet20: RealNetwork, to: str, least: float) -> None:
+    model = resnet20.make()
+    x, labels = real_images("test", 2000)
+    copied = nr.convert(model, to)
+    twin, calibration = nr.calibrate(copied, real_images("train", 512)[0])
+    assert all(fit.explained > max(0.7, fit.copied) for fit in calibration.fits)
+    (output,) = nr.verify(copied, twin, x, labels).outputs
+    assert output.right[1] / len(x) >= least > 0.2 > output.right[0] / len(x)
+    assert _same_bits(nr.revert(twin), model)
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import normrewrite as nr
+from normrewrite import sites
 from normrewrite.export import fold
 from normrewrite.passes import FoldAffine, SwapMetric
 from normrewrite.revert import reverted
@@ -189,3 +190,11 @@ def test_a_dtype_that_batch_norm_cannot_compute_in_is_refused() -> None:
     norm = nn.BatchNorm2d(4)
     norm.weight.data = norm.weight.data.to(torch.float8_e4m3fn)
     assert "float8" in str(nr.plan(nn.Sequential(norm)))
+
+
+def test_what_an_origin_keeps_is_no_norm_of_the_model() -> None:
+    """It holds the tensors of one, running statistics too."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), randomise(nn.BatchNorm2d(4))).eval()
+    for to in ("bwn", "layer", "frozen"):
+        twin = nr.convert(model, to)
+        assert [site.name for site in sites.find(twin)] == (["1"] if to == "frozen" else [])

@@ -125,6 +125,11 @@ class BatchNorm(nn.Module):
                 "one rank, or convert a model with plain batch norms to train on each rank's own statistics."
             )
 
+    @property
+    def running_var(self) -> Tensor | None:
+        """What torch's eval would need for the same function, (C,): for tools that fold batch norms themselves."""
+        return None if self.running_scale is None else (self.running_scale + self.eps) ** 2 - self.eps
+
     def reset_running_stats(self) -> None:
         if self.running_mean is not None and self.running_scale is not None and self.num_batches_tracked is not None:
             self.running_mean.zero_()

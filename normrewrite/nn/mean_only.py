@@ -43,6 +43,9 @@ class MeanOnlyBatchNorm(nn.Module):
         self.momentum = momentum
         self.site = ""  # the dotted name in a converted model, for errors
         self.origin: Origin | None = None  # what it was before a rewrite
+        self.layer: tuple[
+            nn.Module, ...
+        ] = ()  # the one that has its scale; in a tuple, so that it is not registered here too
         self.tail: tuple[str, ...] = ()  # children that are applied behind the norm: a fused activation, dropout
         self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
         mean = torch.zeros(num_features, device=device, dtype=statistics_dtype(self.bias.dtype))

@@ -14,6 +14,24 @@ from normrewrite.norms import Gain
 SCHEDULE = (5_000, 40_000, 25_000)
 
 
+@torch.library.custom_op("normrewrite::renorm_corrections", mutates_args=())
+def _corrections(
+    mean: Tensor, spread: Tensor, running_mean: Tensor, running_scale: Tensor, r_max: Tensor, d_max: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """r and d. One operator, so that torch.compile keeps them: it would compute them anew in the backward, from running
+    statistics that the forward has moved since."""
+    running = running_scale + eps
+    r = ((spread + eps) / running).clamp(1 / r_max, r_max)
+    return r, ((mean - running_mean) / running).clamp(-d_max, d_max)
+
+
+@_corrections.register_fake
+def _(
+    mean: Tensor, spread: Tensor, running_mean: Tensor, running_scale: Tensor, r_max: Tensor, d_max: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(spread), torch.empty_like(mean)
+
+
 class BatchRenorm(BatchNorm):
     """`BatchNorm` whose training is corrected towards its running statistics. Ioffe 2017, arXiv:1702.03275.
 
@@ -55,10 +73,7 @@ class BatchRenorm(BatchNorm):
         check_trainable(input)
         y, mean, spread = eager.normalise(input, None, None, self.metric, self.gain, self.eps)
         with torch.no_grad():
-            r_max, d_max = self.limits()
-            running = self.running_scale + self.eps
-            r = ((spread + self.eps) / running).clamp(1 / r_max, r_max)
-            d = ((mean - self.running_mean) / running).clamp(-d_max, d_max)
+            r, d = _corrections(mean, spread, self.running_mean, self.running_scale, *self.limits(), self.eps)
             factor = averaging_factor(self, input)
             average_in(factor, (self.running_mean, mean), (self.running_scale, spread))
         r, d = (r, d) if self.weight is None else (self.weight * r, self.weight * d)

@@ -158,7 +158,8 @@ def normalise_weight(
     parametrize.register_parametrization(new, "weight", norm)
     if origin is not None:
         norm.origin = origin
-        norm.register_buffer("checksum", _checksum(new))
+        casts = [_checksum(new), *(_checksum(new, dtype) for dtype in _CASTS)]
+        norm.register_buffer("checksum", torch.stack(casts))
     return new
 
 
@@ -208,12 +209,21 @@ def original(layer: nn.Module) -> nn.Module | None:
 def unchanged(layer: nn.Module) -> bool:
     """Whether v, g, rho and bias have the bits that `normalise_weight` gave them. False where it kept no origin."""
     checksum = getattr(weight_norm_of(layer), "checksum", None)
-    return checksum is not None and bool(checksum == _checksum(layer))
+    return checksum is not None and bool((checksum == _checksum(layer)).any())
 
 
-def _checksum(layer: nn.Module) -> Tensor:
-    """crc32 of everything that is learned or fixed when the weight is set: two copies would cost the weight again."""
-    tensors = [*layer.parameters(), *(value for name, value in layer.named_buffers() if name.endswith(".rho"))]
+# A cast, too, leaves what was not trained: each of these has a checksum of its own.
+_CASTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _checksum(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
+    """crc32 of everything that is learned or fixed when the weight is set: two copies would cost the weight again.
+
+    dtype: as it will be after a cast to it.
+    """
+    fixed = [value for name, value in layer.named_buffers() if name.endswith(".rho")]
+    kept = [value.to(dtype) for value in fixed] if dtype in (torch.float32, torch.float64) else fixed
+    tensors = [*(tensor.to(dtype or tensor.dtype) for tensor in layer.parameters()), *kept]
     crc = 0
     for tensor in tensors:
         crc = zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes(), crc)

@@ -512,3 +512,12 @@ def test_training_on_digits(spec: str, digits: tuple[Tensor, Tensor]) -> None:
     with torch.no_grad():
         accuracy = float((model.eval()(images).argmax(1) == labels).float().mean())
     assert accuracy >= 0.9
+
+
+def test_tools_that_fold_batch_norms_find_what_they_need() -> None:
+    conv = nn.Conv2d(3, 5, 3).double().eval()
+    norm = BatchNorm(5).double().eval()
+    norm.running_mean, norm.running_scale = torch.randn(5).double(), 0.5 + torch.rand(5).double()
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    fused = nn.utils.fuse_conv_bn_eval(conv, norm)  # type: ignore[type-var]
+    torch.testing.assert_close(fused(x), norm(conv(x)))

@@ -1,0 +1,150 @@
+"""Every target on trained networks: sites rewritten and refused, eval difference, accuracy as copied and calibrated.
+
+    python -m benchmarks.targets ../shared/data          # about twenty minutes on two cores; writes results/targets.json
+
+The folder holds zoo.py, load.py and weights/ (see tests/conftest.py). Metrics differ in training alone (benchmarks.convert
+compares their bits), so l1 stands for them. Calibrated on unlabelled images that no accuracy is measured on. Accuracy:
+top-1; of the pitch tracker, how many tones get the class that the original gives them; on all inputs for calibrated layer
+and group:4, on the first 2,000 else.
+"""
+
+import argparse
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import normrewrite as nr
+from benchmarks.stamp import markdown, write
+
+EXACT = ("l1", "renorm", "frozen", "none", "bwn", "bwn:mean-bn", "wn", "wn:mean-bn")
+TARGETS = (*EXACT, "bwn:strict", "layer", "group:4", "group", "rms", "instance")
+CALIBRATION = {"imagenet_mobilenet_v2": 256}
+WHOLE = ("layer", "group:4")  # measured on every input once calibrated; all else on the first FEW
+FEW = 2000
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """calibration, x: (N, ...) each; labels: (N,), the original's own classes where the data has none."""
+
+    calibration: Tensor
+    x: Tensor
+    labels: Tensor
+
+
+def inputs_of(network: Any, model: nn.Module) -> Inputs:
+    from tests.conftest import real_images, tones
+
+    if network.name == "crepe_tiny":
+        x = tones(400)
+        return Inputs(tones(257), x, outputs(model, x).argmax(1))
+    if network.name.startswith("imagenet"):
+        x, labels = real_images("imagenet", 1000)
+        split = CALIBRATION[network.name]
+        return Inputs(x[:split], x[split:], labels[split:])
+    return Inputs(real_images("train", 512)[0], *real_images("test", 10_000))
+
+
+@torch.inference_mode()
+def outputs(model: nn.Module, x: Tensor) -> Tensor:
+    return torch.cat([model(batch) for batch in x.split(125)])
+
+
+def top1(logits: Tensor, labels: Tensor) -> float:
+    return float((logits.argmax(1) == labels[: len(logits)]).double().mean())
+
+
+def measure(model: nn.Module, to: str, data: Inputs, before: Tensor) -> dict[str, Any]:
+    """One target on one network. before: the original's outputs on all inputs."""
+    started = time.perf_counter()
+    twin, report = nr.plan(model, to).apply()
+    seconds = time.perf_counter() - started
+    copied = outputs(twin, data.x[:FEW])
+    result = {
+        "target": to,
+        "rewritten": len(report.rewritten),
+        "refused": len(report.kept),
+        "exact": not report.inexact,
+        "difference": float((copied - before[:FEW]).abs().max()),
+        "inputs": len(copied),
+        "before": top1(before[:FEW], data.labels),
+        "copied": top1(copied, data.labels),
+        "seconds": seconds,
+    }
+    if report.inexact and ":strict" not in to:
+        result |= _calibrated(twin, data, before, len(before) if to in WHOLE else FEW)
+    return result
+
+
+def _calibrated(twin: nn.Module, data: Inputs, before: Tensor, count: int) -> dict[str, Any]:
+    started = time.perf_counter()
+    twin, calibration = nr.calibrate(twin, data.calibration, batch_size=64)
+    seconds = time.perf_counter() - started
+    found = outputs(twin, data.x[:count])
+    return {
+        "inputs": len(found),
+        "before": top1(before[:count], data.labels),
+        "calibrated": top1(found, data.labels),
+        "calibration_seconds": seconds,
+        "explained": {fit.name: fit.explained for fit in calibration.fits},
+    }
+
+
+HEAD = [
+    "network",
+    "target",
+    "rewritten",
+    "refused",
+    "max eval difference",
+    "inputs",
+    "before (%)",
+    "as copied (%)",
+    "calibrated (%)",
+]
+
+
+def row(network: str, result: dict[str, Any]) -> list[str]:
+    calibrated = result.get("calibrated")
+    return [
+        network,
+        f"`{result['target']}`",
+        str(result["rewritten"]),
+        str(result["refused"]),
+        f"{result['difference']:.1e}" if result["exact"] else f"{result['difference']:.3g} (not exact)",
+        f"{result['inputs']:,}",
+        f"{100 * result['before']:.2f}",
+        f"{100 * result['copied']:.2f}",
+        "–" if calibrated is None else f"{100 * calibrated:.2f}",
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="folder with zoo.py, load.py and weights/")
+    parser.add_argument("--only", nargs="*", default=TARGETS, help="these targets")
+    options = parser.parse_args()
+    os.environ["NORMREWRITE_DATA"] = str(options.data.resolve())
+    os.environ.setdefault("NORMREWRITE_TEST_THREADS", str(os.cpu_count()))
+    from tests.conftest import NETWORKS
+
+    results: dict[str, list[dict[str, Any]]] = {}
+    rows = []
+    for network in NETWORKS:
+        model = network.make()
+        data = inputs_of(network, model)
+        before = outputs(model, data.x)
+        results[network.name] = []
+        for to in options.only:
+            results[network.name].append(measure(model, to, data, before))
+            rows.append(row(network.name, results[network.name][-1]))
+            print(" ".join(rows[-1]), flush=True)
+    print(f"\n{markdown(HEAD, rows)}\n\nwrote {write('targets', {'networks': results})}")
+
+
+if __name__ == "__main__":
+    main()

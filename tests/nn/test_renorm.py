@@ -1,0 +1,166 @@
+"""Batch Renorm against the paper's formulas in float64: values, clipping, schedule, gradients, running statistics."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from normrewrite.errors import NormRewriteError
+from normrewrite.nn import BatchNorm, BatchRenorm
+from normrewrite.nn.renorm import SCHEDULE
+from tests.lower.tolerances import TOLERANCES, check_close
+
+LIMITS = [(1.0, 0.0), (1.5, 0.4), (3.0, 5.0), (100.0, 100.0)]  # plain batch norm, both clipped, the paper's, free
+
+
+def trained(r_max: float = 3.0, d_max: float = 5.0, dtype: torch.dtype = torch.float64, **options: Any) -> BatchRenorm:
+    """Four channels whose batches are alike, shifted, narrower and wider than what the running statistics say."""
+    norm = BatchRenorm(4, r_max=r_max, d_max=d_max, dtype=dtype, **{"schedule": None, **options})
+    state = {
+        "running_mean": [0.0, 1.0, 0.2, -0.2],
+        "running_scale": [1.0, 1.1, 4.0, 0.2],
+        "weight": [2.0, -0.5, 1.0, 0.3],
+        "bias": [0.5, 0.0, -1.0, 2.0],
+    }
+    norm.load_state_dict({name: torch.tensor(value) for name, value in state.items()}, strict=False)
+    return norm
+
+
+def reference(norm: BatchRenorm, x: Tensor, r_max: float, d_max: float) -> Tensor:
+    """Ioffe 2017, algorithm 1, by autograd alone, with the eps of this project: added to the scale."""
+    shape = (1, -1, *(1,) * (x.dim() - 2))
+    dims = [0, *range(2, x.dim())]
+    mean, scale = x.mean(dims), x.std(dims, correction=0) + norm.eps
+    running_mean, running = norm.running_mean, norm.running_scale + norm.eps  # type: ignore[operator]
+    r = (scale.detach() / running).clamp(1 / r_max, r_max)
+    d = ((mean.detach() - running_mean) / running).clamp(-d_max, d_max)
+    x_hat = (x - mean.view(shape)) / scale.view(shape) * r.view(shape) + d.view(shape)
+    y: Tensor = norm.weight.view(shape) * x_hat + norm.bias.view(shape)  # type: ignore[union-attr]
+    return y
+
+
+def batch(shape: tuple[int, ...] = (6, 4, 3, 3)) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("r_max", "d_max"), LIMITS)
+@pytest.mark.parametrize("shape", [(9, 4), (6, 4, 5), (6, 4, 3, 3), (3, 4, 2, 3, 2)], ids=str)
+def test_values_and_gradients(shape: tuple[int, ...], r_max: float, d_max: float) -> None:
+    """Through x, weight and bias; none through r and d."""
+    norm, x = trained(r_max, d_max), batch(shape)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    twin, g = copy.deepcopy(norm), torch.randn_like(x)
+    wanted = reference(twin, theirs, r_max, d_max)
+    y = norm(ours)
+    check_close("y", y, wanted, TOLERANCES[torch.float64].y)
+    with pytest.raises(AssertionError, match="y: off by"):
+        check_close("y", y * 1.01, wanted, TOLERANCES[torch.float64].y)
+    (y * g).sum().backward()
+    (wanted * g).sum().backward()
+    for found, expected in ((ours, theirs), *zip(norm.parameters(), twin.parameters(), strict=True)):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-9, atol=1e-9)
+
+
+def test_a_gradient_through_the_corrections_would_be_seen() -> None:
+    """The reference without its detach differs: so the test above says that they carry none."""
+    norm, x = trained(100.0, 100.0), batch().requires_grad_()
+    free = norm.weight.view(1, -1, 1, 1) * (x - norm.running_mean.view(1, -1, 1, 1))  # type: ignore[union-attr]
+    free = free / (norm.running_scale + norm.eps).view(1, -1, 1, 1)  # type: ignore[operator]
+    g = torch.randn_like(x)
+    found = torch.autograd.grad((norm(x) * g).sum(), x)[0]
+    assert not torch.allclose(found, torch.autograd.grad((free * g).sum(), x)[0], rtol=1e-3, atol=1e-3)
+
+
+def test_with_free_limits_training_computes_what_eval_does() -> None:
+    norm, x = trained(100.0, 100.0), batch()
+    check_close("y", norm(x), copy.deepcopy(trained(100.0, 100.0)).eval()(x), TOLERANCES[torch.float64].y)
+
+
+def test_with_closed_limits_it_is_batch_norm() -> None:
+    norm, x = trained(1.0, 0.0), batch()
+    plain = BatchNorm(4, metric="l2", dtype=torch.float64)
+    plain.load_state_dict({name: value for name, value in norm.state_dict().items() if name != "trained"})
+    check_close("y", norm(x), plain(x), TOLERANCES[torch.float64].y)
+    for name, value in plain.named_buffers():
+        assert torch.equal(value, norm.get_buffer(name)), name
+
+
+@pytest.mark.parametrize("step", [0, 5_000, 15_000, 25_000, 40_000, 90_000])
+def test_schedule(step: int) -> None:
+    """r_max from 1 to 3 over steps 5k to 40k, d_max from 0 to 5 over 5k to 25k."""
+    norm = trained(schedule=SCHEDULE)
+    norm.get_buffer("num_batches_tracked").fill_(step)
+    r_max, d_max = (float(value) for value in norm.limits())
+    assert r_max == pytest.approx(1 + 2 * min(max((step - 5_000) / 35_000, 0), 1))
+    assert d_max == pytest.approx(5 * min(max((step - 5_000) / 20_000, 0), 1))
+    norm.get_buffer("trained").fill_(True)
+    assert [float(value) for value in norm.limits()] == [3.0, 5.0]
+
+
+def test_limits_travel_with_the_state() -> None:
+    norm = trained(schedule=SCHEDULE)
+    norm.get_buffer("num_batches_tracked").fill_(20_000)
+    other = BatchRenorm(4, dtype=torch.float64)
+    other.load_state_dict(norm.state_dict())
+    assert torch.equal(torch.stack(other.limits()), torch.stack(norm.limits()))
+
+
+@pytest.mark.parametrize("momentum", [0.1, 1.0, None])
+def test_running_statistics_follow_the_batch(momentum: float | None) -> None:
+    norm, x = trained(momentum=momentum), batch()
+    before = copy.deepcopy(norm)
+    norm(x)
+    factor = 1.0 if momentum is None else momentum  # the first batch of a cumulative average
+    scale = x.std((0, 2, 3), correction=0)
+    for name, seen in (("running_mean", x.mean((0, 2, 3))), ("running_scale", scale)):
+        torch.testing.assert_close(norm.get_buffer(name), torch.lerp(before.get_buffer(name), seen, factor))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half(dtype: torch.dtype) -> None:
+    norm, x = trained(dtype=torch.float32), batch()
+    wanted = reference(trained(), x.to(dtype).double(), 3.0, 5.0)
+    y = norm.to(dtype)(x.to(dtype))
+    assert y.dtype == dtype and norm.get_buffer("running_scale").dtype == torch.float32
+    check_close("y", y, wanted, TOLERANCES[dtype].y, unit=10.0)
+
+
+@pytest.mark.parametrize("metric", ["l1", "topk:3"])
+def test_other_metrics(metric: str) -> None:
+    """The batch's own reading, against the running one of the same metric."""
+    norm, x = trained(100.0, 100.0, metric=metric), batch()
+    check_close("y", norm(x), trained(100.0, 100.0, metric=metric).eval()(x), TOLERANCES[torch.float64].y)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "aot_eager_decomp_partition"])
+def test_compiled_gradients(backend: str) -> None:
+    """The backward must not compute r and d anew from running statistics that the forward has moved since."""
+    torch._dynamo.reset()
+    norm, x, g = trained(dtype=torch.float32), batch().float(), batch().float()
+    eager = copy.deepcopy(norm)
+    for module in (torch.compile(norm, fullgraph=True, backend=backend), eager):
+        (module(x) * g).sum().backward()
+    for found, wanted in zip(norm.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, wanted.grad)
+
+
+def test_a_trace_is_one_node() -> None:
+    traced = torch.fx.symbolic_trace(nn.Sequential(trained()))
+    assert [node.op for node in traced.graph.nodes] == ["placeholder", "call_module", "output"]
+
+
+def test_one_value_a_channel_is_refused() -> None:
+    with pytest.raises(NormRewriteError, match="more than one value a channel"):
+        trained()(batch((1, 4)))
+
+
+def test_without_statistics_it_is_batch_norm() -> None:
+    norm = BatchRenorm(4, track_running_stats=False, dtype=torch.float64)
+    x = batch()
+    assert torch.equal(norm(x), BatchNorm(4, track_running_stats=False, metric="l2", dtype=torch.float64)(x))
+
+
+def test_repr() -> None:
+    assert repr(BatchRenorm(4)).endswith("r_max=3.0, d_max=5.0, schedule=(5000, 40000, 25000))")
