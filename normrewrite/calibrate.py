@@ -26,7 +26,7 @@ from normrewrite.nn.batch import BatchNorm, FrozenBatchNorm
 from normrewrite.nn.origin import Origin
 from normrewrite.norms import metric
 from normrewrite.report import table
-from normrewrite.revert import reverted
+from normrewrite.revert import untrained
 from normrewrite.sites import Site
 from normrewrite.tolerances import worst
 
@@ -142,7 +142,7 @@ def calibrate_(
     if not calibratable(twin) and any(map(sites.is_rewritten, twin.modules())):
         raise NormRewriteError("every rewritten site is exact as it is: there is nothing to calibrate.")
     examples = as_data(data, argument_names(twin))
-    fits = fit_(twin, original or _original(twin), examples, batch_size=batch_size, each=each) if fittable(twin) else []
+    fits = fit_(twin, original or untrained(twin, "Give that one as `original`."), examples, batch_size=batch_size, each=each) if fittable(twin) else []
     found = [site for site in sites.find(twin) if isinstance(site.module, BatchNorm)]
     if not found and fits:
         return twin, _fits_alone(fits, examples, batch_size)
@@ -161,17 +161,6 @@ def calibrate_(
 def calibratable(twin: nn.Module) -> bool:
     """Whether any site can be matched or fitted at all."""
     return bool(fittable(twin)) or any(isinstance(module, BatchNorm) for module in twin.modules())
-
-
-def _original(twin: nn.Module) -> nn.Module:
-    """What the twin was made from, out of the twin itself."""
-    original, _, trained = reverted(copy.deepcopy(twin))
-    if trained:
-        raise NormRewriteError(
-            f"{trained[0]}: was trained since the rewrite, so the network it is to be fitted to is not in it any more. "
-            "Give that one as `original`."
-        )
-    return original
 
 
 def _fits_alone(fits: list[Fit], data: Data, batch_size: int) -> Calibration:

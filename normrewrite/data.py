@@ -43,13 +43,21 @@ class Batch:
         """Whether no input is NaN or infinite: one would spoil every statistic."""
         return all(bool(torch.isfinite(values).all()) for values in self.inputs.values())
 
+    def to(self, device: torch.device) -> "Batch":
+        labels = None if self.labels is None else self.labels.to(device)
+        return Batch({name: values.to(device) for name, values in self.inputs.items()}, labels)
+
 
 @dataclass(frozen=True)
 class Data:
-    """Batches that can be gone through again. `whole` is sliced at each call; `stream` comes in its own sizes."""
+    """Batches that can be gone through again. `whole` is sliced at each call; `stream` comes in its own sizes.
+
+    skipped: files that were left out, as they can't be read.
+    """
 
     whole: Batch | None = None
     stream: Iterable[Batch] | None = None
+    skipped: tuple[str, ...] = ()
 
     def batches(self, size: int = 250) -> Iterator[Batch]:
         if self.whole is None:
@@ -73,17 +81,18 @@ def open_data(
     *,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    strict: bool = True,
 ) -> Data:
     """The data that `source` names, for a forward whose arguments are called `names`.
 
     Images may be float32 as the network wants them, any rank, or uint8 (N, H, W, C) with `mean` and `std` of pixels in
-    0..1. Raises NormRewriteError with what was found and what to do.
+    0..1. strict: refuse a folder for one damaged image, instead of leaving it out. Raises NormRewriteError with what was found and what to do.
     """
     path = Path(source)
     first = names[0] if names else "input"
     possible(path, "--data ")
     if path.is_dir():
-        return Data(_folder(path, first, mean, std))
+        return _folder(path, first, mean, std, strict)
     if path.suffix == ".npz":
         return Data(_npz(path, names, mean, std))
     if ":" in source and not path.exists():
@@ -193,23 +202,50 @@ def _normalised(pixels: Array, where: str, mean: Sequence[float] | None, std: Se
     return torch.from_numpy(np.ascontiguousarray(scaled.transpose(0, 3, 1, 2)))
 
 
-def _folder(folder: Path, name: str, mean: Sequence[float] | None, std: Sequence[float] | None) -> Batch:
+def _folder(
+    folder: Path, name: str, mean: Sequence[float] | None, std: Sequence[float] | None, strict: bool
+) -> Data:
     """All images below a folder, of one size; subfolders, where all images are in one, are classes in sorted order."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _IMAGE_SUFFIXES)
     if not paths:
         raise NormRewriteError(
             f"--data {folder}: no image in the folder ({', '.join(sorted(_IMAGE_SUFFIXES))}). {_FORMS}"
         )
-    pixels = [_pixels(path) for path in paths]
-    if len({image.shape for image in pixels}) > 1:
+    classes = _classes(folder, paths)
+    pixels, skipped = _readable(paths, strict)
+    if len({image.shape for image in pixels.values()}) > 1:
         raise NormRewriteError(f"--data {folder}: images of different sizes. Resize them to the network's input first.")
-    inside = [path.relative_to(folder).parts for path in paths]
-    classes = sorted({parts[0] for parts in inside})
-    labels = (
-        np.array([classes.index(parts[0]) for parts in inside]) if all(len(parts) > 1 for parts in inside) else None
-    )
+    labels = None if classes is None else np.array([classes[path] for path in pixels])
     where = f"--data {folder}"
-    return _checked({name: _normalised(np.stack(pixels), where, mean, std)}, labels, where)
+    whole = _checked({name: _normalised(np.stack(list(pixels.values())), where, mean, std)}, labels, where)
+    return Data(whole, skipped=skipped)
+
+
+def _classes(folder: Path, paths: Sequence[Path]) -> dict[Path, int] | None:
+    """The class of each image by its subfolder, where all are in one."""
+    inside = {path: path.relative_to(folder).parts for path in paths}
+    if any(len(parts) == 1 for parts in inside.values()):
+        return None
+    names = sorted({parts[0] for parts in inside.values()})
+    return {path: names.index(parts[0]) for path, parts in inside.items()}
+
+
+def _readable(paths: Sequence[Path], strict: bool) -> tuple[dict[Path, Array], tuple[str, ...]]:
+    """The images, and the files that are none; the first of these is raised where `strict`, or where no image is left."""
+    pixels: dict[Path, Array] = {}
+    faults: dict[str, NormRewriteError] = {}
+    for path in paths:
+        try:
+            pixels[path] = _pixels(path)
+        except _Damaged as error:
+            faults[str(path)] = error
+    if faults and (strict or not pixels):
+        raise next(iter(faults.values()))
+    return pixels, tuple(faults)
+
+
+class _Damaged(NormRewriteError):
+    """An image that can't be read."""
 
 
 def _pixels(path: Path) -> Array:
@@ -221,7 +257,7 @@ def _pixels(path: Path) -> Array:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))
     except Exception as error:  # Pillow's readers raise whatever a damaged file leads them to
-        raise NormRewriteError(f"--data {path}: can't be read as an image ({first_line(error)}).") from error
+        raise _Damaged(f"--data {path}: can't be read as an image ({first_line(error)}).") from error
 
 
 @dataclass(frozen=True)

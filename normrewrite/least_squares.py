@@ -109,7 +109,7 @@ def fit_(
     """
     pairs = [_pair(site, original) for site in fittable(twin)]
     given = list(data.batches(batch_size))
-    batches = [_moved(batch, device_of(original)) for batch in given if batch.finite]
+    batches = [batch.to(device_of(original)) for batch in given if batch.finite]
     if not batches:
         raise NormRewriteError(
             f"there is nothing to fit on: {len(given)} batches were not finite."
@@ -132,10 +132,6 @@ def fit_(
         Fit(pair.site.label, 0.0, 0.0, 0, "not reached by the data") for pair in pairs if pair.site.label not in done
     ]
     return [*done.values(), *missing]
-
-
-def _moved(batch: Batch, device: torch.device) -> Batch:
-    return Batch({name: values.to(device) for name, values in batch.inputs.items()})
 
 
 def _pair(site: Site, original: nn.Module) -> _Pair:

@@ -38,3 +38,13 @@ def reverted(twin: nn.Module) -> tuple[nn.Module, list[str], list[str]]:
             raise NormRewriteError(f"{site.label}: {refusal}")
     model, _ = rewrite.apply(twin, found)
     return model, [site.name for site in found], rewrite.trained
+
+
+def untrained(twin: nn.Module, remedy: str) -> nn.Module:
+    """What the twin was made from, out of the twin itself; `remedy` ends the error where training has lost it."""
+    original, _, trained = reverted(copy.deepcopy(twin))
+    if trained:
+        raise NormRewriteError(
+            f"{trained[0]}: was trained since the rewrite, so the original network is not in it any more. {remedy}"
+        )
+    return original

@@ -210,18 +210,21 @@ def _torch_runner(model: nn.Module) -> Callable[[Batch], Outputs]:
     names, device = argument_names(model), device_of(model)
 
     def run(batch: Batch) -> Outputs:
-        inputs = {name: values.to(device) for name, values in batch.inputs.items()}
-        by_name = set(inputs) <= set(names)
-        try:
-            with evaluating(model), torch.inference_mode():
-                return _flat(model(**inputs) if by_name else model(*inputs.values()))
-        except NormRewriteError:
-            raise
-        except Exception as error:  # the model's code runs here, and may raise anything
-            shapes = ", ".join(f"{name} {tuple(values.shape)}" for name, values in inputs.items())
-            raise NormRewriteError(f"the model can't run on {shapes}: {first_line(error)}") from error
+        with evaluating(model), torch.inference_mode():
+            return flat(call(model, batch.to(device), names))
 
     return run
+
+
+def call(model: nn.Module, batch: Batch, names: Sequence[str]) -> Any:
+    """What forward returns, its arguments given by name where they are called `names`; a failure is told in plain words."""
+    try:
+        return model(**batch.inputs) if set(batch.inputs) <= set(names) else model(*batch.inputs.values())
+    except NormRewriteError:
+        raise
+    except Exception as error:  # the model's code runs here, and may raise anything
+        shapes = ", ".join(f"{name} {tuple(values.shape)}" for name, values in batch.inputs.items())
+        raise NormRewriteError(f"the model can't run on {shapes}: {first_line(error)}") from error
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -229,7 +232,7 @@ def device_of(model: nn.Module) -> torch.device:
     return next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
 
 
-def _flat(outputs: object, name: str = "output") -> Outputs:
+def flat(outputs: object, name: str = "output") -> Outputs:
     """Every tensor in what forward returns, by name."""
     if isinstance(outputs, Tensor):
         return {name: outputs}
@@ -239,7 +242,7 @@ def _flat(outputs: object, name: str = "output") -> Outputs:
         items = ((f"{name}_{i}", value) for i, value in enumerate(outputs))
     else:
         return {}
-    return {key: tensor for sub, value in items for key, tensor in _flat(value, sub).items()}
+    return {key: tensor for sub, value in items for key, tensor in flat(value, sub).items()}
 
 
 def _onnx_runner(path: Path) -> Callable[[Batch], Outputs]:

@@ -1,0 +1,52 @@
+"""Flips and crops of image batches on whatever device they are, drawn from torch's own generator.
+
+>>> augment = augmentation(flip=True, crop=4); batch = augment(batch)
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from normrewrite.data import Batch
+from normrewrite.errors import NormRewriteError
+
+
+def augmentation(flip: bool, crop: int) -> Callable[[Batch], Batch]:
+    """What changes every image of a batch, each by its own draw; labels stay."""
+    changes = [*([flipped] if flip else []), *([lambda images: shifted(images, crop)] if crop else [])]
+
+    def augment(batch: Batch) -> Batch:
+        inputs = batch.inputs
+        for change in changes:
+            inputs = {name: change(_images(name, values)) for name, values in inputs.items()}
+        return Batch(inputs, batch.labels)
+
+    return augment
+
+
+def _images(name: str, values: Tensor) -> Tensor:
+    if values.dim() != 4 or not values.is_floating_point():
+        shape = tuple(values.shape)
+        raise NormRewriteError(
+            f"--flip and --crop need float images (N, C, H, W); {name} is {values.dtype} {shape}. Leave them out."
+        )
+    return values
+
+
+def flipped(images: Tensor) -> Tensor:
+    """Each image mirrored, or not, with even chances."""
+    chosen = torch.rand(len(images)) < 0.5
+    return torch.where(chosen[:, None, None, None].to(images.device), images.flip(-1), images)
+
+
+def shifted(images: Tensor, pixels: int) -> Tensor:
+    """Each image moved by up to `pixels` each way: a crop of the image with a border of zeros."""
+    n, _, height, width = images.shape
+    padded = F.pad(images, (pixels,) * 4)
+    down, right = torch.randint(0, 2 * pixels + 1, (2, n, 1)).to(images.device)
+    rows = (down + torch.arange(height, device=images.device))[:, :, None]
+    columns = (right + torch.arange(width, device=images.device))[:, None, :]
+    which = torch.arange(n, device=images.device)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[which, rows, columns].permute(0, 3, 1, 2).contiguous()

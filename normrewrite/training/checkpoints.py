@@ -1,0 +1,119 @@
+"""Checkpoints of a training: a folder each, renamed into place once it is whole, and one at a time.
+
+>>> checkpoints = Checkpoints(folder, machine); checkpoints.begin(run, resume=True); checkpoints.save(120)
+
+    FOLDER/run.json          what is trained, as it was asked for: another run can't resume it
+    FOLDER/step-00000120/    accelerate's state: model, optimiser, loss scale, schedule, progress, averaged weights
+    FOLDER/finished.json     the result, once the output is written: no state is left then
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from normrewrite import files
+from normrewrite.errors import NormRewriteError, first_line
+
+_RUN, _FINISHED = "run.json", "finished.json"
+
+
+class Checkpoints:
+    """The checkpoints in one folder, saved and loaded by an accelerator that knows all objects with a state."""
+
+    def __init__(self, folder: Path, machine: Any) -> None:
+        self.folder, self.machine = folder, machine
+
+    def begin(self, run: Mapping[str, Any], resume: bool) -> None:
+        """Go on from the newest checkpoint, where that is asked for and there is one; else start a new folder."""
+        newest = newest_of(self.folder)
+        if newest is not None and resume:
+            self._check_same(run)
+            self._load(newest)
+            return
+        if newest is not None:
+            raise NormRewriteError(
+                f"{self.folder} holds an unfinished run ({newest.name}). Go on with --resume, or overwrite it with --force."
+            )
+        if self.machine.is_main_process:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            make_folder(self.folder)
+            write_json(self.folder / _RUN, run)
+        self.machine.wait_for_everyone()
+
+    def save(self, step: int) -> None:
+        """Whole, under its name, before the one before it goes: at any moment one can be resumed from."""
+        final = self.folder / f"step-{step:08d}"
+        temporary = final.with_suffix(".tmp")
+        if self.machine.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+        self.machine.wait_for_everyone()
+        try:
+            self.machine.save_state(str(temporary), safe_serialization=False)  # aliased weights stay aliased
+            self.machine.wait_for_everyone()
+            if self.machine.is_main_process:
+                shutil.rmtree(final, ignore_errors=True)
+                temporary.rename(final)
+                _remove_others(self.folder, final)
+        except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
+            raise NormRewriteError(f"{final}: {first_line(error)}. The checkpoint before it is whole.") from error
+
+    def _check_same(self, run: Mapping[str, Any]) -> None:
+        before = read_json(self.folder / _RUN)
+        now = json.loads(json.dumps(run))
+        differ = [f"{name} {before.get(name)} then, {now[name]} now" for name in now if before.get(name) != now[name]]
+        if differ:
+            raise NormRewriteError(
+                f"{self.folder} holds another run: {'; '.join(differ)}. Resume with the same options, or start anew with --force."
+            )
+
+    def _load(self, newest: Path) -> None:
+        try:
+            self.machine.load_state(str(newest))
+        except Exception as error:  # a damaged or foreign folder: accelerate and torch raise what they come upon
+            raise NormRewriteError(
+                f"{newest}: can't be resumed from ({first_line(error)}). Start anew with --force."
+            ) from error
+
+
+def newest_of(folder: Path) -> Path | None:
+    """The newest checkpoint; what was being written when a run was killed has another name."""
+    return max((path for path in folder.glob("step-*") if not path.suffix), default=None)
+
+
+def _remove_others(folder: Path, kept: Path) -> None:
+    for path in folder.glob("step-*"):
+        if path != kept:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def finish(folder: Path, result: Mapping[str, Any]) -> None:
+    """The output is written: leave a note of the result in place of the state."""
+    if folder.is_dir():
+        write_json(folder / _FINISHED, result)
+        _remove_others(folder, folder / _FINISHED)
+
+
+def finished(folder: Path) -> dict[str, Any] | None:
+    """The result that a finished run left."""
+    return read_json(folder / _FINISHED) if (folder / _FINISHED).is_file() else None
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir()
+    except OSError as error:
+        raise NormRewriteError(f"checkpoints {folder}: {error.strerror}. Choose another place with -o.") from error
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    files.write_atomically(path, lambda temporary: Path(temporary).write_text(json.dumps(content)), force=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise NormRewriteError(f"{path}: can't be read ({first_line(error)}). Start anew with --force.") from error
+    return found if isinstance(found, dict) else {}

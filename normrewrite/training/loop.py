@@ -1,0 +1,198 @@
+"""The loop: steps in epochs, validation, early stop, checkpoints. Everything that a next step depends on has a state.
+
+>>> progress = Loop(machine, recipe, model, teacher, data, val).run()
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normrewrite.data import Batch, Data
+from normrewrite.errors import NormRewriteError
+from normrewrite.modes import evaluating
+from normrewrite.training import optimise, randomness
+from normrewrite.training.augment import augmentation
+from normrewrite.training.checkpoints import Checkpoints
+from normrewrite.training.feed import Feed
+from normrewrite.training.losses import Objective, counted
+from normrewrite.training.progress import Epoch, Progress, Tally
+from normrewrite.training.recipe import Recipe
+
+_MOST_IN_A_ROW = 20  # fp16's loss scale needs up to sixteen halvings to settle
+
+
+@dataclass(frozen=True)
+class Step:
+    """What `each` is called with after every step. loss, accuracy: means over the epoch so far."""
+
+    step: int
+    of: int
+    loss: float | None
+    accuracy: float | None
+    inputs_per_second: float
+
+
+class Loop:
+    """A training of `model`, in place. teacher: in eval, on the model's device. Each step's randomness follows from its
+    number, so nothing of it has to be saved."""
+
+    def __init__(
+        self,
+        machine: Any,
+        recipe: Recipe,
+        model: nn.Module,
+        teacher: nn.Module | None,
+        data: Data,
+        val: Data | None,
+        each: Callable[[Step], object] = lambda step: None,
+    ) -> None:
+        self.machine, self.recipe, self.model, self.val, self.each = machine, recipe, model, val, each
+        ranks = machine.num_processes
+        self.feed = Feed(data, recipe.batch_size, recipe.accumulate, recipe.seed, machine.process_index, ranks)
+        self.total = recipe.total(self.feed.steps)
+        self.augment = augmentation(recipe.flip, recipe.crop)
+        self.teacher = None if teacher is None else teacher.to(machine.device)
+        self.ema = optimise.averaged(recipe.ema, model.to(machine.device))
+        self.objective = Objective(recipe, model, self.teacher)
+        self.judge = self.objective if self.ema is None else Objective(recipe, self.ema.module, self.teacher)
+        optimizer = optimise.make_optimizer(recipe, model)
+        self.schedule = optimise.make_schedule(recipe, optimizer, self.total)
+        self.network, self.optimizer = machine.prepare(model, optimizer)
+        self.progress = Progress()
+        machine.register_for_checkpointing(self.schedule, self.progress, *([] if self.ema is None else [self.ema]))
+
+    @property
+    def result(self) -> nn.Module:
+        """The network that the training is for: the averaged one, where there is one."""
+        return self.machine.unwrap_model(self.network) if self.ema is None else self.ema.module
+
+    def run(self, checkpoints: Checkpoints | None = None) -> Progress:
+        """From where the progress is to the end, with a checkpoint every `save_every` steps, or every epoch, and at the end."""
+        progress, every = self.progress, self.recipe.save_every or self.feed.steps
+        self.network.train()
+        while progress.step < self.total and not progress.stopped:
+            epoch, done = divmod(progress.step, self.feed.steps)
+            for batches in self._steps(epoch, done):
+                self._step(batches)
+                ends = progress.step == self.total or progress.step % self.feed.steps == 0
+                if ends:
+                    self._end_epoch(epoch)
+                last = progress.step == self.total or progress.stopped
+                if checkpoints is not None and (last or progress.step % every == 0):
+                    checkpoints.save(progress.step)
+        return progress
+
+    def _steps(self, epoch: int, done: int) -> Iterator[list[Batch]]:
+        """The rest of an epoch, or of the training. A stream that falls short would be asked for ever."""
+        wanted = min(self.feed.steps - done, self.total - self.progress.step)
+        found = 0
+        for found, batches in enumerate(self.feed.epoch(epoch, done), 1):
+            yield batches
+            if found == wanted:
+                return
+        raise NormRewriteError(
+            f"the data ended after {done + found} of {self.feed.steps} steps of epoch {epoch + 1}: they were more at first. "
+            "Give data that can be gone through again."
+        )
+
+    # --- a step -----------------------------------------------------------------------------------------------------------
+
+    def _step(self, batches: list[Batch]) -> None:
+        started, progress = time.perf_counter(), self.progress
+        randomness.seed(self.recipe.seed, progress.step, self.machine.process_index)
+        before = [buffer.clone() for buffer in self.model.buffers()]
+        tally = self._learn(batches)
+        progress.step += 1
+        if tally is None:
+            self._skip(before)
+        else:
+            self.schedule.step()
+            if self.ema is not None:
+                self.ema.update_parameters(self.machine.unwrap_model(self.network))
+            progress.in_a_row = 0
+            progress.tally += tally
+        self._tell(sum(map(len, batches)) * self.machine.num_processes, time.perf_counter() - started)
+
+    def _tell(self, inputs: int, seconds: float) -> None:
+        progress = self.progress
+        progress.inputs += inputs
+        progress.seconds += seconds
+        done = Step(progress.step, self.total, progress.tally.mean, progress.tally.accuracy, inputs / seconds)
+        self.machine.log({"loss": done.loss, "lr": self.schedule.get_last_lr()[0]}, progress.step)
+        self.each(done)
+
+    def _learn(self, batches: list[Batch]) -> Tally | None:
+        """One update; None where loss or gradient were not finite, and nothing was changed but running statistics."""
+        tally, norm = Tally(), torch.zeros(())
+        for batch in batches:
+            with self.machine.accumulate(self.network):
+                outcome = self.objective(self.network, self.augment(batch.to(self.machine.device)))
+                self.machine.backward(outcome.loss)
+                if self.machine.sync_gradients:
+                    norm = self.machine.clip_grad_norm_(self.model.parameters(), self.recipe.clip or math.inf)
+                tally += counted(outcome)
+        tally = self._joined(tally)
+        scaled = self.machine.scaler is not None  # fp16's scaler looks at the gradients, and lowers the scale
+        finite = math.isfinite(tally.loss) and (scaled or bool(torch.isfinite(norm)))
+        if finite:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return tally if finite and not self.machine.optimizer_step_was_skipped else None
+
+    def _joined(self, tally: Tally) -> Tally:
+        """Over all processes, so that they all judge alike."""
+        if self.machine.num_processes == 1:
+            return tally
+        values = [tally.loss, tally.right, tally.rated, tally.inputs]
+        loss, *counts = self.machine.reduce(torch.tensor(values, device=self.machine.device)).tolist()
+        return Tally(loss, *map(int, counts))
+
+    @torch.no_grad()
+    def _skip(self, before: list[Tensor]) -> None:
+        """Running statistics come back too: what is not finite would stay in them for ever."""
+        for buffer, value in zip(self.model.buffers(), before, strict=True):
+            buffer.copy_(value)
+        self.progress.skipped += 1
+        self.progress.in_a_row += 1
+        if self.progress.in_a_row >= _MOST_IN_A_ROW:
+            raise NormRewriteError(
+                f"step {self.progress.step}: loss or gradient were not finite {_MOST_IN_A_ROW} times in a row. Lower --lr, "
+                "give --clip or --warmup, or another --precision.",
+                exit_code=1,
+            )
+
+    # --- an epoch ---------------------------------------------------------------------------------------------------------
+
+    def _end_epoch(self, number: int) -> None:
+        progress = self.progress
+        val = Tally() if self.val is None else self._validate(self.val)
+        epoch = Epoch(
+            number + 1, progress.step, progress.tally.mean, progress.tally.accuracy, val.mean, val.accuracy
+        )
+        progress.epochs.append(epoch)
+        progress.tally = Tally()
+        if epoch.val_loss is not None:
+            self.machine.log({"val_loss": epoch.val_loss, "val_accuracy": epoch.val_accuracy}, progress.step)
+            progress.validated(self._score(epoch), self.result.state_dict())
+            progress.stopped = self.recipe.patience is not None and progress.stale >= self.recipe.patience
+
+    def _score(self, epoch: Epoch) -> list[float]:
+        """Higher is better: with labels accuracy counts, and the loss between equals. NaN is worse than all."""
+        loss = epoch.val_loss if epoch.val_loss is not None and math.isfinite(epoch.val_loss) else math.inf
+        return [epoch.val_accuracy, -loss] if self.recipe.labels and epoch.val_accuracy is not None else [-loss]
+
+    @torch.no_grad()
+    def _validate(self, val: Data) -> Tally:
+        """Every process takes its share of the batches, without asking the others on the way: shares differ in size."""
+        tally, network = Tally(), self.result
+        rank, ranks = self.machine.process_index, self.machine.num_processes
+        with evaluating(network):
+            for batch in islice(val.batches(self.recipe.batch_size), rank, None, ranks):
+                tally += counted(self.judge(network, batch.to(self.machine.device)))
+        return self._joined(tally)

@@ -1,0 +1,60 @@
+"""What a training runs on: one accelerator of accelerate's for device, mixed precision, processes and logs.
+
+>>> with accelerator(model, recipe) as machine:
+...     network, optimizer = machine.prepare(model, optimizer)
+"""
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from normrewrite.errors import NormRewriteError, first_line
+from normrewrite.training.recipe import Recipe
+from normrewrite.verify import device_of
+
+_MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # as accelerate calls them
+
+
+@contextmanager
+def accelerator(model: nn.Module, recipe: Recipe, log: Path | None = None) -> Iterator[Any]:
+    """An Accelerator on the model's device; log: folder for TensorBoard.
+
+    Its state is one a process: what this one set is taken back, so that a next one may choose another precision.
+    """
+    _require("accelerate", "fine-tuning")
+    if log is not None:
+        _require("tensorboard", "--log")
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+
+    ours = not AcceleratorState._shared_state
+    try:
+        found = Accelerator(
+            cpu=device_of(model).type == "cpu",
+            mixed_precision=_MIXED[recipe.precision],
+            gradient_accumulation_steps=recipe.accumulate,
+            log_with=None if log is None else "tensorboard",
+            project_dir=log,
+        )
+    except ValueError as error:
+        raise NormRewriteError(f"--precision {recipe.precision}: {first_line(error)} Use another precision.") from error
+    try:
+        if log is not None:
+            found.init_trackers("normrewrite")
+        yield found
+    finally:
+        for tracker in found.trackers:
+            tracker.finish()
+        found.free_memory()
+        if ours:
+            AcceleratorState._reset_state()
+            GradientState._reset_state()
+
+
+def _require(package: str, what: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise NormRewriteError(f"{what} needs {package}: pip install normrewrite[train]")

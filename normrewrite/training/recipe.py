@@ -1,0 +1,103 @@
+"""The recipe of a training: every choice that its result depends on, checked before any work.
+
+>>> Recipe(epochs=3, lr=1e-4, precision="bf16")
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args, get_origin
+
+from normrewrite.errors import NormRewriteError, nearest
+
+Precision = Literal["fp32", "bf16", "fp16"]
+Schedule = Literal["cosine", "linear", "constant"]
+Optimizer = Literal["adamw", "sgd"]
+_EPOCHS = 6
+_ABOVE_ZERO = ("epochs", "steps", "lr", "batch_size", "accumulate", "clip", "patience", "save_every", "feature_weight")
+_AT_LEAST_ZERO = ("warmup", "weight_decay", "momentum", "crop", "seed")
+_BELOW_ONE = ("momentum", "ema", "val_split")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train. A step is one update: `accumulate` batches of `batch_size` on each process.
+
+    labels: learn from the data's labels by cross-entropy, else from the teacher. distill: the teacher's share beside labels.
+    loss: how far from the teacher: mse, kl, cross-entropy; or `module:function` (outputs, teacher's outputs, labels) -> the
+    whole loss. features: names or globs of modules whose outputs are to be the teacher's too.
+    epochs, or steps; warmup: steps in which lr rises; ema: decay of the averaged weights, which are then the result; clip:
+    largest gradient norm; crop: pixels of zero padding to shift in. val_split: share held out; patience: epochs without
+    progress there before it stops. save_every: steps between checkpoints, an epoch by default.
+    """
+
+    precision: Precision = "fp32"
+    labels: bool = False
+    distill: float = 0.0
+    loss: str = "mse"
+    features: tuple[str, ...] = ()
+    feature_weight: float = 1.0
+    epochs: int | None = None
+    steps: int | None = None
+    lr: float = 1e-3
+    batch_size: int = 64
+    accumulate: int = 1
+    optimizer: Optimizer = "adamw"
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    schedule: Schedule = "cosine"
+    warmup: int = 0
+    ema: float | None = None
+    clip: float | None = None
+    flip: bool = False
+    crop: int = 0
+    val_split: float | None = None
+    patience: int | None = None
+    seed: int = 0
+    deterministic: bool = False
+    save_every: int | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            choices = get_args(field.type) if get_origin(field.type) is Literal else ()
+            if choices and getattr(self, field.name) not in choices:
+                raise _wrong(field.name, getattr(self, field.name), f"one of {', '.join(choices)}")
+        self._check_range(_ABOVE_ZERO, "a number above zero", lambda value: value > 0)
+        self._check_range(_AT_LEAST_ZERO, "a number, at least zero", lambda value: value >= 0)
+        self._check_range(_BELOW_ONE, "a number from 0 up to, not including, 1", lambda value: 0 <= value < 1)
+        self._check_range(("distill",), "a number from 0 to 1", lambda value: 0 <= value <= 1)
+        self._check_together()
+
+    def _check_range(self, names: tuple[str, ...], needed: str, right: Any) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and right(value)):
+                raise _wrong(name, value, needed)
+
+    def _check_together(self) -> None:
+        if self.epochs and self.steps:
+            raise NormRewriteError(f"--epochs {self.epochs} and --steps {self.steps}: give one of the two.")
+        if self.distill and not self.labels:
+            raise NormRewriteError("--distill is the teacher's share beside labels: add --labels, or leave it out.")
+
+    def total(self, steps_an_epoch: int) -> int:
+        """The steps of the whole training."""
+        return self.steps or (self.epochs or _EPOCHS) * steps_an_epoch
+
+    @property
+    def taught(self) -> bool:
+        """Whether a teacher is needed for what the names of losses mean; a function of the user's may do with labels."""
+        return not self.labels or self.distill > 0 or bool(self.features)
+
+
+def recipe(options: Mapping[str, Any]) -> Recipe:
+    """A recipe from keyword arguments; raises NormRewriteError for one that there is not."""
+    known = [field.name for field in fields(Recipe)]
+    for name in options:
+        if name not in known:
+            raise NormRewriteError(f"there is no option {name!r}.{nearest(name, known)} Options: {', '.join(known)}.")
+    return Recipe(**{name: tuple(value) if name == "features" else value for name, value in options.items()})
+
+
+def _wrong(name: str, value: object, needed: str) -> NormRewriteError:
+    return NormRewriteError(f"--{name.replace('_', '-')} {value}: {needed} is needed.")
