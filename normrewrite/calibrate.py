@@ -142,7 +142,17 @@ def calibrate_(
     if not calibratable(twin) and any(map(sites.is_rewritten, twin.modules())):
         raise NormRewriteError("every rewritten site is exact as it is: there is nothing to calibrate.")
     examples = as_data(data, argument_names(twin))
-    fits = fit_(twin, original or untrained(twin, "Give that one as `original`."), examples, batch_size=batch_size, each=each) if fittable(twin) else []
+    fits = (
+        fit_(
+            twin,
+            original or untrained(twin, "Give that one as `original`."),
+            examples,
+            batch_size=batch_size,
+            each=each,
+        )
+        if fittable(twin)
+        else []
+    )
     found = [site for site in sites.find(twin) if isinstance(site.module, BatchNorm)]
     if not found and fits:
         return twin, _fits_alone(fits, examples, batch_size)

@@ -76,3 +76,29 @@ def busy(what: str, *, quiet: bool = False) -> Iterator[Callable[..., None]]:
             progress.update(task, count=f"{through} of {of} sites" if of else f"{through} inputs")
 
         yield advance
+
+
+@contextmanager
+def training(*, quiet: bool = False) -> Iterator[Callable[[Any], None]]:
+    """A bar on stderr over the steps of a training, with loss, accuracy and inputs a second; see training.loop.Step."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda step: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[told]}"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("training", total=None, told="")
+
+        def advance(step: Any) -> None:
+            progress.update(task, total=step.of, completed=step.step, told=told(step))
+
+        yield advance
+
+
+def told(step: Any) -> str:
+    """One step in words: `loss 0.1234, 97.1 %, 512 inputs/s`."""
+    loss = "" if step.loss is None else f"loss {step.loss:.4g}"
+    accuracy = "" if step.accuracy is None else f"{100 * step.accuracy:.1f} %"
+    return ", ".join(part for part in (loss, accuracy, f"{step.inputs_per_second:,.0f} inputs/s") if part)

@@ -86,7 +86,8 @@ def open_data(
     """The data that `source` names, for a forward whose arguments are called `names`.
 
     Images may be float32 as the network wants them, any rank, or uint8 (N, H, W, C) with `mean` and `std` of pixels in
-    0..1. strict: refuse a folder for one damaged image, instead of leaving it out. Raises NormRewriteError with what was found and what to do.
+    0..1. strict: refuse a folder for one damaged image, instead of leaving it out. Raises NormRewriteError with what was
+    found and what to do.
     """
     path = Path(source)
     first = names[0] if names else "input"
@@ -202,9 +203,7 @@ def _normalised(pixels: Array, where: str, mean: Sequence[float] | None, std: Se
     return torch.from_numpy(np.ascontiguousarray(scaled.transpose(0, 3, 1, 2)))
 
 
-def _folder(
-    folder: Path, name: str, mean: Sequence[float] | None, std: Sequence[float] | None, strict: bool
-) -> Data:
+def _folder(folder: Path, name: str, mean: Sequence[float] | None, std: Sequence[float] | None, strict: bool) -> Data:
     """All images below a folder, of one size; subfolders, where all images are in one, are classes in sorted order."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _IMAGE_SUFFIXES)
     if not paths:

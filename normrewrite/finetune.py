@@ -63,7 +63,10 @@ class Finetuned:
 
     def _remarks(self) -> list[str]:
         return [
-            *([f"{self.skipped_steps} steps were skipped, as loss or gradient were not finite"] * bool(self.skipped_steps)),
+            *(
+                [f"{self.skipped_steps} steps were skipped, as loss or gradient were not finite"]
+                * bool(self.skipped_steps)
+            ),
             *(["stopped early: no progress in validation"] * self.stopped_early),
             *([f"the weights are those of epoch {self.best}, the best in validation"] * (self.best is not None)),
         ]
@@ -117,7 +120,7 @@ def finetune_(
             progress = loop.run(saver)
             return model, _result(loop, progress, examples)
         finally:
-            accelerator.unwrap_model(loop.network, keep_fp32_wrapper=False)
+            machine.release(accelerator, loop.network)
 
 
 def _teacher(model: nn.Module, teacher: nn.Module | None, plan: Recipe) -> nn.Module | None:
@@ -130,7 +133,9 @@ def _teacher(model: nn.Module, teacher: nn.Module | None, plan: Recipe) -> nn.Mo
         raise NormRewriteError(
             f"{type(model).__name__} holds no rewritten norm, so no original to learn from. Give --teacher, or --labels."
         )
-    found = copy.deepcopy(teacher) if teacher is not None else untrained(model, "Give it as --teacher, or use --labels.")
+    found = (
+        copy.deepcopy(teacher) if teacher is not None else untrained(model, "Give it as --teacher, or use --labels.")
+    )
     return found.eval().requires_grad_(False)
 
 

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from normrewrite.errors import NormRewriteError
 
 def augmentation(flip: bool, crop: int) -> Callable[[Batch], Batch]:
     """What changes every image of a batch, each by its own draw; labels stay."""
-    changes = [*([flipped] if flip else []), *([lambda images: shifted(images, crop)] if crop else [])]
+    changes = [*([flipped] if flip else []), *([partial(shifted, pixels=crop)] if crop else [])]
 
     def augment(batch: Batch) -> Batch:
         inputs = batch.inputs

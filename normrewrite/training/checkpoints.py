@@ -17,6 +17,7 @@ from normrewrite import files
 from normrewrite.errors import NormRewriteError, first_line
 
 _RUN, _FINISHED = "run.json", "finished.json"
+_STEPS = f"step-{8 * '[0-9]'}*"
 
 
 class Checkpoints:
@@ -37,7 +38,7 @@ class Checkpoints:
                 f"{self.folder} holds an unfinished run ({newest.name}). Go on with --resume, or overwrite it with --force."
             )
         if self.machine.is_main_process:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            discard(self.folder)
             make_folder(self.folder)
             write_json(self.folder / _RUN, run)
         self.machine.wait_for_everyone()
@@ -79,11 +80,11 @@ class Checkpoints:
 
 def newest_of(folder: Path) -> Path | None:
     """The newest checkpoint; what was being written when a run was killed has another name."""
-    return max((path for path in folder.glob("step-*") if not path.suffix), default=None)
+    return max((path for path in folder.glob(_STEPS) if not path.suffix), default=None)
 
 
 def _remove_others(folder: Path, kept: Path) -> None:
-    for path in folder.glob("step-*"):
+    for path in folder.glob(_STEPS):
         if path != kept:
             shutil.rmtree(path, ignore_errors=True)
 
@@ -95,6 +96,13 @@ def finish(folder: Path, result: Mapping[str, Any]) -> None:
         _remove_others(folder, folder / _FINISHED)
 
 
+def discard(folder: Path) -> None:
+    """Another run takes this one's place. What else is in the folder is not ours."""
+    for name in (_RUN, _FINISHED):
+        (folder / name).unlink(missing_ok=True)
+    _remove_others(folder, folder)
+
+
 def finished(folder: Path) -> dict[str, Any] | None:
     """The result that a finished run left."""
     return read_json(folder / _FINISHED) if (folder / _FINISHED).is_file() else None
@@ -102,7 +110,7 @@ def finished(folder: Path) -> dict[str, Any] | None:
 
 def make_folder(folder: Path) -> None:
     try:
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
     except OSError as error:
         raise NormRewriteError(f"checkpoints {folder}: {error.strerror}. Choose another place with -o.") from error
 

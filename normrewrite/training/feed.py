@@ -42,7 +42,9 @@ class Feed:
             found = sum(1 for _ in self.data.batches(self.batch_size))
             return self._enough(found // self._batches, f"{found} batches")
         rows = len(self.data.whole)
-        return self._enough(max(rows // (self.batch_size * self._batches), int(rows >= self._batches)), f"{rows} inputs")
+        return self._enough(
+            max(rows // (self.batch_size * self._batches), int(rows >= self._batches)), f"{rows} inputs"
+        )
 
     def _enough(self, steps: int, found: str) -> int:
         if not steps:
@@ -107,7 +109,7 @@ def check(data: Data, model: nn.Module, labels: bool, what: str) -> None:
 
 
 def _check_finite(values: Tensor, what: str) -> None:
-    bad = (~torch.isfinite(values.flatten(1))).any(1).nonzero().flatten() if values.is_floating_point() else []
+    bad = (~torch.isfinite(values.reshape(len(values), -1))).any(1).nonzero().flatten()
     if len(bad):
         raise NormRewriteError(
             f"{what}: {len(bad)} of {len(values)} inputs hold NaN or infinity, the first is number {int(bad[0])}. "

@@ -172,9 +172,7 @@ class Loop:
     def _end_epoch(self, number: int) -> None:
         progress = self.progress
         val = Tally() if self.val is None else self._validate(self.val)
-        epoch = Epoch(
-            number + 1, progress.step, progress.tally.mean, progress.tally.accuracy, val.mean, val.accuracy
-        )
+        epoch = Epoch(number + 1, progress.step, progress.tally.mean, progress.tally.accuracy, val.mean, val.accuracy)
         progress.epochs.append(epoch)
         progress.tally = Tally()
         if epoch.val_loss is not None:

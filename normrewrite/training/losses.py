@@ -90,6 +90,7 @@ class Objective:
         if not self.recipe.labels:
             assert taught is not None
             return taught
+        assert labels is not None  # check_labels has seen them
         own = F.cross_entropy(next(iter(mine.values())), labels)
         share = self.recipe.distill
         return own if taught is None or not share else (1 - share) * own + share * taught
@@ -139,9 +140,11 @@ def _function(name: str) -> Callable[..., Any]:
 
 
 def _whole(loss: object, name: str) -> Tensor:
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad and torch.is_grad_enabled():
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.requires_grad != torch.is_grad_enabled():
         found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise NormRewriteError(f"--loss {name}: gave {found}; one number with a gradient is needed, a tensor of shape ().")
+        raise NormRewriteError(
+            f"--loss {name}: gave {found}; one number with a gradient is needed, a tensor of shape ()."
+        )
     return loss.reshape(())
 
 

@@ -55,6 +55,13 @@ def accelerator(model: nn.Module, recipe: Recipe, log: Path | None = None) -> It
             GradientState._reset_state()
 
 
+def release(found: Any, network: nn.Module) -> None:
+    """Take from a network what `prepare` put around its forward, which neither pickles nor copies."""
+    model = found.unwrap_model(network, keep_fp32_wrapper=False)
+    for name in ("forward", "_original_forward"):
+        vars(model).pop(name, None)
+
+
 def _require(package: str, what: str) -> None:
     if importlib.util.find_spec(package) is None:
         raise NormRewriteError(f"{what} needs {package}: pip install normrewrite[train]")

@@ -16,7 +16,9 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
     """Over the parameters that aren't frozen."""
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not learned:
-        raise NormRewriteError(f"{type(model).__name__}: no parameter requires a gradient, so there is nothing to train.")
+        raise NormRewriteError(
+            f"{type(model).__name__}: no parameter requires a gradient, so there is nothing to train."
+        )
     if recipe.optimizer == "adamw":
         return AdamW(learned, recipe.lr, weight_decay=recipe.weight_decay)
     nesterov = recipe.momentum > 0

@@ -96,7 +96,8 @@ def recipe(options: Mapping[str, Any]) -> Recipe:
     for name in options:
         if name not in known:
             raise NormRewriteError(f"there is no option {name!r}.{nearest(name, known)} Options: {', '.join(known)}.")
-    return Recipe(**{name: tuple(value) if name == "features" else value for name, value in options.items()})
+    values: dict[str, Any] = {name: tuple(value) if name == "features" else value for name, value in options.items()}
+    return Recipe(**values)
 
 
 def _wrong(name: str, value: object, needed: str) -> NormRewriteError:
