@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from normrewrite import sites
 from normrewrite.data import Data, argument_names, as_data
 from normrewrite.errors import NormRewriteError
-from normrewrite.modes import evaluating
+from normrewrite.modes import same_flags
 from normrewrite.report import table
 from normrewrite.revert import untrained
 from normrewrite.training import feed, machine, randomness
@@ -110,7 +110,7 @@ def finetune_(
         machine.accelerator(model, plan, log) as accelerator,
         randomness.kept(),
         randomness.deterministic(plan.deterministic),
-        evaluating(model),  # so that every module's own flag comes back
+        same_flags(model),
     ):
         loop = Loop(accelerator, plan, model, teacher, examples, held_out, each)
         try:

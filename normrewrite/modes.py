@@ -13,11 +13,18 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     >>> with evaluating(model), torch.no_grad():
     ...     logits = model(x)
     """
-    flags = [(module, module.training) for module in model.modules() if module.training]
-    for module, _ in flags:
-        module.training = False
-    try:
+    with same_flags(model):
+        for module in model.modules():
+            module.training = False
         yield model
+
+
+@contextmanager
+def same_flags(model: nn.Module) -> Iterator[None]:
+    """Every module's own training flag comes back afterwards."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        yield
     finally:
         for module, training in flags:
             module.training = training

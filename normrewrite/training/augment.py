@@ -16,7 +16,9 @@ from normrewrite.errors import NormRewriteError
 
 def augmentation(flip: bool, crop: int) -> Callable[[Batch], Batch]:
     """What changes every image of a batch, each by its own draw; labels stay."""
-    changes = [*([flipped] if flip else []), *([partial(shifted, pixels=crop)] if crop else [])]
+    changes: list[Callable[[Tensor], Tensor]] = [flipped] if flip else []
+    if crop:
+        changes.append(partial(shifted, pixels=crop))
 
     def augment(batch: Batch) -> Batch:
         inputs = batch.inputs

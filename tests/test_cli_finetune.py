@@ -1,0 +1,185 @@
+"""`normrewrite finetune` as people meet it: files in a folder, what it says, its exit code, what it leaves; and kill -9."""
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import normrewrite as nr
+from normrewrite import console
+from normrewrite.training.loop import Step
+from tests.conftest import ROOT
+from tests.test_cli import Command, run  # noqa: F401 (a fixture; it takes the folder below)
+
+ARCH = "--arch digits.py:digits_resnet"
+TUNE = f"finetune twin.pt {ARCH} --data digits.npz"
+LOSS = "def absolute(outputs, teacher, labels): return (outputs - teacher).abs().mean()\n"
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits network as a calibrated layer twin, and data of many kinds."""
+    folder = tmp_path_factory.mktemp("shelf")
+    for name in ("digits.pt", "digits.npz", "digits.py"):
+        shutil.copy(ROOT / "examples" / name, folder)
+    arrays = np.load(folder / "digits.npz")
+    images, labels = arrays["images"][:120], arrays["labels"][:120]
+    arch = f"{folder / 'digits.py'}:digits_resnet"
+    model = nr.load(folder / "digits.pt", arch=arch)
+    nr.save(nr.calibrate(nr.convert(model, to="layer"), torch.from_numpy(images))[0], folder / "twin.pt")
+    np.savez(folder / "few.npz", images=images, labels=labels)
+    np.savez(folder / "unlabelled.npz", images=images)
+    np.savez(folder / "colour.npz", images=np.zeros((4, 3, 8, 8), np.float32))
+    np.savez(folder / "wrong.npz", images=images, labels=labels + 1)
+    np.savez(folder / "nan.npz", images=np.where(np.arange(120)[:, None, None, None] == 7, np.nan, images))
+    (folder / "loss.py").write_text(LOSS)
+    (folder / "empty").mkdir()
+    return folder
+
+
+@pytest.fixture
+def folder(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    inside = tmp_path / "inside"
+    shutil.copytree(shelf, inside, copy_function=os.link, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.chdir(inside)
+    return inside
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.name != "__pycache__"}
+
+
+def _weights(path: Path | str) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = torch.load(path, weights_only=True)["state_dict"]
+    return found
+
+
+def _same(a: Path | str, b: Path | str) -> bool:
+    return all(torch.equal(value, _weights(b)[name]) for name, value in _weights(a).items())
+
+
+# --- from file to file ------------------------------------------------------------------------------------------------
+
+
+def test_a_twin_is_repaired_and_its_way_back_told(run: Command, folder: Path) -> None:  # noqa: F811
+    done = run(f"{TUNE} --epochs 2 --batch-size 128 -o tuned.pt")
+    assert done.code == 0 and "steps on the original in fp32" in done.out and "wrote tuned.pt" in done.out
+    assert "revert gives the nearest" in done.out and done.err == ""
+    assert {path.name for path in (folder / "tuned.checkpoints").iterdir()} == {"run.json", "finished.json"}
+    back = run(f"revert tuned.pt {ARCH}")
+    assert back.code == 0 and "trained since the rewrite" in back.out
+    again = run(f"finetune tuned.pt {ARCH} --data digits.npz")
+    assert again.code == 2 and "was trained since the rewrite" in again.err and "--teacher" in again.err
+    assert run(f"finetune tuned.pt {ARCH} --data few.npz --steps 1 --teacher digits.pt -q").code == 0
+
+
+def test_best_and_last_are_written_with_a_log(run: Command, folder: Path) -> None:  # noqa: F811
+    line = f"{TUNE} --labels --val few.npz --epochs 9 --lr 0.3 --schedule constant --patience 2 --log logs --json"
+    done = run(line)
+    assert done.code == 0 and done.json["stopped_early"] and done.json["best"] == len(done.json["epochs"]) - 2
+    assert done.json["last"] == "twin.finetuned.last.pt" and not _same(done.json["output"], done.json["last"])
+    assert all(run(f"inspect {done.json[which]} {ARCH} -q").code == 0 for which in ("output", "last"))
+    assert list((folder / "logs").rglob("events.out.tfevents.*"))
+
+
+def test_losses_of_every_kind(run: Command, folder: Path) -> None:  # noqa: F811
+    for loss in ("kl", "cross-entropy", "loss.py:absolute", "mse --features 'blocks.*'"):
+        done = run(f"finetune twin.pt {ARCH} --data unlabelled.npz --steps 2 --loss {loss} --force --json")
+        assert done.code == 0 and done.json["steps"] == 2, done.err
+
+
+def test_one_damaged_image_among_many_is_left_out_and_told(run: Command, folder: Path) -> None:  # noqa: F811
+    for label in range(2):
+        (folder / "pictures" / str(label)).mkdir(parents=True)
+        for i in range(4):
+            Image.fromarray(np.full((6, 6, 3), 40 * i, np.uint8)).save(folder / "pictures" / str(label) / f"{i}.png")
+    (folder / "pictures" / "0" / "2.png").write_bytes(b"not a picture")
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten())
+    torch.save(model.append(torch.nn.Linear(64, 2)), "net.pt")
+    line = "finetune net.pt --data pictures --mean 0.5 --std 0.5 --labels --epochs 1 --batch-size 4 -o out.pt"
+    strict = run(f"{line} --strict")
+    assert strict.code == 2 and "2.png: can't be read as an image" in strict.err and "out.pt" not in _names(folder)
+    done = run(f"{line} --json")
+    assert done.code == 0 and done.json["inputs"] == 4
+    assert done.json["notes"] == ["left out, as they can't be read: 1 files (pictures/0/2.png)"]
+
+
+BAD = {
+    "wrong shape": (f"finetune twin.pt {ARCH} --data colour.npz", r"can't run on images \(2, 3, 8, 8\)"),
+    "nan": (f"finetune twin.pt {ARCH} --data nan.npz", "1 of 120 inputs hold NaN or infinity, the first is number 7"),
+    "labels out of range": (f"finetune twin.pt {ARCH} --data wrong.npz --labels", "labels from 1 to 10, .* 10 classes"),
+    "no labels": (f"finetune twin.pt {ARCH} --data unlabelled.npz --labels", "has no labels. Add them, or leave out"),
+    "empty folder": (f"finetune twin.pt {ARCH} --data empty", "no image in the folder"),
+    "no data": (f"finetune twin.pt {ARCH} --data nosuch.npz", "there is no such file"),
+    "no teacher": (f"finetune digits.pt {ARCH} --data few.npz", "no original to learn from"),
+    "teacher missing": (f"{TUNE} --teacher nosuch.pt", "nosuch.pt: there is no such file"),
+    "output there": (f"{TUNE} -o digits.pt", "exists already. Choose another name"),
+    "output there, resumed": (f"{TUNE} -o digits.pt --resume", "exists already. Choose another name"),
+    "loss": (f"{TUNE} --loss huber", "there is no such loss"),
+    "lr": (f"{TUNE} --lr -1", "--lr -1.0: a number above zero"),
+    "too large a rate": (f"{TUNE} --lr 1e30 --schedule constant --epochs 50", "not finite 20 times in a row"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_cannot_serve_is_one_message_and_no_file(case: str, run: Command, folder: Path) -> None:  # noqa: F811
+    line, message = BAD[case]
+    before = _names(folder)
+    done = run(line)
+    assert done.code == (1 if "rate" in case else 2) and done.out == ""
+    assert re.search(message, done.err) and done.err.count("\n") == 1
+    assert _names(folder) - before <= {"twin.finetuned.checkpoints"}
+
+
+def test_the_bar_says_loss_accuracy_and_speed() -> None:
+    step = Step(3, 10, 0.12345, 0.971, 512.4)
+    assert console.told(step) == "loss 0.1235, 97.1 %, 512 inputs/s"
+    with console.training(quiet=True) as each:
+        each(step)
+
+
+# --- resumed ----------------------------------------------------------------------------------------------------------
+
+
+def test_resume_starts_afresh_and_knows_what_is_finished(run: Command, folder: Path) -> None:  # noqa: F811
+    line = f"{TUNE} --epochs 2 --batch-size 128 -o tuned.pt --resume"
+    first = run(line)
+    weights = Path("tuned.pt").read_bytes()
+    second = run(line)
+    assert first.code == second.code == 0 and "there is nothing to resume" in second.out
+    assert Path("tuned.pt").read_bytes() == weights
+    assert run(f"{line} --json").json["steps"] == 6
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_goes_on_to_the_same_bits(run: Command, folder: Path) -> None:  # noqa: F811
+    options = "--epochs 2 --batch-size 32 --flip --crop 1 --ema 0.9 --val-split 0.2 --save-every 2 --resume"
+    assert run(f"{TUNE} {options} -o whole.pt -q").code == 0
+    command = [sys.executable, "-m", "normrewrite", *shlex.split(f"{TUNE} {options} -o killed.pt")]
+    reached = [_killed(command, folder / "killed.checkpoints", after) for after in (1, 7, 15)]
+    assert reached == sorted(reached) and reached[-1] > 7 and not Path("killed.pt").exists()
+    done = run(f"{TUNE} {options} -o killed.pt --json")
+    assert done.code == 0 and _same("killed.pt", "whole.pt")
+    assert not [name for name in _names(folder) if name.endswith(".tmp")]
+
+
+def _killed(command: list[str], checkpoints: Path, after: int) -> int:
+    """Runs until a checkpoint of step `after` or later is there, then kill -9; the step of the newest."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    newest, patience = 0, time.monotonic() + 100
+    while newest <= after and process.poll() is None and time.monotonic() < patience:
+        newest = max((int(path.name[5:]) for path in checkpoints.glob("step-*[0-9]")), default=0)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    return newest

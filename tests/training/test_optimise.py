@@ -1,0 +1,53 @@
+"""Schedules by step, and what is optimised."""
+
+import pytest
+import torch
+from torch import nn
+
+from normrewrite import NormRewriteError
+from normrewrite.training.optimise import averaged, make_optimizer, make_schedule
+from normrewrite.training.recipe import Recipe
+
+
+def _rates(recipe: Recipe, total: int) -> list[float]:
+    optimizer = make_optimizer(recipe, nn.Linear(2, 2))
+    schedule = make_schedule(recipe, optimizer, total)
+    rates = []
+    for _ in range(total):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return rates
+
+
+def test_schedules_rise_and_fall_as_they_are_called() -> None:
+    assert _rates(Recipe(schedule="constant", lr=0.1), 3) == pytest.approx([0.1, 0.1, 0.1])
+    assert _rates(Recipe(schedule="linear", lr=1.0), 4) == pytest.approx([1, 0.75, 0.5, 0.25])
+    assert _rates(Recipe(schedule="cosine", lr=1.0), 4) == pytest.approx([1, 0.853553, 0.5, 0.1464466])
+    assert _rates(Recipe(schedule="linear", lr=1.0, warmup=3), 5) == pytest.approx([0.25, 0.5, 0.75, 1, 0.5])
+    with pytest.raises(NormRewriteError, match="--warmup 5: the whole training is 5 steps"):
+        _rates(Recipe(warmup=5), 5)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_frozen_parameters_are_left_to_themselves(name: str) -> None:
+    model = nn.Linear(2, 2)
+    model.bias.requires_grad_(False)
+    recipe = Recipe(optimizer=name, weight_decay=0.1)  # type: ignore[arg-type]
+    (group,) = make_optimizer(recipe, model).param_groups
+    assert group["params"] == [model.weight] and group["weight_decay"] == 0.1
+    with pytest.raises(NormRewriteError, match="no parameter requires a gradient"):
+        make_optimizer(recipe, model.requires_grad_(False))
+
+
+def test_the_average_follows_parameters_and_statistics() -> None:
+    model = nn.BatchNorm1d(2)
+    ema = averaged(0.9, model)
+    assert ema is not None and averaged(None, model) is None
+    ema.update_parameters(model)
+    with torch.no_grad():
+        model.weight.add_(1)
+        model.running_mean.add_(1)  # type: ignore[union-attr]
+    ema.update_parameters(model)
+    torch.testing.assert_close(ema.module.weight, torch.full((2,), 1.1))
+    torch.testing.assert_close(ema.module.running_mean, torch.full((2,), 0.1))
