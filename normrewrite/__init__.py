@@ -13,6 +13,7 @@ from normrewrite.convert import Plan, convert, convert_, plan
 from normrewrite.errors import NormRewriteError
 from normrewrite.export import export
 from normrewrite.files import load, save
+from normrewrite.finetune import finetune, finetune_
 from normrewrite.initialise import initialise_
 from normrewrite.report import Report
 from normrewrite.revert import revert, revert_
@@ -32,6 +33,8 @@ __all__ = [
     "convert",
     "convert_",
     "export",
+    "finetune",
+    "finetune_",
     "initialise_",
     "load",
     "nn",

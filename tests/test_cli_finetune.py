@@ -1,11 +1,11 @@
 """`normrewrite finetune` as people meet it: files in a folder, what it says, its exit code, what it leaves; and kill -9."""
 
+import multiprocessing
 import os
 import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import normrewrite as nr
-from normrewrite import console
+from normrewrite import cli, console
 from normrewrite.training.loop import Step
 from tests.conftest import ROOT
 from tests.test_cli import Command, run  # noqa: F401 (a fixture; it takes the folder below)
@@ -121,7 +121,7 @@ BAD = {
     "labels out of range": (f"finetune twin.pt {ARCH} --data wrong.npz --labels", "labels from 1 to 10, .* 10 classes"),
     "no labels": (f"finetune twin.pt {ARCH} --data unlabelled.npz --labels", "has no labels. Add them, or leave out"),
     "empty folder": (f"finetune twin.pt {ARCH} --data empty", "no image in the folder"),
-    "no data": (f"finetune twin.pt {ARCH} --data nosuch.npz", "there is no such file"),
+    "no data": (f"finetune twin.pt {ARCH} --data nosuch", "there is no such file"),
     "no teacher": (f"finetune digits.pt {ARCH} --data few.npz", "no original to learn from"),
     "teacher missing": (f"{TUNE} --teacher nosuch.pt", "nosuch.pt: there is no such file"),
     "output there": (f"{TUNE} -o digits.pt", "exists already. Choose another name"),
@@ -166,20 +166,31 @@ def test_resume_starts_afresh_and_knows_what_is_finished(run: Command, folder: P
 def test_killed_at_any_moment_it_goes_on_to_the_same_bits(run: Command, folder: Path) -> None:  # noqa: F811
     options = "--epochs 2 --batch-size 32 --flip --crop 1 --ema 0.9 --val-split 0.2 --save-every 2 --resume"
     assert run(f"{TUNE} {options} -o whole.pt -q").code == 0
-    command = [sys.executable, "-m", "normrewrite", *shlex.split(f"{TUNE} {options} -o killed.pt")]
-    reached = [_killed(command, folder / "killed.checkpoints", after) for after in (1, 7, 15)]
-    assert reached == sorted(reached) and reached[-1] > 7 and not Path("killed.pt").exists()
+    line = f"{TUNE} {options} -o killed.pt"
+    reached = [_killed(line, folder / "killed.checkpoints", after) for after in (0, 3, 9, 14, 17)]
+    assert reached == sorted(reached) and reached[-1] > 9 and not Path("killed.pt").exists()
     done = run(f"{TUNE} {options} -o killed.pt --json")
     assert done.code == 0 and _same("killed.pt", "whole.pt")
     assert not [name for name in _names(folder) if name.endswith(".tmp")]
 
 
-def _killed(command: list[str], checkpoints: Path, after: int) -> int:
-    """Runs until a checkpoint of step `after` or later is there, then kill -9; the step of the newest."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    newest, patience = 0, time.monotonic() + 100
-    while newest <= after and process.poll() is None and time.monotonic() < patience:
+def _command(line: str) -> None:
+    sys.argv = ["normrewrite", *shlex.split(line)]
+    torch.set_num_threads(1)
+    cli.main()
+
+
+def _killed(line: str, checkpoints: Path, after: int) -> int:
+    """Runs until a checkpoint behind step `after` is there, then kill -9; the step of the newest. The processes are forked
+    from one that has imported torch and done nothing else."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["accelerate", "torch._dynamo", "normrewrite.training.command", "tests.test_cli"])
+    process = context.Process(target=_command, args=(line,))
+    process.start()
+    newest, patience = 0, time.monotonic() + 60
+    while newest <= after and process.is_alive() and time.monotonic() < patience:
         newest = max((int(path.name[5:]) for path in checkpoints.glob("step-*[0-9]")), default=0)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     return newest
