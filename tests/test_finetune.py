@@ -14,8 +14,9 @@ from torch import Tensor, nn
 import normrewrite as nr
 from normrewrite import NormRewriteError
 from normrewrite.data import Batch, Data
-from normrewrite.finetune import Finetuned, finetune, finetune_
+from normrewrite.finetune import finetune, finetune_
 from normrewrite.training.loop import Step
+from normrewrite.training.result import Finetuned
 from tests.conftest import ROOT
 
 SETTINGS: dict[str, Any] = {

@@ -11,9 +11,10 @@ from torch import nn
 from normrewrite import files, sites
 from normrewrite.commands import Source, derived
 from normrewrite.data import Data, argument_names, open_data
-from normrewrite.finetune import Finetuned, finetune_
+from normrewrite.finetune import finetune_
 from normrewrite.training import checkpoints
 from normrewrite.training.recipe import recipe
+from normrewrite.training.result import Finetuned
 
 
 @dataclass

@@ -1,0 +1,63 @@
+"""What a fine-tuning came to, as data.
+
+>>> twin, result = finetune(twin, images); print(result)
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from normrewrite.report import table
+from normrewrite.training.progress import Epoch
+
+
+@dataclass
+class Finetuned:
+    """What a fine-tuning came to. best: the epoch whose weights the model has, where there was validation; last: the
+    weights at the end, where they are others."""
+
+    precision: str
+    labels: bool
+    steps: int
+    inputs: int
+    seconds: float
+    skipped_steps: int
+    stopped_early: bool
+    epochs: list[Epoch]
+    best: int | None = None
+    notes: list[str] = field(default_factory=list)
+    last: dict[str, Tensor] | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if name != "last"}
+
+    @property
+    def inputs_per_second(self) -> float:
+        return self.inputs / self.seconds if self.seconds else 0.0
+
+    def __str__(self) -> str:
+        told = "labels" if self.labels else "the original"
+        head = (
+            f"{self.steps} steps on {told} in {self.precision}: {self.inputs:,} inputs in {self.seconds:.0f} s, "
+            f"{self.inputs_per_second:,.0f} a second"
+        )
+        share = "accuracy" if self.labels else "same class"
+        titles = ("epoch", "step", "loss", share, "validation loss", share)
+        return "\n".join([head, table(titles, map(_row, self.epochs)), *self._remarks(), *self.notes])
+
+    def _remarks(self) -> list[str]:
+        return [
+            *(
+                [f"{self.skipped_steps} steps were skipped, as loss or gradient were not finite"]
+                * bool(self.skipped_steps)
+            ),
+            *(["stopped early: no progress in validation"] * self.stopped_early),
+            *([f"the weights are those of epoch {self.best}, the best in validation"] * (self.best is not None)),
+        ]
+
+
+def _row(epoch: Epoch) -> tuple[str, ...]:
+    losses = [f"{loss:.4g}" if loss is not None else "" for loss in (epoch.loss, epoch.val_loss)]
+    shares = [f"{100 * share:.2f} %" if share is not None else "" for share in (epoch.accuracy, epoch.val_accuracy)]
+    return (str(epoch.epoch), str(epoch.step), losses[0], shares[0], losses[1], shares[1])

@@ -1,0 +1,124 @@
+"""One training put together: teacher, data, machine, loop, and the weights that come of it.
+
+>>> model, result = run(model, data, Recipe(epochs=6), each=print)
+"""
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from normrewrite import sites
+from normrewrite.data import Data, argument_names, as_data
+from normrewrite.errors import NormRewriteError
+from normrewrite.modes import same_flags
+from normrewrite.revert import untrained
+from normrewrite.training import feed, machine, randomness
+from normrewrite.training.checkpoints import Checkpoints
+from normrewrite.training.loop import Loop, Step
+from normrewrite.training.progress import Progress
+from normrewrite.training.recipe import Recipe
+from normrewrite.training.result import Finetuned
+
+Examples = Tensor | Data | Iterable[Any]
+
+
+def run(
+    model: nn.Module,
+    data: Examples,
+    plan: Recipe,
+    *,
+    teacher: nn.Module | None = None,
+    val: Examples | None = None,
+    checkpoints: Path | None = None,
+    resume: bool = False,
+    log: Path | None = None,
+    each: Callable[[Step], object] = lambda step: None,
+) -> tuple[nn.Module, Finetuned]:
+    """`finetune_`, by a recipe."""
+    teacher = _teacher(model, teacher, plan)
+    examples, held_out = _examples(model, data, val, plan)
+    with (
+        machine.accelerator(model, plan, log) as accelerator,
+        randomness.kept(),
+        randomness.deterministic(plan.deterministic),
+        same_flags(model),
+    ):
+        loop = Loop(accelerator, plan, model, teacher, examples, held_out, each)
+        try:
+            saver = None if checkpoints is None else Checkpoints(checkpoints, accelerator)
+            if saver is not None:
+                saver.begin(_run(plan, examples, loop), resume)
+            progress = loop.run(saver)
+            return model, _result(loop, progress, examples)
+        finally:
+            machine.release(accelerator, loop.network)
+
+
+def _teacher(model: nn.Module, teacher: nn.Module | None, plan: Recipe) -> nn.Module | None:
+    """In eval; the original out of the twin itself, where a teacher is needed and none is given."""
+    if not plan.taught:
+        if teacher is not None:
+            raise NormRewriteError("--teacher beside --labels: say how much it counts, as in --distill 0.5.")
+        return None
+    if teacher is None and not any(map(sites.is_rewritten, model.modules())):
+        raise NormRewriteError(
+            f"{type(model).__name__} holds no rewritten norm, so no original to learn from. Give --teacher, or --labels."
+        )
+    found = (
+        copy.deepcopy(teacher) if teacher is not None else untrained(model, "Give it as --teacher, or use --labels.")
+    )
+    return found.eval().requires_grad_(False)
+
+
+def _examples(model: nn.Module, data: Examples, val: Examples | None, plan: Recipe) -> tuple[Data, Data | None]:
+    """Checked, for training and validation."""
+    names = argument_names(model)
+    examples, held_out = as_data(data, names), None if val is None else as_data(val, names)
+    feed.check(examples, model, plan.labels, "the data")
+    if held_out is not None:
+        feed.check(held_out, model, plan.labels, "the validation data")
+    if plan.val_split and held_out is not None:
+        raise NormRewriteError("--val and --val-split: give one of the two.")
+    if plan.val_split:
+        examples, held_out = feed.split(examples, plan.val_split, plan.seed)
+    if plan.patience is not None and held_out is None:
+        raise NormRewriteError("--patience watches validation: add --val DATA or --val-split 0.1.")
+    return examples, held_out
+
+
+def _run(plan: Recipe, examples: Data, loop: Loop) -> dict[str, Any]:
+    """What a run is known by: with another of these a resumed run would not be the same one."""
+    asked = {name: value for name, value in asdict(plan).items() if name != "save_every"}
+    rows = None if examples.whole is None else len(examples.whole)
+    return asked | {"inputs": rows, "steps_in_all": loop.total, "processes": loop.machine.num_processes}
+
+
+def _result(loop: Loop, progress: Progress, examples: Data) -> Finetuned:
+    """Puts the weights that the training was for into the model."""
+    model, plan = loop.model, loop.recipe
+    ends = loop.result.state_dict()
+    best = progress.best is not None and progress.best != progress.epochs[-1].epoch
+    last = {name: value.detach().cpu().clone() for name, value in ends.items()} if best else None
+    model.load_state_dict(progress.weights if best else ends)
+    skipped = examples.skipped + (loop.val.skipped if loop.val else ())
+    return Finetuned(
+        plan.precision,
+        plan.labels,
+        progress.step,
+        progress.inputs,
+        progress.seconds,
+        progress.skipped,
+        progress.stopped,
+        progress.epochs,
+        progress.best,
+        [f"left out, as they can't be read: {_some(skipped)}"] if skipped else [],
+        last,
+    )
+
+
+def _some(names: tuple[str, ...]) -> str:
+    return f"{len(names)} files ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
