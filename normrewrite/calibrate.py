@@ -8,7 +8,6 @@ function as before, and training now matches it on average. S depends on the num
 that of the training to come; scales are averaged over the calls, and batches that are not finite are left out.
 """
 
-import copy
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -24,6 +23,7 @@ from normrewrite.least_squares import Fit, fit_, fittable
 from normrewrite.moments import Moments, Rows, headroom, read
 from normrewrite.nn.batch import BatchNorm, FrozenBatchNorm
 from normrewrite.nn.origin import Origin
+from normrewrite.nn.parts import deepcopy
 from normrewrite.norms import metric
 from normrewrite.report import table
 from normrewrite.revert import reverted
@@ -127,7 +127,7 @@ def calibrate(
     batch_size: that of the training to come; a smaller last batch is left out. each: called with the inputs done.
     Raises NormRewriteError where no site can be calibrated or the data doesn't fit the model.
     """
-    return calibrate_(copy.deepcopy(twin), data, batch_size=batch_size, original=original, each=each)
+    return calibrate_(deepcopy(twin), data, batch_size=batch_size, original=original, each=each)
 
 
 def calibrate_(
@@ -165,7 +165,7 @@ def calibratable(twin: nn.Module) -> bool:
 
 def _original(twin: nn.Module) -> nn.Module:
     """What the twin was made from, out of the twin itself."""
-    original, _, trained = reverted(copy.deepcopy(twin))
+    original, _, trained = reverted(deepcopy(twin))
     if trained:
         raise NormRewriteError(
             f"{trained[0]}: was trained since the rewrite, so the network it is to be fitted to is not in it any more. "

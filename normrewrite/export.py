@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import copy
 import io
 import logging
 import warnings
@@ -22,6 +21,7 @@ from normrewrite.bake import bake_
 from normrewrite.data import Batch, argument_names
 from normrewrite.errors import NormRewriteError, first_line
 from normrewrite.files import check_writable, write_atomically
+from normrewrite.nn.parts import deepcopy
 from normrewrite.nn.weights import weight_norm_of
 from normrewrite.passes import FoldAffine
 from normrewrite.passes.fold_affine import Outcome
@@ -106,7 +106,7 @@ def fold(model: nn.Module, example_inputs: Sequence[Tensor] | None = None) -> tu
 
     A model that torch.fx can't trace keeps an affine by channel in the place of each norm.
     """
-    copied = copy.deepcopy(model).cpu().eval()
+    copied = deepcopy(model).cpu().eval()
     if any(weight_norm_of(module) is not None for module in copied.modules()):
         bake_(copied)
     rewrite = FoldAffine(example_inputs)

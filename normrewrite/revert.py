@@ -1,12 +1,11 @@
 """The way back: torch's own norms from ours, to the bit where nothing was trained since."""
 
-import copy
-
 from torch import nn
 
 from normrewrite import sites
 from normrewrite.errors import NormRewriteError
 from normrewrite.nn.batch import BatchNorm
+from normrewrite.nn.parts import deepcopy
 from normrewrite.passes import RestoreNative
 
 
@@ -18,7 +17,7 @@ def revert(twin: nn.Module) -> nn.Module:
     After training the nearest native norm comes back: the same function in eval. Raises NormRewriteError where the model
     holds none of normrewrite's norms.
     """
-    return revert_(copy.deepcopy(twin))
+    return revert_(deepcopy(twin))
 
 
 def revert_(twin: nn.Module) -> nn.Module:

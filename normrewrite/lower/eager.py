@@ -153,9 +153,7 @@ def sums(g: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Ten
     return dweight, dbias
 
 
-def slope_of(
-    x: Tensor, mean: Tensor, spread: Tensor, signs: Tensor, row: Metric, constant: float, n: int
-) -> Tensor:
+def slope_of(x: Tensor, mean: Tensor, spread: Tensor, signs: Tensor, row: Metric, constant: float, n: int) -> Tensor:
     """w = dscale/dd: as x for dense families; (C, k) for sparse ones, on the elements that they read."""
     if row.family != "mean":
         return constant * sparse_slope(signs, row)

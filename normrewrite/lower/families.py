@@ -22,6 +22,11 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype is torch.float64 else x.float()
 
 
+def power_sum(magnitude: Tensor, dims: list[int], power: int) -> Tensor:
+    """sum |d|^power over dims. Overwrites magnitude, |d|, where it can."""
+    return (magnitude if power == 1 else magnitude.pow_(power)).sum(dims)
+
+
 def power_mean(magnitude: Tensor, dims: list[int], power: int) -> Tensor:
     """(mean |d|^power)^(1/power) over dims, the spread of the dense family. Overwrites magnitude, |d|, where it can."""
     if power == 1:
