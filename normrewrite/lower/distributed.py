@@ -48,7 +48,7 @@ def normalise(
     alike, where the joined batch has fewer than two elements a channel, or fewer than the row reads.
     """
     row = row if isinstance(row, Metric) else row_of(row)
-    y, mean, spread = _uncompiled(x, weight, bias, row, gain, eps, group)
+    y, mean, spread = _apply(_Normalise, x, weight, bias, row, gain, eps, group)
     return y, mean, spread
 
 
@@ -89,13 +89,9 @@ class _Normalise(Function):
         return dx, *parameters, None, None, None, None
 
 
-# A compiler would trace the sizes that the messages bring. torch.compiler.disable would import it along with this file.
-_uncompiled: Any = _disable_dynamo(_Normalise.apply)
-
-
 def mean(x: Tensor, group: Any) -> Tensor:
     """The mean (C,) of the joined batch, with its gradient. x: (N, C, *), fp32 or float64."""
-    return _Mean.apply(x, group)  # type: ignore[no-any-return, no-untyped-call]
+    return _apply(_Mean, x, group)  # type: ignore[no-any-return]
 
 
 class _Mean(Function):
@@ -110,6 +106,11 @@ class _Mean(Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         shape, n, group = ctx.settings
         return per_channel((summed(g, group) / n).to(g.dtype), len(shape)).expand(shape), None
+
+
+@_disable_dynamo  # it would trace the sizes that messages bring; torch.compiler.disable would import it with this file
+def _apply(function: Any, *arguments: Any) -> Any:
+    return function.apply(*arguments)
 
 
 # --- messages --------------------------------------------------------------------------------------------------------

@@ -2,10 +2,12 @@
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def assemble(
@@ -38,7 +40,7 @@ def shallow(module: nn.Module) -> Any:
     return new
 
 
-def deepcopy(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
+def deepcopy(model: Model, memo: dict[int, Any] | None = None) -> Model:
     """A deep copy; process groups, which can't be copied, stay the same ones."""
     memo = {} if memo is None else memo
     groups = [getattr(module, "process_group", None) for module in model.modules()]
