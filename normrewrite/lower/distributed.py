@@ -39,6 +39,7 @@ def several(group: Any = None) -> Any:
     return (group or distributed.group.WORLD) if distributed.get_world_size(group) > 1 else None
 
 
+@_disable_dynamo  # it would trace the sizes that messages bring; torch.compiler.disable would import it with this file
 def normalise(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, row: Metric | str, gain: Gain, eps: float, group: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,8 +49,7 @@ def normalise(
     alike, where the joined batch has fewer than two elements a channel, or fewer than the row reads.
     """
     row = row if isinstance(row, Metric) else row_of(row)
-    y, mean, spread = _apply(_Normalise, x, weight, bias, row, gain, eps, group)
-    return y, mean, spread
+    return _Normalise.apply(x, weight, bias, row, gain, eps, group)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Normalise(Function):
@@ -89,9 +89,10 @@ class _Normalise(Function):
         return dx, *parameters, None, None, None, None
 
 
+@_disable_dynamo
 def mean(x: Tensor, group: Any) -> Tensor:
     """The mean (C,) of the joined batch, with its gradient. x: (N, C, *), fp32 or float64."""
-    return _apply(_Mean, x, group)  # type: ignore[no-any-return]
+    return _Mean.apply(x, group)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Mean(Function):
@@ -106,11 +107,6 @@ class _Mean(Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         shape, n, group = ctx.settings
         return per_channel((summed(g, group) / n).to(g.dtype), len(shape)).expand(shape), None
-
-
-@_disable_dynamo  # it would trace the sizes that messages bring; torch.compiler.disable would import it with this file
-def _apply(function: Any, *arguments: Any) -> Any:
-    return function.apply(*arguments)
 
 
 # --- messages --------------------------------------------------------------------------------------------------------

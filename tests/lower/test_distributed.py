@@ -223,6 +223,14 @@ def test_converted_networks_train_under_ddp(ranks: list[dict[str, Any]], to: str
             assert worst(rank[to][name], value) <= 1e-10, f"{name}: off by {worst(rank[to][name], value):.3g}"
 
 
+@pytest.mark.parametrize("to", NETWORKS)
+def test_autocast(ranks: list[dict[str, Any]], to: str) -> None:
+    """Outputs are rounded to bfloat16 at every layer, and the last bit of one may fall either way."""
+    sizes = SIZES[len(ranks)][0]
+    found = [rank[f"{to} autocast"] for rank in ranks]
+    check(found, under_autocast(network(to), slice(sum(sizes))), 4 * TOLERANCES[torch.bfloat16].y)
+
+
 # --- the check is able to fail ---------------------------------------------------------------------------------------
 
 
