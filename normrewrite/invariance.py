@@ -69,7 +69,7 @@ class InvariantWeight:
 
 @dataclass(frozen=True)
 class Invariance:
-    """weights: those found; left: why a layer is not among them, by its name; untraceable: torch.fx's reason, then all are left."""
+    """weights: those found; left: by layer, why it is not among them; untraceable: torch.fx's reason, where all are left."""
 
     weights: tuple[InvariantWeight, ...] = ()
     left: dict[str, str] = field(default_factory=dict)

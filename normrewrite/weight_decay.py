@@ -160,7 +160,7 @@ class ExponentialSchedule(LRScheduler):
     >>> optimizer = SGD(param_groups(model, weight_decay=0.0, rest=5e-4), lr=0.1, momentum=0.9)
     >>> schedule = ExponentialSchedule(optimizer, weight_decay=5e-4)
 
-    Li & Arora 2019, arXiv:1910.07454, theorem 2.4: with lr_t = lr * a^(-2t-1), a the larger root of
+    Li & Arora 2019, arXiv:1910.07454: with lr_t = lr * a^(-2t-1), a the larger root of
     x^2 - (1 + momentum - lr * weight_decay) x + momentum, the weights are a^(-t) times those of the run with weight decay.
     For that their momentum has to start as if they had been there before, which is set here where the optimiser has none yet.
 
@@ -205,11 +205,9 @@ class ExponentialSchedule(LRScheduler):
     def _shrinking(self, i: int) -> float:
         """ln a of this step."""
         group = self.optimizer.param_groups[i]
-        return (
-            math.log(shrinkage(self._planned(i), self.weight_decay, group["momentum"]))
-            if group.get("scale_invariant")
-            else 0.0
-        )
+        if not group.get("scale_invariant"):
+            return 0.0
+        return math.log(shrinkage(self._planned(i), self.weight_decay, group["momentum"]))
 
     def _start_momentum(self, group: dict[str, Any], lr: float) -> None:
         """Momentum of a weight that comes from a * w: so w, growing by 1/a a step, stands for one that stood still."""
@@ -228,12 +226,13 @@ def shrinkage(lr: float, weight_decay: float, momentum: float = 0.0) -> float:
 
     Raises NormRewriteError where the momentum is too large for it: the weight would swing instead.
     """
-    b = 1 + momentum - lr * weight_decay
-    if not lr * weight_decay < (1 - math.sqrt(momentum)) ** 2:
+    decay, largest = lr * weight_decay, (1 - math.sqrt(momentum)) ** 2
+    if not decay < largest:
         raise NormRewriteError(
-            f"lr * weight_decay is {lr * weight_decay:g}, and only below (1 - sqrt(momentum))^2 = {(1 - math.sqrt(momentum)) ** 2:.3g} "
-            "there is an exponential schedule. Lower one of the three."
+            f"lr * weight_decay is {decay:g}, and the schedule needs less than (1 - sqrt(momentum))^2 = {largest:.3g}. "
+            "Lower one of the three."
         )
+    b = 1 + momentum - decay
     return (b + math.sqrt(b * b - 4 * momentum)) / 2
 
 
