@@ -109,17 +109,17 @@ def test_plain_sgd_takes_the_very_path(batches: Any, way: Way, lr: float, weight
 
 @pytest.mark.parametrize("way", [StepSizeCorrection, NormSchedule])
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
-def test_norms_of_every_tenth_step_come_close(batches: Any, way: Way, momentum: float) -> None:
+def test_norms_of_every_fifth_step_come_close(batches: Any, way: Way, momentum: float) -> None:
     """As published: much closer to the run with weight decay than the run without any."""
-    decayed, _, reference = with_decay(batches, momentum=momentum)
-    alone, optimizer = undecayed(momentum=momentum)
+    options = {"lr": 0.005, "momentum": momentum}
+    decayed, _, reference = with_decay(batches, weight_decay=2.0, **options)
+    alone, optimizer = undecayed(**options)
     train(alone, optimizer, batches)
-    model, optimizer = undecayed(momentum=momentum)
-    correction = way(
-        optimizer, scale_invariant(model).weights, {name: norms[::10] for name, norms in reference.items()}
-    )
-    for tenth in range(0, STEPS, 10):
-        train(model, optimizer, batches[tenth : tenth + 10])
+    model, optimizer = undecayed(**options)
+    rows = {name: norms[::5] for name, norms in reference.items()}
+    correction = way(optimizer, scale_invariant(model).weights, rows)
+    for start in range(0, STEPS, 5):
+        train(model, optimizer, batches[start : start + 5])
         correction.step()
     assert apart(model, decayed) < 0.5 * apart(alone, decayed)
 
@@ -219,7 +219,7 @@ def test_shrinkage_is_the_larger_root(lr: float, weight_decay: float, momentum: 
         return
     a = shrinkage(lr, weight_decay, momentum)
     assert abs(a * a - (1 + momentum - lr * weight_decay) * a + momentum) < 1e-12
-    assert momentum**0.5 <= a <= 1
+    assert momentum**0.5 <= a <= 1 + 1e-15
     assert shrinkage(lr, weight_decay) == pytest.approx(1 - lr * weight_decay)
 
 
@@ -275,7 +275,7 @@ def test_what_is_refused() -> None:
         NormSchedule(SGD(model[-1].parameters(), lr=0.1), weights, reference)
     with pytest.raises(nr.NormRewriteError, match=r"0\.weight: reference norms are \(epochs, 4\), got none"):
         NormSchedule(SGD(param_groups(model), lr=0.1), weights, {})
-    with pytest.raises(nr.NormRewriteError, match="a scale-invariant group is decayed by 0.1"):
+    with pytest.raises(nr.NormRewriteError, match=r"a scale-invariant group is decayed by 0\.1"):
         ExponentialSchedule(decayed, 0.1)
     for optimizer in (Adam(param_groups(model)), SGD(param_groups(model), lr=0.1, momentum=0.9, nesterov=True)):
         with pytest.raises(nr.NormRewriteError, match="a theorem on SGD"):
