@@ -145,7 +145,7 @@ def calibrate_(
     fits = fit_(twin, original or _original(twin), examples, batch_size=batch_size, each=each) if fittable(twin) else []
     found = [site for site in sites.find(twin) if isinstance(site.module, BatchNorm)]
     if not found and fits:
-        return twin, Calibration([], fits, sum(len(batch) for batch in examples.batches(batch_size)))
+        return twin, _fits_alone(fits, examples, batch_size)
     if not found:
         raise NormRewriteError(f"{type(twin).__name__} holds no norm of normrewrite's. Convert it first.")
     shared = sites.shared_parameters(twin)
@@ -172,6 +172,13 @@ def _original(twin: nn.Module) -> nn.Module:
             "Give that one as `original`."
         )
     return original
+
+
+def _fits_alone(fits: list[Fit], data: Data, batch_size: int) -> Calibration:
+    sizes = [len(batch) if batch.finite else 0 for batch in data.batches(batch_size)]
+    skipped = sizes.count(0)
+    notes = [f"{skipped} batches left out, as they were not finite"] if skipped else []
+    return Calibration([], fits, sum(sizes), skipped, notes)
 
 
 def _why_not(site: Site, shared: set[int]) -> str | None:

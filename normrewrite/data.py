@@ -38,6 +38,11 @@ class Batch:
     def __len__(self) -> int:
         return len(next(iter(self.inputs.values())))
 
+    @property
+    def finite(self) -> bool:
+        """Whether no input is NaN or infinite: one would spoil every statistic."""
+        return all(bool(torch.isfinite(values).all()) for values in self.inputs.values())
+
 
 @dataclass(frozen=True)
 class Data:

@@ -104,12 +104,18 @@ def fit_(
 ) -> list[Fit]:
     """Fit weight and bias of every inexact site of `twin`, in place, in eval; both networks keep their training flags.
 
-    each: called with 1 at every site, `of` their number. Raises NormRewriteError where the data doesn't fit the model.
+    Batches that are not finite are left out. each: called with 1 at every site, `of` their number.
+    Raises NormRewriteError where no batch is left or the data doesn't fit the model.
     """
     pairs = [_pair(site, original) for site in fittable(twin)]
-    batches = [_moved(batch, device_of(original)) for batch in data.batches(batch_size)]
+    given = list(data.batches(batch_size))
+    batches = [_moved(batch, device_of(original)) for batch in given if batch.finite]
     if not batches:
-        raise NormRewriteError("the data held no batch. Give at least one input.")
+        raise NormRewriteError(
+            f"there is nothing to fit on: {len(given)} batches were not finite."
+            if given
+            else "the data held no batch. Give at least one input."
+        )
     runner(original)(batches[0])  # input that doesn't fit is told in plain words
     with evaluating(twin), evaluating(original):
         traced = _traced(original, pairs)
@@ -167,7 +173,7 @@ def _remember(pair: _Pair) -> None:
     origin: Any = pair.site.module.origin
     for name in ("weight", "bias"):
         if f"{name}_converted" in origin._buffers:
-            origin.converted(name, getattr(pair.norm, name), getattr(origin, name))
+            origin.converted(name, getattr(pair.norm, name), getattr(origin, name, None))
 
 
 def by_channel(norm: Any, values: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normrewrite.data import Batch, Data
+from normrewrite.data import Data
 from normrewrite.errors import NormRewriteError
 from normrewrite.lower import eager
 from normrewrite.lower.families import wide
@@ -190,7 +190,7 @@ def read(
         for batch in data.batches(batch_size):
             if readings.inputs and data.whole is not None and len(batch) < batch_size:
                 continue
-            if _finite(batch):
+            if batch.finite:
                 run(batch)
                 readings.inputs += len(batch)
                 readings.batch = max(readings.batch, len(batch))
@@ -206,10 +206,6 @@ def read(
             f"there is nothing to measure: {skipped} batches were not finite." if skipped else "the data held no batch."
         )
     return readings
-
-
-def _finite(batch: Batch) -> bool:
-    return all(bool(torch.isfinite(values).all()) for values in batch.inputs.values())
 
 
 def _reader(

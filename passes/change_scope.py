@@ -49,10 +49,10 @@ class ChangeScope(Rewrite):
         kind = native(old)
         assert isinstance(kind, Kind)
         norm = self._norm(old, kind.eps)
-        learned = {name: getattr(norm, name) for name in ("weight", "bias") if getattr(old, name) is not None}
+        learned = {name: getattr(norm, name) for name in ("weight", "bias")}
         tail = {name: old._modules[name] for name in kind.tail}
         new = StandIn(norm, tail) if tail else norm
-        new.origin = Origin(old, {name: (value, value) for name, value in learned.items()}).keep(old)
+        new.origin = Origin(old, {name: (getattr(old, name), value) for name, value in learned.items()}).keep(old)
         return new
 
     def _norm(self, old: Any, eps: float) -> Any:

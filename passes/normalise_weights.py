@@ -101,8 +101,8 @@ class NormaliseWeights(Rewrite):
             new: Any = as_affine(old)
         else:
             new = _mean_only(old) if self.form.mean_bn else StandIn(None, {})
-        names = [name for name in ("weight", "bias", "running_mean") if _both(old, new, name)]
-        pairs = {name: (getattr(old, name), getattr(new, name)) for name in names}
+        moving = {name: getattr(new, name, None) for name in ("weight", "bias", "running_mean")}
+        pairs = {name: (getattr(old, name), value) for name, value in moving.items() if value is not None}
         new.origin, new.site, new.tail = Origin(old, pairs).keep(old), site.name, kind.tail
         new._modules.update({name: old._modules[name] for name in kind.tail})
         return new
@@ -123,10 +123,6 @@ class NormaliseWeights(Rewrite):
 
 def _is_convolution(module: nn.Module) -> bool:
     return neighbours.is_layer(module) and not isinstance(module, nn.Linear)
-
-
-def _both(old: Any, new: Any, name: str) -> bool:
-    return all(isinstance(getattr(module, name, None), Tensor) for module in (old, new))
 
 
 def _mean_only(old: Any) -> MeanOnlyBatchNorm:

@@ -14,13 +14,14 @@ class Origin(nn.Module):
 
     >>> origin = Origin(bn, {"running_var": (bn.running_var, twin.running_scale)})
 
-    Each pair is (original, converted), of one shape. `restore` gives the original back wherever the live tensor still has
-    the converted bits. As buffers they travel through state_dict, deepcopy and files. It is never called.
+    Each pair is (original, converted), of one shape; (None, converted) where the original has no such tensor. `restore` gives
+    the original back wherever the live tensor still has the converted bits. As buffers they travel through state_dict,
+    deepcopy and files. It is never called.
     """
 
     trained: Tensor
 
-    def __init__(self, old: nn.Module, pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, old: nn.Module, pairs: Mapping[str, tuple[Tensor | None, Tensor]]) -> None:
         super().__init__()
         self.kind = type(old)
         self.attributes = parts.attributes(old)
@@ -34,9 +35,10 @@ class Origin(nn.Module):
         for name, (original, converted) in pairs.items():
             self.converted(name, converted, original)
 
-    def converted(self, name: str, converted: Tensor, original: Tensor) -> None:
-        """A rewrite has set `name`'s stand-in to `converted`; `original` is what a revert is to give back."""
-        self._buffers[name] = original.detach().clone()
+    def converted(self, name: str, converted: Tensor, original: Tensor | None) -> None:
+        """A rewrite has set `name`'s stand-in to `converted`; `original` is what a revert is to give back, None: nothing."""
+        if original is not None:
+            self._buffers[name] = original.detach().clone()
         self._buffers[f"{name}_converted"] = converted.detach().clone()
 
     def keep(self, old: nn.Module) -> "Origin":

@@ -1,5 +1,6 @@
 """ChangeScope: the norm of another scope, with the affine of the one that it was."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 import normrewrite as nr
 from normrewrite.passes import ChangeScope
+from normrewrite.revert import reverted
 from tests.conftest import randomise
 from tests.test_kinds import Frozen, NormAct
 
@@ -59,6 +61,18 @@ def test_other_norms_and_the_way_back(norm: nn.Module) -> None:
     back = nr.revert(twin)
     assert repr(back) == repr(model) and torch.equal(back(x), model(x))
     assert list(back.state_dict()) == list(model.state_dict())
+
+
+@pytest.mark.parametrize("to", ["group:2", "rms", "wn", "bwn:mean-bn"])
+def test_an_affine_that_the_original_lacks_is_not_lost_once_it_was_trained(to: str) -> None:
+    model = randomise(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(8, affine=False), nn.Conv2d(8, 2, 1))).eval()
+    twin, x = nr.convert(model, to), torch.randn(3, 8, 4, 4)
+    assert not reverted(copy.deepcopy(twin))[2]
+    with torch.no_grad():
+        twin[1].bias.add_(0.5)  # type: ignore[index]
+    back, _, trained = reverted(copy.deepcopy(twin))
+    assert trained == ["1"]
+    torch.testing.assert_close(back(x), twin(x), rtol=1e-4, atol=1e-4)
 
 
 def test_no_running_statistics_are_needed() -> None:
