@@ -149,7 +149,7 @@ def _top(x: Tensor, row: Metric, group: Any) -> Measured:
     n, mean = mean_of(x, group)
     d = _by_channel(x) - mean[:, None]
     candidates, indices = _largest_here(d.abs(), row.k(n))
-    winners, ours = _largest_of_all(gathered(candidates, group), group)
+    winners, ours = largest_of_all(gathered(candidates, group), distributed.get_rank(group))
     signs = d.gather(1, indices).sign() if x.numel() else torch.zeros_like(candidates)
     return n, mean, winners.mean(1), (indices, signs.where(ours, 0))
 
@@ -160,7 +160,7 @@ def _span(x: Tensor, row: Metric, group: Any) -> Measured:
     count = x.new_tensor([rows.shape[1]], dtype=torch.float64)
     everyone = gathered(torch.cat([count, rows.sum(1).double(), sides[:, 0].double()]), group)
     n, *_ = total = everyone[:, : 1 + channels].sum(0)
-    winners, ours = _largest_of_all(everyone[:, 1 + channels :, None], group)
+    winners, ours = largest_of_all(everyone[:, 1 + channels :, None], distributed.get_rank(group))
     high, low = winners.to(x.dtype).view(2, channels)
     signs = x.new_tensor([[1.0], [-1.0]]) * ours.view(2, channels)
     return int(n), (total[1:] / n).to(x.dtype), high + low, (indices.view(2, channels).T, signs.T)
@@ -189,10 +189,10 @@ def _largest_here(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return pad(best, (0, k - held), value=-torch.inf), pad(indices, (0, k - held))
 
 
-def _largest_of_all(candidates: Tensor, group: Any) -> tuple[Tensor, Tensor]:
-    """The k largest of all ranks' candidates (ranks, rows, k): themselves and which of this rank's are among them, (rows, k)."""
+def largest_of_all(candidates: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The k largest of all ranks' candidates (ranks, rows, k): themselves, and which of one rank's are among them, (rows, k)."""
     ranks, rows, k = candidates.shape
     pool = candidates.transpose(0, 1).reshape(rows, ranks * k)  # by rank: of equals a stable sort takes the lowest
     winners = pool.sort(dim=1, descending=True, stable=True).indices[:, :k]
     won = torch.zeros_like(pool, dtype=torch.bool).scatter_(1, winners, True).view(rows, ranks, k)
-    return pool.gather(1, winners), won[:, distributed.get_rank(group)]
+    return pool.gather(1, winners), won[:, rank]

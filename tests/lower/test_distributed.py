@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import normrewrite as nr
+from normrewrite.lower.distributed import largest_of_all
 from normrewrite.nn import BatchNorm, BatchRenorm, MeanOnlyBatchNorm
 from normrewrite.norms import METRICS
 from normrewrite.tolerances import worst
@@ -112,6 +115,19 @@ def _mine(sizes: tuple[int, ...], rank: int) -> slice:
     return slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
 
 
+def messages(spec: str) -> tuple[int, int]:
+    """How many messages a forward and a backward send."""
+    sent = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("all_reduce", "all_gather"):
+            send = getattr(distributed, name)
+            patch.setattr(distributed, name, lambda *a, send=send, **k: sent.append(1) or send(*a, **k))
+        y = BatchNorm(3, metric=spec, synchronised=True)(torch.randn(8, 3, requires_grad=True))
+        forward = len(sent)
+        y.sum().backward()
+    return forward, len(sent) - forward
+
+
 def job() -> dict[str, Any]:
     rank, size = distributed.get_rank(), distributed.get_world_size()
     pairs = [distributed.new_group([first, first + 1]) for first in range(0, size, 2)]
@@ -121,6 +137,7 @@ def job() -> dict[str, Any]:
     pair = PAIR.norm(synchronised=True, process_group=pairs[rank // 2])
     found["pair"] = run(PAIR, pair, _mine(PAIR.sizes, rank % 2))
     found["alone"] = run(PAIR, PAIR.norm())
+    found["messages"] = [messages(spec) for spec in FAMILIES]
     found["refused"] = [_refusal("topk:20", 4), _refusal("l1", 1 if rank == 0 else 0)]
     for to in NETWORKS:
         found[to] = trained(network(to, pairs[0] if size == 2 else None), SIZES[size][0], rank)
@@ -129,6 +146,7 @@ def job() -> dict[str, Any]:
 
 
 PAIR = Case((5, 3))
+FAMILIES = {"l2": (2, 1), "l1": (2, 1), "linf": (2, 1), "topk:20%": (2, 1), "range": (1, 1)}
 
 
 def _refusal(spec: str, samples: int) -> str:
@@ -212,6 +230,26 @@ def test_too_few_elements_are_refused_on_all_ranks_alike(ranks: list[dict[str, A
     assert all(rank["refused"] == [topk, l1] for rank in ranks)
     assert f"topk:20 needs at least 20 elements that share statistics, got {4 * len(ranks)}" in topk
     assert "l1 needs at least 2 elements that share statistics, got 1" in l1
+
+
+def test_messages_are_as_few_as_a_family_needs(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert dict(zip(FAMILIES, rank["messages"], strict=True)) == FAMILIES
+
+
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(0, 99))
+def test_of_equal_extremes_the_lowest_ranks_count(ranks: int, k: int, seed: int) -> None:
+    candidates = torch.randint(0, 3, (ranks, 2, k), generator=torch.Generator().manual_seed(seed)).float()
+    found = [largest_of_all(candidates, rank) for rank in range(ranks)]
+    won = torch.stack([ours for _, ours in found])
+    assert bool((won.sum((0, 2)) == k).all())
+    for row in range(2):
+        values = sorted((-float(value), rank) for rank in range(ranks) for value in candidates[rank, row])
+        wanted = [sum(rank == mine for _, rank in values[:k]) for mine in range(ranks)]
+        assert won[:, row].sum(1).tolist() == wanted
+        assert all(
+            sorted(winners[row].tolist(), reverse=True) == [-value for value, _ in values[:k]] for winners, _ in found
+        )
 
 
 @pytest.mark.parametrize("to", NETWORKS)
