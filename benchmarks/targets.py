@@ -44,9 +44,10 @@ def inputs_of(network: Any, model: nn.Module) -> Inputs:
         x = tones(400)
         return Inputs(tones(257), x, outputs(model, x).argmax(1))
     if network.name.startswith("imagenet"):
-        x, labels = real_images("imagenet", 1000)
-        split = CALIBRATION[network.name]
-        return Inputs(x[:split], x[split:], labels[split:])
+        x, labels = real_images("imagenet", 1000)  # one of each class, in order
+        drawn = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+        seen, unseen = drawn[: CALIBRATION[network.name]], drawn[CALIBRATION[network.name] :]
+        return Inputs(x[seen], x[unseen], labels[unseen])
     return Inputs(real_images("train", 512)[0], *real_images("test", 10_000))
 
 
@@ -126,7 +127,8 @@ def row(network: str, result: dict[str, Any]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder with zoo.py, load.py and weights/")
-    parser.add_argument("--only", nargs="*", default=TARGETS, help="these targets")
+    parser.add_argument("--only", nargs="*", default=TARGETS, help="these targets (default: all)")
+    parser.add_argument("--networks", nargs="*", help="these networks (default: all)")
     options = parser.parse_args()
     os.environ["NORMREWRITE_DATA"] = str(options.data.resolve())
     os.environ.setdefault("NORMREWRITE_TEST_THREADS", str(os.cpu_count()))
@@ -135,6 +137,8 @@ def main() -> None:
     results: dict[str, list[dict[str, Any]]] = {}
     rows = []
     for network in NETWORKS:
+        if network.name not in (options.networks or network.name):
+            continue
         model = network.make()
         data = inputs_of(network, model)
         before = outputs(model, data.x)
