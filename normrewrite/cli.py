@@ -213,25 +213,85 @@ def revert(source: Any, as_json: bool, quiet: bool, **options: Any) -> None:
     console.show(commands.revert(source, **options), as_json=as_json, quiet=quiet)
 
 
+# --- deployment: the commands are in normrewrite.deploy ---------------------------------------------------------------
+
+
 @app.command()
 @source
 @data
 @click.option("--output", "-o", type=PATH, required=True, help="The ONNX file to write.")
-@click.option("--opset", type=int, default=20, show_default=True, help="ONNX opset.")
+@click.option(
+    "--deploy",
+    type=click.Choice(["fold", "op"]),
+    default="fold",
+    show_default=True,
+    help="fold: standard operators alone. op: a norm that measures at inference is one node, with its body as a function.",
+)
+@click.option("--live-stats", is_flag=True, help="Batch norms measure each batch, instead of using running statistics.")
+@click.option(
+    "--bodies/--no-bodies", default=True, show_default=True, help="For op: bodies, or nodes for plugins alone."
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16", "bf16", "int8"]),
+    default="fp32",
+    show_default=True,
+    help="What the network computes in; bf16 needs --opset 22.",
+)
+@click.option("--calibrate", metavar="DATA", help="For int8: unlabelled inputs that show how far activations reach.")
+@click.option(
+    "--ranges",
+    type=click.Choice(["percentile", "minmax", "entropy"]),
+    default="percentile",
+    show_default=True,
+    help="For int8: how ranges follow from the activations; percentile is 99.99.",
+)
+@click.option("--keep-io-types", is_flag=True, help="For fp16 and bf16: inputs and outputs stay fp32.")
+@click.option("--opset", type=int, default=20, show_default=True, help="ONNX opset, 18 to 23.")
 @click.option(
     "--dynamic-batch/--static-batch",
     default=True,
     show_default=True,
     help="Leave the batch size open, or fix it to the example's.",
 )
+@click.option(
+    "--dynamic-size/--static-size", default=False, show_default=True, help="Leave the sizes behind the channels open."
+)
 @force
 @printed
 def export(source: Any, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Write plain ONNX with the norms folded away, in one file."""
-    from normrewrite import commands, console
+    """Write ONNX with the norms folded away, or as nodes of their own, in one file."""
+    from normrewrite import console, deploy
 
     with console.busy("exporting", quiet=quiet or as_json):
-        result = commands.export(source, **options)
+        result = deploy.export(source, **options)
+    console.show(result, as_json=as_json, quiet=quiet)
+
+
+@app.command()
+@click.argument("model", type=PATH)
+@click.option("--output", "-o", type=PATH, required=True, help="The engine file to write.")
+@click.option(
+    "--runtime", type=click.Choice(["rtx", "tensorrt"]), default="rtx", show_default=True, help="The builder."
+)
+@click.option(
+    "--gpu", metavar="SM[,SM]", default="", help="For rtx: GPUs to build for, which need not be here: sm86,sm89."
+)
+@click.option("--min", "low", metavar="SHAPE", multiple=True, help="Smallest input: 1,3,32,32 or input:1,3,32,32.")
+@click.option("--opt", "middle", metavar="SHAPE", multiple=True, help="The input to tune for.  [default: a batch of 8]")
+@click.option("--max", "high", metavar="SHAPE", multiple=True, help="Largest input.  [default: a batch of 32]")
+@click.option("--timing-cache", type=PATH, metavar="FILE", help="For tensorrt: measurements kept between builds.")
+@force
+@printed
+def build(
+    low: tuple[str, ...], middle: tuple[str, ...], high: tuple[str, ...], as_json: bool, quiet: bool, **options: Any
+) -> None:
+    """Build a TensorRT engine from ONNX. Exit code 1 where it doesn't keep the precision of the file."""
+    from normrewrite import console, deploy
+
+    shapes = {"min": low, "opt": middle, "max": high}
+    with console.busy("building", quiet=quiet or as_json) as each:
+        result = deploy.build(shapes=shapes, each=each, **options)
     console.show(result, as_json=as_json, quiet=quiet)
 
 
@@ -240,17 +300,43 @@ def export(source: Any, as_json: bool, quiet: bool, **options: Any) -> None:
 @click.argument("other", type=PATH)
 @data
 @batch_size
-@click.option("--tolerance", type=float, help="Of max(1, largest output).  [default: by dtype, 1e-4 for fp32]")
+@click.option("--tolerance", type=float, help="Of max(1, largest output).  [default: by precision, 1e-4 for fp32]")
+@click.option("--layers", is_flag=True, help="Compare layer by layer, too, on the first 8 inputs.")
 @printed
 def verify(source: Any, other: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     """Run the same inputs through MODEL and OTHER, torch or ONNX. Exit code 1 where they differ beyond tolerance."""
-    from normrewrite import commands, console
+    from normrewrite import console, deploy
 
     with console.busy("comparing", quiet=quiet or as_json) as each:
-        result = commands.verify(source, other, each=each, **options)
+        result = deploy.verify(source, other, each=each, **options)
     console.show(result, as_json=as_json, quiet=quiet)
     if not result.ok:
         sys.exit(1)
+
+
+@app.command()
+@source
+@click.argument("other", type=PATH)
+@data
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="With --data: inputs at a time."
+)
+@click.option(
+    "--runtime",
+    type=click.Choice(["torch", "onnxruntime"]),
+    default="torch",
+    show_default=True,
+    help="What runs a torch model; ONNX files always run in onnxruntime.",
+)
+@click.option("--rounds", type=click.IntRange(min=1), default=50, show_default=True, help="Runs of each, in turns.")
+@printed
+def bench(source: Any, other: Path, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Time MODEL and OTHER, torch or ONNX, in turns on the same batch."""
+    from normrewrite import console, deploy
+
+    with console.busy("timing", quiet=quiet or as_json) as each:
+        result = deploy.bench(source, other, each=each, **options)
+    console.show(result, as_json=as_json, quiet=quiet)
 
 
 def main() -> None:

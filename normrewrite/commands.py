@@ -15,11 +15,10 @@ from normrewrite.calibrate import Calibration, calibratable
 from normrewrite.calibrate import calibrate_ as calibrate_model
 from normrewrite.convert import Plan, as_scopes
 from normrewrite.convert import plan as plan_model
-from normrewrite.data import Batch, Data, argument_names, open_data
+from normrewrite.data import Data, argument_names, open_data
 from normrewrite.data import example as example_input
 from normrewrite.errors import NormRewriteError
-from normrewrite.export import OPSET, Exported, fold
-from normrewrite.export import export as export_model
+from normrewrite.export import fold
 from normrewrite.initialise import Initialisation, initialise_
 from normrewrite.inspect import Inspection
 from normrewrite.inspect import inspect as inspect_model
@@ -334,62 +333,3 @@ def revert(source: Source, *, output: Path | None = None, force: bool = False) -
     model, names, trained = reverted(file.model)
     files.save(model.cpu(), output, form=file.form, force=force)
     return Reverted(names, trained, str(output))
-
-
-def export(
-    source: Source,
-    output: Path,
-    *,
-    input_shape: str | None = None,
-    data: str | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    opset: int = OPSET,
-    dynamic_batch: bool = True,
-    force: bool = False,
-) -> Exported:
-    """Write a model file as ONNX; the example input comes from `data` or has `input_shape`."""
-    files.check_writable(output, force)
-    model = source.read().model
-    inputs = _example_inputs(model, input_shape, data, mean, std)
-    return export_model(model, inputs, output, opset=opset, dynamic_batch=dynamic_batch, force=force)
-
-
-def _example_inputs(
-    model: nn.Module,
-    input_shape: str | None,
-    data: str | None,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-) -> list[Tensor]:
-    if input_shape is not None:
-        return [example_input(input_shape)]
-    if data is None:
-        raise NormRewriteError("what goes in? Give --input-shape 1,3,32,32 or --data FILE.")
-    batch = next(iter(_open(data, model, mean, std).batches(2)))
-    return list(batch.inputs.values())
-
-
-def verify(
-    source: Source,
-    other: Path,
-    *,
-    data: str | None = None,
-    input_shape: str | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    batch_size: int = 250,
-    tolerance: float | None = None,
-    each: Callable[..., object] = lambda done, **_: None,
-) -> Comparison:
-    """Compare two files, torch or ONNX, on the same inputs. `source`'s architecture serves both."""
-    networks = [path if path.suffix == ".onnx" else source.read(path).model for path in (source.path, other)]
-    names = next((argument_names(network) for network in networks if isinstance(network, nn.Module)), [])
-    if data is not None:
-        inputs = open_data(data, names, mean=mean, std=std)
-    elif input_shape is not None:
-        x = example_input(input_shape)
-        inputs = Data(whole=Batch({names[0] if names else "input": x}))
-    else:
-        raise NormRewriteError("compared on what? Give --data FILE, or --input-shape 1,3,32,32 for random inputs.")
-    return verify_networks(networks[0], networks[1], inputs, batch_size=batch_size, tolerance=tolerance, each=each)

@@ -54,7 +54,8 @@ def style_of(line: str) -> str:
 
 @contextmanager
 def busy(what: str, *, quiet: bool = False) -> Iterator[Callable[..., None]]:
-    """A line on stderr, for people who wait: what is being done, for how long, and how many inputs (or sites) are through."""
+    """A line on stderr, for people who wait: what is being done, for how long, and how far it is: inputs (or sites) that are
+    through, or a text."""
     if quiet or not sys.stderr.isatty():
         yield lambda done, **_: None
         return
@@ -66,8 +67,11 @@ def busy(what: str, *, quiet: bool = False) -> Iterator[Callable[..., None]]:
         task = progress.add_task(what, total=None, count="")
         through = 0
 
-        def advance(done: int, of: int | None = None) -> None:
+        def advance(done: int | str, of: int | None = None) -> None:
             nonlocal through
+            if isinstance(done, str):
+                progress.update(task, count=done)
+                return
             through = (0 if of and through >= of else through) + done
             progress.update(task, count=f"{through} of {of} sites" if of else f"{through} inputs")
 

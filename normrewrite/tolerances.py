@@ -21,6 +21,16 @@ SAME_NETWORK: dict[torch.dtype, float] = {
     torch.bfloat16: 4e-1,
 }
 
+# The same for an ONNX file, by its precision. Int8 has a step of 1/127 of each tensor's range and clips the largest 0.01 %
+# of values, so an output may be off by a quarter of the largest; whether that matters is for top-1 to tell, not for this.
+SAME_DEPLOYED: dict[str, float] = {
+    "fp32": SAME_NETWORK[torch.float32],
+    "fp16": SAME_NETWORK[torch.float16],
+    "bf16": SAME_NETWORK[torch.bfloat16],
+    "int8": 2.5e-1,
+}
+FITTED = 2e-3  # where C(n) is a fitted formula, which errs by up to 5e-4 a norm
+
 
 def worst(a: torch.Tensor, b: torch.Tensor, size: float = 1.0) -> float:
     """Largest |a - b| in units of max(size, largest |b|), in float64; NaN against NaN is no difference, NaN else infinite."""

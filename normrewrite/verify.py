@@ -10,9 +10,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from normrewrite import onnx_file
 from normrewrite.data import Batch, Data, argument_names
 from normrewrite.errors import NormRewriteError, first_line
 from normrewrite.modes import evaluating
@@ -144,13 +146,14 @@ def verify(
     batch_size: int = 250,
     each: Callable[[int], object] = lambda done: None,
 ) -> Comparison:
-    """Compare two networks in eval on the same inputs: torch modules, or ONNX files run in onnxruntime.
+    """Compare two networks in eval on the same inputs: torch modules, ONNX files run in onnxruntime, or engines
+    where their GPU is.
 
     inputs: forward's arguments as a tensor, a sequence or a mapping, (N, ...) each; or Data, gone through in batches.
-    labels: (N,), for top-1. tolerance: of max(1, largest output); by default that of the parameters' dtype, 1e-4 for fp32.
+    labels: (N,), for top-1. tolerance: of max(1, largest output); by default that of the precision, 1e-4 for fp32.
     each: called with the number of inputs after every batch. Raises NormRewriteError where outputs can't be compared.
     """
-    data = inputs if isinstance(inputs, Data) else Data(whole=Batch(_named(inputs, a, b), labels))
+    data = inputs if isinstance(inputs, Data) else Data(whole=Batch(named(inputs, a, b), labels))
     run_a, run_b = runner(a), runner(b)
     differences: dict[str, OutputDifference] = {}
     count, labelled = 0, False
@@ -172,7 +175,7 @@ def verify(
     return Comparison(list(differences.values()), limit, labelled, count)
 
 
-def _named(inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor], *networks: Network) -> dict[str, Tensor]:
+def named(inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor], *networks: Network) -> dict[str, Tensor]:
     if isinstance(inputs, Mapping):
         return dict(inputs)
     values = [inputs] if isinstance(inputs, Tensor) else list(inputs)
@@ -184,7 +187,8 @@ def _named(inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor], *networks: 
 
 def _tolerance(network: Network) -> float:
     if not isinstance(network, nn.Module):
-        return SAME_NETWORK[torch.float32]
+        is_engine = Path(network).suffix == ".engine"  # it doesn't say its precision; fp32 ones may use TF32
+        return SAME_NETWORK[torch.float16] if is_engine else onnx_file.tolerance(onnx_file.read(network))
     dtypes = [parameter.dtype for parameter in network.parameters()]
     return max(
         (SAME_NETWORK[dtype] for dtype in set(dtypes) if dtype in SAME_NETWORK), default=SAME_NETWORK[torch.float32]
@@ -192,8 +196,14 @@ def _tolerance(network: Network) -> float:
 
 
 def runner(network: Network) -> Callable[[Batch], Outputs]:
-    """What runs a batch: a module in eval, or an ONNX file in onnxruntime."""
-    return _torch_runner(network) if isinstance(network, nn.Module) else _onnx_runner(Path(network))
+    """What runs a batch: a module in eval, an ONNX file in onnxruntime, or an engine on its GPU."""
+    if isinstance(network, nn.Module):
+        return _torch_runner(network)
+    if Path(network).suffix == ".engine":
+        from normrewrite import engine
+
+        return engine.runner(Path(network))
+    return _onnx_runner(Path(network))
 
 
 def _torch_runner(model: nn.Module) -> Callable[[Batch], Outputs]:
@@ -237,26 +247,32 @@ def _onnx_runner(path: Path) -> Callable[[Batch], Outputs]:
         raise NormRewriteError(f"{path}: there is no such file.")
     import onnxruntime
 
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what goes wrong is raised, too
+    options.intra_op_num_threads = torch.get_num_threads()
     try:
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has a class of its own for every fault of a file
-        raise NormRewriteError(f"{path}: onnxruntime can't load it: {str(error).splitlines()[0]}") from error
-    wanted = [node.name for node in session.get_inputs()]
+        raise NormRewriteError(f"{path}: onnxruntime can't load it: {_cause(error)}") from error
+    wanted = {node.name: node.type for node in session.get_inputs()}
     outputs = [node.name for node in session.get_outputs()]
 
     def run(batch: Batch) -> Outputs:
-        values = [tensor.numpy() for tensor in batch.inputs.values()]
-        if len(values) != len(wanted):
-            raise NormRewriteError(
-                f"{path} takes {len(wanted)} inputs ({', '.join(wanted)}), the data has {len(values)}."
-            )
-        by_name = {name: tensor.numpy() for name, tensor in batch.inputs.items()}
-        feed = by_name if set(by_name) == set(wanted) else dict(zip(wanted, values, strict=True))
+        arrays = onnx_file.feed(batch, list(wanted), path)
+        arrays = {
+            name: value.astype(np.float16) if wanted[name] == "tensor(float16)" else value
+            for name, value in arrays.items()
+        }
         try:
-            return {
-                name: torch.from_numpy(value) for name, value in zip(outputs, session.run(outputs, feed), strict=True)
-            }
+            results = session.run(outputs, arrays)
         except Exception as error:  # as above
-            raise NormRewriteError(f"{path}: onnxruntime can't run it: {str(error).splitlines()[0]}") from error
+            raise NormRewriteError(f"{path}: onnxruntime can't run it: {_cause(error)}") from error
+        return {name: torch.from_numpy(value) for name, value in zip(outputs, results, strict=True)}
 
     return run
+
+
+def _cause(error: Exception) -> str:
+    text = str(error).splitlines()[0]
+    bf16 = " Its CPU kernels have no bf16: run such a file on a GPU." if "bfloat16" in text else ""
+    return f"{text}{bf16}"

@@ -1,0 +1,327 @@
+"""ONNX: a norm that measures at inference as one node, with a local-function body that any runtime can run.
+
+>>> model, names = as_nodes(model)
+>>> program = torch.onnx.export(model, inputs, dynamo=True)
+>>> add_bodies(program.model_proto)
+
+A node takes x: (B, G, K, S), statistics over the last two axes, and weight and bias: (G, K, 1); it gives y like x:
+
+    y = weight * (x - mean) / (C(n) * spread + eps) + bias        n = K * S
+
+There is one operator a family of norms.METRICS, named so that no other operator in the world is called the same
+(TensorRT's parser ignores domains), and its attributes are the row's numbers, all explicit:
+
+    NormRewriteMean    mean |d|
+    NormRewritePower   (mean |d|^power)^(1/power)      power
+    NormRewriteTop     mean of the k largest |d|       k = max(1, count + round(percent * n / 100))
+    NormRewriteSpan    max d - min d
+
+and for all: reads (1/C(n) as a polynomial in t, constant term first; t is sqrt(1 - 1/n) for the first two operators,
+sqrt(ln n) for the others), eps, centred (0: x itself is measured, as
+RMSNorm does), plugin_namespace and plugin_version, by which TensorRT finds a plugin. Bodies compute in fp32.
+"""
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.fx import Proxy
+
+from normrewrite import sites
+from normrewrite.errors import NormRewriteError
+from normrewrite.nn.batch import BatchNorm
+from normrewrite.nn.rows import RowNorm
+from normrewrite.nn.tracing import as_one_node
+from normrewrite.norms import Gain, Metric
+from normrewrite.norms import metric as row_of
+
+DOMAIN = "normrewrite"
+_PLUGIN = {"plugin_namespace": DOMAIN, "plugin_version": "1"}
+_DEGREE = 4
+_SMALLEST, _LARGEST = 20, 4_000_000  # of n, in the fit of 1/C(n)
+
+
+# --- rows to attributes ----------------------------------------------------------------------------------------------
+
+
+def operator(row: Metric) -> str:
+    """The operator that computes a row's family."""
+    return "NormRewritePower" if row.family == "mean" and row.power != 1 else f"NormRewrite{row.family.title()}"
+
+
+def attributes(row: Metric, n: int | None, *, gain: Gain = "exact", eps: float, centred: bool = True) -> dict[str, Any]:
+    """A node's attributes; n is None where the number of elements is known only when the node runs.
+
+    >>> attributes(metric("l2"), 64, eps=1e-5)["reads"]
+    [1.0, 0.0, 0.0, 0.0, 0.0]
+    """
+    known = {"reads": list(reads(row, n, gain)), "eps": eps, "centred": int(centred), **_PLUGIN}
+    if operator(row) == "NormRewritePower":
+        return {"power": float(row.power), **known}
+    if row.family != "top":
+        return known
+    if n is not None or row.percent is None:
+        return {"count": row.k(n or _LARGEST), "percent": 0.0, **known}
+    return {"count": 0, "percent": row.percent, **known}
+
+
+@lru_cache(maxsize=256)
+def reads(row: Metric, n: int | None, gain: Gain = "exact") -> tuple[float, ...]:
+    """1/C(n), what S reads on n unit Gaussians, as the coefficients of a polynomial in t(n), degree 4.
+
+    A constant for a known n. Else exact for means, and fitted for the others from max(20, 4k) to 4e6 elements, where it
+    errs by 0.05 % at most (a percentage by 4 % at small n, where its k goes in steps).
+    """
+    if n is not None:
+        return (1 / row.gain(n, gain), *(0.0,) * _DEGREE)
+    degree = 1 if row.family == "mean" else _DEGREE
+    least = max(_SMALLEST, 4 * (row.count or 0))
+    sizes = [round(size) for size in np.geomspace(least, max(_LARGEST, 8 * least), 80)]
+    gains = np.array([row.gain(size, gain) for size in sizes])
+    powers = np.vander([_variable(row, size) for size in sizes], degree + 1, increasing=True)
+    fitted = np.linalg.lstsq(powers * gains[:, None], np.ones(len(sizes)), rcond=None)[0]  # the error is relative
+    return tuple(float(value) for value in fitted) + (0.0,) * (_DEGREE - degree)
+
+
+def _variable(row: Metric, n: int) -> float:
+    """t(n): means depend on n by the sample's own mean, extremes by the Gaussian's tail."""
+    return math.sqrt(1 - 1 / n) if row.family == "mean" else math.sqrt(math.log(n))
+
+
+# --- modules to nodes ------------------------------------------------------------------------------------------------
+
+
+class Node(nn.Module):
+    """A norm of normrewrite.nn as one node under torch.onnx.export; it has no other use.
+
+    x: as the norm takes it. Statistics are those of x itself, for batch scope too.
+    """
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.row, self.gain, self.eps = row_of(norm.metric), cast(Gain, norm.gain), norm.eps
+        if self.eps is None:
+            self.eps = torch.finfo(torch.float32).eps  # statistics are fp32 in a body
+        self.centred = bool(getattr(norm, "centred", True))
+        self.weight, self.bias = norm.weight, norm.bias
+        self.layout = (_rows, _as_input) if isinstance(norm, BatchNorm) else (norm.view, norm.from_view)
+        self.tail = nn.Sequential(*(norm.get_submodule(name) for name in getattr(norm, "tail", ())))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return as_one_node(self, x)
+        view, from_view = self.layout
+        rows = view(x)
+        groups, members = int(rows.shape[1]), int(rows.shape[2])
+        weight, bias = _affine(self.weight, 1.0, groups, members, x), _affine(self.bias, 0.0, groups, members, x)
+        name, given = f"{DOMAIN}::{operator(self.row)}", self._attributes(rows)
+        y = torch.onnx.ops.symbolic(name, (rows, weight, bias), given, dtype=x.dtype, shape=rows.shape, version=1)
+        return self.tail(from_view(y, x))  # type: ignore[no-any-return]
+
+    def _attributes(self, rows: Tensor) -> dict[str, Any]:
+        n: Any = rows.shape[2] * rows.shape[3]
+        known = n if isinstance(n, int) else None  # a torch.SymInt where the export leaves sizes open
+        return attributes(self.row, known, gain=self.gain, eps=self.eps, centred=self.centred)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(N, C, *) as (1, C, 1, N * prod(*)): batch scope in the form of rows."""
+    return x.transpose(0, 1).reshape(1, x.shape[1], 1, -1)
+
+
+def _as_input(y: Tensor, x: Tensor) -> Tensor:
+    return y.reshape(x.shape[1], x.shape[0], *x.shape[2:]).transpose(0, 1)
+
+
+def _affine(values: Tensor | None, default: float, groups: int, members: int, x: Tensor) -> Tensor:
+    if values is None:
+        return torch.full((groups, members, 1), default, dtype=x.dtype)
+    return values.reshape(groups, members, 1)
+
+
+def is_live(module: nn.Module, live_stats: bool) -> bool:
+    """Whether a norm of ours measures at inference: of batch scope only on request, with running statistics or without."""
+    return isinstance(module, RowNorm) or (live_stats and isinstance(module, BatchNorm))
+
+
+def as_nodes(model: nn.Module, live_stats: bool = False) -> tuple[nn.Module, list[str]]:
+    """The model in which live norms are nodes, changed in place unless it is a norm itself, and the names of the norms."""
+    found = sites.find(model, lambda module: is_live(module, live_stats))
+    for site in found:
+        new = Node(site.module)
+        new.training = False
+        for parent, key in site.homes:
+            parent._modules[key] = new
+        model = new if site.module is model else model
+    return model, [site.label for site in found]
+
+
+# --- bodies ----------------------------------------------------------------------------------------------------------
+
+_OWN_MEAN = """
+    share_of_one = Reciprocal (number)
+    unity = Constant <value_float = 1.0> ()
+    left = Sub (unity, share_of_one)
+    t = Sqrt (left)
+"""
+_TAIL = """
+    log = Log (number)
+    t = Sqrt (log)
+"""
+_SPREAD = {  # by operator: its own attributes; s: (B, G, 1, 1) from d: (B, G, K, S), the number n and the axes; t(n)
+    "NormRewriteMean": ("", "size = Abs (d)  s = ReduceMean <keepdims = 1> (size, axes)", _OWN_MEAN),
+    "NormRewritePower": (
+        "power: float = 2.0,",
+        """
+        size = Abs (d)
+        power = Constant <value_float: float = @power> ()
+        raised = Pow (size, power)
+        raised_mean = ReduceMean <keepdims = 1> (raised, axes)
+        root = Reciprocal (power)
+        s = Pow (raised_mean, root)
+        """,
+        _OWN_MEAN,
+    ),
+    "NormRewriteTop": (
+        "count: int = 1, percent: float = 0.0,",
+        """
+        size = Abs (d)
+        flat = Constant <value_ints = [0, 0, 1, -1]> ()
+        list = Reshape (size, flat)
+        percent = Constant <value_float: float = @percent> ()
+        hundred = Constant <value_float = 100.0> ()
+        percents = Mul (percent, number)
+        part = Div (percents, hundred)
+        near = Round (part)
+        share = Cast <to = 7> (near)
+        count = Constant <value_int: int = @count> ()
+        asked = Add (count, share)
+        one = Constant <value_ints = [1]> ()
+        k = Max (asked, one)
+        largest, where = TopK (list, k)
+        last = Constant <value_ints = [3]> ()
+        s = ReduceMean <keepdims = 1> (largest, last)
+        """,
+        _TAIL,
+    ),
+    "NormRewriteSpan": (
+        "",
+        """
+        high = ReduceMax <keepdims = 1> (d, axes)
+        low = ReduceMin <keepdims = 1> (d, axes)
+        s = Sub (high, low)
+        """,
+        _TAIL,
+    ),
+}
+
+_BODY = """
+<domain: "normrewrite", opset_import: ["" : {opset}]>
+{operator} <{numbers} reads: floats = [1.0, 0.0, 0.0, 0.0, 0.0], eps: float = 1e-5, centred: int = 1,
+    plugin_namespace: string = "normrewrite", plugin_version: string = "1"> (x, weight, bias) => (y)
+{{
+    wide = Cast <to = 1> (x)
+    axes = Constant <value_ints = [2, 3]> ()
+    average = ReduceMean <keepdims = 1> (wide, axes)
+    centred = Constant <value_int: int = @centred> ()
+    used = Cast <to = 1> (centred)
+    mean = Mul (average, used)
+    d = Sub (wide, mean)
+    members = Shape <start = 2, end = 3> (x)
+    places = Shape <start = 3, end = 4> (x)
+    elements = Mul (members, places)
+    number = Cast <to = 1> (elements)
+    {spread}
+    {variable}
+    exponents = Constant <value_floats = [0.0, 1.0, 2.0, 3.0, 4.0]> ()
+    powers = Pow (t, exponents)
+    reads = Constant <value_floats: floats = @reads> ()
+    terms = Mul (powers, reads)
+    first = Constant <value_ints = [0]> ()
+    unit = ReduceSum <keepdims = 1> (terms, first)
+    measured = Div (s, unit)
+    eps = Constant <value_float: float = @eps> ()
+    scale = Add (measured, eps)
+    normal = Div (d, scale)
+    w = Cast <to = 1> (weight)
+    b = Cast <to = 1> (bias)
+    scaled = Mul (normal, w)
+    shifted = Add (scaled, b)
+    y = CastLike (shifted, x)
+}}
+"""
+
+
+def body(name: str, opset: int) -> Any:
+    """The onnx.FunctionProto of an operator at a model's opset (TensorRT wants both to be the same)."""
+    import onnx.parser
+
+    numbers, spread, variable = _SPREAD[name]
+    text = _BODY.format(operator=name, opset=opset, numbers=numbers, spread=spread, variable=variable)
+    return onnx.parser.parse_function(text)
+
+
+def add_bodies(proto: Any) -> None:
+    """Append the body of every operator of ours that the model calls. proto: an onnx.ModelProto, changed in place."""
+    opset = next(entry.version for entry in proto.opset_import if entry.domain == "")
+    present = {function.name for function in proto.functions}
+    for name in sorted(used(proto) - present):
+        proto.functions.append(body(name, opset))
+
+
+def used(proto: Any) -> set[str]:
+    """The operators of ours that a model's graph calls."""
+    return {node.op_type for node in proto.graph.node if node.domain == DOMAIN}
+
+
+def fitted(proto: Any) -> list[str]:
+    """The nodes of ours whose C(n) is a fitted formula, because n is open; that of means is exact."""
+    return [node.name for node in proto.graph.node if node.domain == DOMAIN and any(attribute(node, "reads")[2:])]
+
+
+def inlined(proto: Any) -> Any:
+    """The model with the bodies in the place of their nodes: standard operators alone."""
+    import onnx.inliner
+
+    plain = onnx.inliner.inline_local_functions(proto)
+    kept = [entry for entry in plain.opset_import if entry.domain != DOMAIN]
+    del plain.opset_import[:]
+    plain.opset_import.extend(kept)
+    return plain
+
+
+# --- nodes of a file -------------------------------------------------------------------------------------------------
+
+_ALLOWED: dict[str, Callable[[Any], bool]] = {  # what the operators' attributes may be
+    "count": lambda value: value >= 0,
+    "percent": lambda value: 0 <= value <= 100,
+    "power": lambda value: value > 0,
+    "eps": lambda value: 0 <= value < math.inf,
+    "centred": lambda value: value in (0, 1),
+    "reads": lambda values: len(values) == _DEGREE + 1 and all(map(math.isfinite, values)),
+}
+
+
+def check(proto: Any) -> None:
+    """Raises NormRewriteError where a node of ours has an attribute that no norm can have."""
+    import onnx
+
+    for node in proto.graph.node:
+        for given in node.attribute if node.domain == DOMAIN else ():
+            value = onnx.helper.get_attribute_value(given)
+            if given.name in _ALLOWED and not _ALLOWED[given.name](value):
+                raise NormRewriteError(
+                    f"node {node.name or node.op_type}: attribute {given.name} is {value}, out of range. Export the "
+                    "model again with normrewrite."
+                )
+
+
+def attribute(node: Any, name: str, default: Any = None) -> Any:
+    """The value of a node's attribute."""
+    import onnx
+
+    return next((onnx.helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
