@@ -30,6 +30,9 @@ from normrewrite.revert import reverted
 from normrewrite.sites import Site
 from normrewrite.tolerances import worst
 
+# Weight norms, affines and frozen norms are exact; the strict form is not, but has no gain that could take a fit.
+NOTHING = "there is nothing to calibrate: no rewritten site measures its input, in training or in eval."
+
 
 @dataclass(frozen=True)
 class SiteCalibration:
@@ -140,7 +143,7 @@ def calibrate_(
 ) -> tuple[nn.Module, Calibration]:
     """`calibrate` in place: parameters stay the same objects."""
     if not calibratable(twin) and any(map(sites.is_rewritten, twin.modules())):
-        raise NormRewriteError("every rewritten site is exact as it is: there is nothing to calibrate.")
+        raise NormRewriteError(NOTHING)
     examples = as_data(data, argument_names(twin))
     fits = fit_(twin, original or _original(twin), examples, batch_size=batch_size, each=each) if fittable(twin) else []
     found = [site for site in sites.find(twin) if isinstance(site.module, BatchNorm)]
