@@ -5,10 +5,12 @@
 The folder holds zoo.py, load.py and weights/ (see tests/conftest.py). Metrics differ in training alone (benchmarks.convert
 compares their bits), so l1 stands for them. Calibrated on unlabelled images that no accuracy is measured on. Accuracy:
 top-1; of the pitch tracker, how many tones get the class that the original gives them; on all inputs for calibrated layer
-and group:4, on the first 2,000 else.
+and group:4, on the first 2,000 (ImageNet: 250) else. Networks and targets that are run alone take their rows' places in the
+result, and leave the others.
 """
 
 import argparse
+import json
 import os
 import time
 from dataclasses import dataclass
@@ -19,22 +21,22 @@ import torch
 from torch import Tensor, nn
 
 import normrewrite as nr
-from benchmarks.stamp import markdown, write
+from benchmarks.stamp import RESULTS, markdown, write
 
 EXACT = ("l1", "renorm", "frozen", "none", "bwn", "bwn:mean-bn", "wn", "wn:mean-bn")
 TARGETS = (*EXACT, "bwn:strict", "layer", "group:4", "group", "rms", "instance")
 CALIBRATION = {"imagenet_mobilenet_v2": 256}
-WHOLE = ("layer", "group:4")  # measured on every input once calibrated; all else on the first FEW
-FEW = 2000
+WHOLE = ("layer", "group:4")  # measured on every input once calibrated; all else on the first few
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """calibration, x: (N, ...) each; labels: (N,), the original's own classes where the data has none."""
+    """calibration, x: (N, ...) each; labels: (N,), the original's own classes where the data has none; few: how many of x."""
 
     calibration: Tensor
     x: Tensor
     labels: Tensor
+    few: int = 2000
 
 
 def inputs_of(network: Any, model: nn.Module) -> Inputs:
@@ -44,9 +46,10 @@ def inputs_of(network: Any, model: nn.Module) -> Inputs:
         x = tones(400)
         return Inputs(tones(257), x, outputs(model, x).argmax(1))
     if network.name.startswith("imagenet"):
-        x, labels = real_images("imagenet", 1000)
-        split = CALIBRATION[network.name]
-        return Inputs(x[:split], x[split:], labels[split:])
+        x, labels = real_images("imagenet", 1000)  # one of each class, in order
+        drawn = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+        seen, unseen = drawn[: CALIBRATION[network.name]], drawn[CALIBRATION[network.name] :]
+        return Inputs(x[seen], x[unseen], labels[unseen], few=250)
     return Inputs(real_images("train", 512)[0], *real_images("test", 10_000))
 
 
@@ -64,20 +67,20 @@ def measure(model: nn.Module, to: str, data: Inputs, before: Tensor) -> dict[str
     started = time.perf_counter()
     twin, report = nr.plan(model, to).apply()
     seconds = time.perf_counter() - started
-    copied = outputs(twin, data.x[:FEW])
+    copied = outputs(twin, data.x[: data.few])
     result = {
         "target": to,
         "rewritten": len(report.rewritten),
         "refused": len(report.kept),
         "exact": not report.inexact,
-        "difference": float((copied - before[:FEW]).abs().max()),
+        "difference": float((copied - before[: data.few]).abs().max()),
         "inputs": len(copied),
-        "before": top1(before[:FEW], data.labels),
+        "before": top1(before[: data.few], data.labels),
         "copied": top1(copied, data.labels),
         "seconds": seconds,
     }
     if report.inexact and ":strict" not in to:
-        result |= _calibrated(twin, data, before, len(before) if to in WHOLE else FEW)
+        result |= _calibrated(twin, data, before, len(before) if to in WHOLE else data.few)
     return result
 
 
@@ -126,24 +129,29 @@ def row(network: str, result: dict[str, Any]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder with zoo.py, load.py and weights/")
-    parser.add_argument("--only", nargs="*", default=TARGETS, help="these targets")
+    parser.add_argument("--only", nargs="*", default=TARGETS, help="these targets (default: all)")
+    parser.add_argument("--networks", nargs="*", help="these networks (default: all)")
     options = parser.parse_args()
     os.environ["NORMREWRITE_DATA"] = str(options.data.resolve())
     os.environ.setdefault("NORMREWRITE_TEST_THREADS", str(os.cpu_count()))
     from tests.conftest import NETWORKS
 
-    results: dict[str, list[dict[str, Any]]] = {}
-    rows = []
+    path = RESULTS / "targets.json"
+    results: dict[str, list[dict[str, Any]]] = json.loads(path.read_text())["networks"] if path.is_file() else {}
     for network in NETWORKS:
+        if network.name not in (options.networks or network.name):
+            continue
         model = network.make()
         data = inputs_of(network, model)
         before = outputs(model, data.x)
-        results[network.name] = []
         for to in options.only:
-            results[network.name].append(measure(model, to, data, before))
-            rows.append(row(network.name, results[network.name][-1]))
-            print(" ".join(rows[-1]), flush=True)
-    print(f"\n{markdown(HEAD, rows)}\n\nwrote {write('targets', {'networks': results})}")
+            result = measure(model, to, data, before)
+            rows = [other for other in results.get(network.name, []) if other["target"] != to]
+            results[network.name] = sorted([*rows, result], key=lambda found: TARGETS.index(found["target"]))
+            print(" ".join(row(network.name, result)), flush=True)
+            write("targets", {"networks": results})
+    lines = [row(network.name, result) for network in NETWORKS for result in results.get(network.name, [])]
+    print(f"\n{markdown(HEAD, lines)}\n\nwrote {path}")
 
 
 if __name__ == "__main__":

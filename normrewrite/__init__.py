@@ -15,6 +15,7 @@ from normrewrite.export import export
 from normrewrite.files import load, save
 from normrewrite.finetune import finetune, finetune_
 from normrewrite.initialise import initialise_
+from normrewrite.invariance import param_groups, scale_invariant
 from normrewrite.report import Report
 from normrewrite.revert import revert, revert_
 from normrewrite.verify import verify
@@ -39,10 +40,12 @@ __all__ = [
     "load",
     "nn",
     "norms",
+    "param_groups",
     "passes",
     "plan",
     "revert",
     "revert_",
     "save",
+    "scale_invariant",
     "verify",
 ]

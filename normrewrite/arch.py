@@ -6,7 +6,6 @@
 
 import ast
 import contextlib
-import copy
 import importlib
 import importlib.util
 import sys
@@ -19,6 +18,7 @@ import torch
 from torch import nn
 
 from normrewrite.errors import NormRewriteError, nearest
+from normrewrite.nn.parts import deepcopy
 
 Factory = Callable[..., nn.Module]
 _FORMS = "Write PATH.py:factory, module:factory, timm:NAME or torchvision:NAME."
@@ -31,7 +31,7 @@ def build(arch: str | Factory | nn.Module, arguments: Mapping[str, Any] | None =
     arguments: keyword arguments of the factory. Raises NormRewriteError where it can't be found or made.
     """
     if isinstance(arch, nn.Module):
-        return copy.deepcopy(arch)
+        return deepcopy(arch)
     with search_path(arch):
         factory = find(arch) if isinstance(arch, str) else arch
         try:

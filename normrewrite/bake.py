@@ -3,7 +3,6 @@
 >>> plain = bake(model)
 """
 
-import copy
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from normrewrite.errors import NormRewriteError
+from normrewrite.nn.parts import deepcopy
 from normrewrite.nn.weights import weight_norm_of
 
 
@@ -23,7 +23,7 @@ def bake(model: nn.Module) -> nn.Module:
     Each layer gets the class it had, and as its weight the very bits that it computed; everything else stays as it is.
     Raises NormRewriteError where the model holds no weight norm of normrewrite's.
     """
-    return bake_(copy.deepcopy(model))
+    return bake_(deepcopy(model))
 
 
 def bake_(model: nn.Module) -> nn.Module:

@@ -8,7 +8,6 @@ function as before, and training now matches it on average. S depends on the num
 that of the training to come; scales are averaged over the calls, and batches that are not finite are left out.
 """
 
-import copy
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -24,11 +23,15 @@ from normrewrite.least_squares import Fit, fit_, fittable
 from normrewrite.moments import Moments, Rows, headroom, read
 from normrewrite.nn.batch import BatchNorm, FrozenBatchNorm
 from normrewrite.nn.origin import Origin
+from normrewrite.nn.parts import deepcopy
 from normrewrite.norms import metric
 from normrewrite.report import table
 from normrewrite.revert import untrained
 from normrewrite.sites import Site
 from normrewrite.tolerances import worst
+
+# Weight norms, affines and frozen norms are exact; the strict form is not, but has no gain that could take a fit.
+NOTHING = "there is nothing to calibrate: no rewritten site measures its input, in training or in eval."
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ def calibrate(
     batch_size: that of the training to come; a smaller last batch is left out. each: called with the inputs done.
     Raises NormRewriteError where no site can be calibrated or the data doesn't fit the model.
     """
-    return calibrate_(copy.deepcopy(twin), data, batch_size=batch_size, original=original, each=each)
+    return calibrate_(deepcopy(twin), data, batch_size=batch_size, original=original, each=each)
 
 
 def calibrate_(
@@ -140,19 +143,12 @@ def calibrate_(
 ) -> tuple[nn.Module, Calibration]:
     """`calibrate` in place: parameters stay the same objects."""
     if not calibratable(twin) and any(map(sites.is_rewritten, twin.modules())):
-        raise NormRewriteError("every rewritten site is exact as it is: there is nothing to calibrate.")
+        raise NormRewriteError(NOTHING)
     examples = as_data(data, argument_names(twin))
-    fits = (
-        fit_(
-            twin,
-            original or untrained(twin, "Give that one as `original`."),
-            examples,
-            batch_size=batch_size,
-            each=each,
-        )
-        if fittable(twin)
-        else []
-    )
+    fits: list[Fit] = []
+    if fittable(twin):
+        given = original or untrained(twin, "Give that one as `original`.")
+        fits = fit_(twin, given, examples, batch_size=batch_size, each=each)
     found = [site for site in sites.find(twin) if isinstance(site.module, BatchNorm)]
     if not found and fits:
         return twin, _fits_alone(fits, examples, batch_size)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from normrewrite import files
 from normrewrite.advise import Advice
 from normrewrite.advise import advise as advise_model
-from normrewrite.calibrate import Calibration, calibratable
+from normrewrite.calibrate import NOTHING, Calibration, calibratable
 from normrewrite.calibrate import calibrate_ as calibrate_model
 from normrewrite.convert import Plan, as_scopes
 from normrewrite.convert import plan as plan_model
@@ -221,7 +221,7 @@ def _made_ready(
         batch = next(iter(data.batches(batch_size)))
         return initialise_(twin, batch.inputs), []
     if not calibratable(twin):
-        return None, ["exact as it is: there is nothing to calibrate"]
+        return None, [NOTHING]
     return calibrate_model(twin, data, batch_size=batch_size, each=each)[1], []
 
 

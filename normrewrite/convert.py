@@ -18,6 +18,7 @@ from normrewrite import sites
 from normrewrite.errors import NormRewriteError
 from normrewrite.exactness import Probe, difference, folded_difference, tolerance
 from normrewrite.neighbours import is_layer
+from normrewrite.nn.parts import deepcopy
 from normrewrite.norms import Gain
 from normrewrite.optimizers import inherited, parameters_of, rebind
 from normrewrite.passes import Rewrite
@@ -85,7 +86,7 @@ class Plan:
         """
         self.require()
         copies: dict[int, Any] = {}
-        twin, report, heirs = self._carry_out(copy.deepcopy(self.model, copies))
+        twin, report, heirs = self._carry_out(deepcopy(self.model, copies))
         if report.ok:  # else the copy is not for use
             copied = {id(parameter): [copies[id(parameter)]] for parameter in self.model.parameters()}
             born = {key: heirs.get(id(new), [new]) for key, [new] in copied.items()}

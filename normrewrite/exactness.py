@@ -1,6 +1,5 @@
 """How far a rewritten site is from the norm it was, in eval, on random input of its own width."""
 
-import copy
 from typing import Any
 
 import torch
@@ -8,6 +7,7 @@ from torch import Tensor, nn
 
 from normrewrite.modes import evaluating
 from normrewrite.nn.batch import BatchNorm
+from normrewrite.nn.parts import deepcopy
 from normrewrite.tolerances import SAME_FUNCTION, worst
 
 _RANKS = {nn.BatchNorm1d: 2, nn.BatchNorm3d: 5, nn.InstanceNorm1d: 3, nn.InstanceNorm3d: 5}
@@ -64,7 +64,7 @@ def folded_difference(old: tuple[nn.Module, nn.Module], new: tuple[nn.Module, nn
     On Gaussian input of the layer's width, just large enough for its kernel.
     """
     x = _layer_input(old[0])
-    pairs = [[copy.deepcopy(module).cpu().double() for module in pair] for pair in (old, new)]
+    pairs = [[deepcopy(module).cpu().double() for module in pair] for pair in (old, new)]
     before, after = (in_eval(norm, in_eval(layer, x)) for layer, norm in pairs)
     return worst(after, before)
 

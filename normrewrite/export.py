@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import copy
 import io
 import logging
 import warnings
@@ -24,6 +23,7 @@ from normrewrite.errors import NormRewriteError, first_line
 from normrewrite.files import check_writable
 from normrewrite.lower.onnx import add_bodies, as_nodes, fitted, inlined
 from normrewrite.nn.batch import BatchNorm
+from normrewrite.nn.parts import deepcopy
 from normrewrite.nn.weights import weight_norm_of
 from normrewrite.passes import FoldAffine
 from normrewrite.passes.fold_affine import Outcome
@@ -109,7 +109,7 @@ def export(
     runner(model)(Batch(dict(zip(keys, inputs, strict=True))))  # input that doesn't fit is told in plain words
     if live_stats and not any(isinstance(module, BatchNorm) for module in model.modules()):
         raise NormRewriteError("--live-stats: the model holds no batch norm of normrewrite's. Convert it first.")
-    lowered, live = as_nodes(copy.deepcopy(model).cpu().eval(), live_stats)
+    lowered, live = as_nodes(deepcopy(model).cpu().eval(), live_stats)
     folded, outcome, notes = fold(lowered, inputs)
     _refuse_live(folded, live_stats)
     inputs = cast_model(folded, inputs, precision)
@@ -185,7 +185,7 @@ def fold(model: nn.Module, example_inputs: Sequence[Tensor] | None = None) -> tu
 
     A model that torch.fx can't trace keeps an affine by channel in the place of each norm.
     """
-    copied = copy.deepcopy(model).cpu().eval()
+    copied = deepcopy(model).cpu().eval()
     if any(weight_norm_of(module) is not None for module in copied.modules()):
         bake_(copied)
     rewrite = FoldAffine(example_inputs)

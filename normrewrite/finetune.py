@@ -4,7 +4,6 @@
 >>> twin, result = finetune(twin, Data(Batch({"x": images}, labels)), labels=True, precision="bf16", flip=True, crop=4)
 """
 
-import copy
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from normrewrite.data import Data
+from normrewrite.nn.parts import deepcopy
 
 if TYPE_CHECKING:
     from normrewrite.training.result import Finetuned
@@ -21,7 +21,7 @@ Examples = Tensor | Data | Iterable[Any]
 
 def finetune(model: nn.Module, data: Examples, **options: Any) -> tuple[nn.Module, "Finetuned"]:
     """A trained copy of `model`, and what came of it; `finetune_` does it in place and names the options."""
-    return finetune_(copy.deepcopy(model), data, **options)
+    return finetune_(deepcopy(model), data, **options)
 
 
 def finetune_(

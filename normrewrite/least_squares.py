@@ -11,6 +11,7 @@ Where torch.fx traces the model both networks are run in lockstep, once, node by
 inputs again, and the time grows with the square of the depth.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from normrewrite import sites
 from normrewrite.data import Batch, Data
 from normrewrite.errors import NormRewriteError
 from normrewrite.kinds import Kind, recognise
+from normrewrite.lower.families import wide
 from normrewrite.modes import evaluating
 from normrewrite.nn.rows import RowNorm
 from normrewrite.passes.fold_affine import as_affine
@@ -61,10 +63,12 @@ class _Moments:
     count: int = 0
     sums: Any = 0.0
 
-    def add(self, o: Tensor, r: Tensor) -> None:
-        o, r = o.double(), r.double()
-        self.count += len(o)
-        self.sums = self.sums + torch.stack([o.sum(0), r.sum(0), (o * o).sum(0), (o * r).sum(0), (r * r).sum(0)])
+    def add(self, o: Tensor, r: Tensor, dims: list[int]) -> None:
+        """Products in the inputs' own precision, fp32 at least: o and r are of order one, and their sums are not."""
+        o, r = wide(o), wide(r)
+        self.count += math.prod(o.shape[dim] for dim in dims)
+        sums = [values.sum(dims, dtype=torch.float64).flatten() for values in (o, r, o * o, o * r, r * r)]
+        self.sums = self.sums + torch.stack(sums)
 
     def fit(self, intercept: bool) -> tuple[Tensor, Tensor]:
         o, r, oo, cross, _ = self.sums / self.count
@@ -154,7 +158,8 @@ def _fit(pair: _Pair, inputs: Iterator[tuple[Tensor, Tensor]]) -> Fit:
         norm.bias.zero_()
     moments = _Moments()
     for new, old in inputs:
-        moments.add(by_channel(norm, norm(new)), by_channel(norm, pair.target(old)))
+        o = norm(new)
+        moments.add(o, pair.target(old), shared_dims(norm, o.dim()))
     copied = [torch.zeros(()).double() if value is None else value.double().flatten() for value in learned]
     weight, bias = moments.fit(norm.bias is not None)
     norm.weight.copy_(weight.view_as(norm.weight))
@@ -172,11 +177,12 @@ def _remember(pair: _Pair) -> None:
             origin.converted(name, getattr(pair.norm, name), getattr(origin, name, None))
 
 
-def by_channel(norm: Any, values: Tensor) -> Tensor:
-    """(positions, parameters of the norm): what shares one weight in one column."""
-    if getattr(norm, "normalized_shape", None) is not None and not getattr(norm, "channels_first", False):
-        return values.reshape(-1, norm.weight.numel())
-    return values.transpose(0, 1).flatten(1).T
+def shared_dims(norm: Any, rank: int) -> list[int]:
+    """The dimensions of an output over which one weight of the norm holds."""
+    shape = getattr(norm, "normalized_shape", None)
+    if shape is not None and not getattr(norm, "channels_first", False):
+        return list(range(rank - len(shape)))
+    return [0, *range(2, rank)]
 
 
 # --- traced: both networks in lockstep ---------------------------------------------------------------------------------

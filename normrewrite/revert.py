@@ -1,12 +1,11 @@
 """The way back: torch's own norms from ours, to the bit where nothing was trained since."""
 
-import copy
-
 from torch import nn
 
 from normrewrite import sites
 from normrewrite.errors import NormRewriteError
 from normrewrite.nn.batch import BatchNorm
+from normrewrite.nn.parts import deepcopy
 from normrewrite.passes import RestoreNative
 
 
@@ -18,7 +17,7 @@ def revert(twin: nn.Module) -> nn.Module:
     After training the nearest native norm comes back: the same function in eval. Raises NormRewriteError where the model
     holds none of normrewrite's norms.
     """
-    return revert_(copy.deepcopy(twin))
+    return revert_(deepcopy(twin))
 
 
 def revert_(twin: nn.Module) -> nn.Module:
@@ -42,7 +41,7 @@ def reverted(twin: nn.Module) -> tuple[nn.Module, list[str], list[str]]:
 
 def untrained(twin: nn.Module, remedy: str) -> nn.Module:
     """What the twin was made from, out of the twin itself; `remedy` ends the error where training has lost it."""
-    original, _, trained = reverted(copy.deepcopy(twin))
+    original, _, trained = reverted(deepcopy(twin))
     if trained:
         raise NormRewriteError(
             f"{trained[0]}: was trained since the rewrite, so the original network is not in it any more. {remedy}"

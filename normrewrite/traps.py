@@ -164,8 +164,8 @@ _KNOWN = (
     ),
     _Known(
         "SyncBatchNorm",
-        "its twin measures one rank's batch",
-        "converted for one process; training on several ranks is refused by name",
+        "an average of the ranks' own deviations is not that of the whole batch: it misses how their means differ",
+        "its twin measures all ranks' batches as one, as exactly as one process would",
         lambda site, model: isinstance(site.module, nn.SyncBatchNorm) or getattr(site.module, "synchronised", False),
     ),
 )

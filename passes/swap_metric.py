@@ -119,6 +119,7 @@ def _attributes(old: Any, kind: Kind, to: str, gain: Gain) -> dict[str, Any]:
         "origin": None,
         "tail": kind.tail,
         "synchronised": isinstance(old, nn.SyncBatchNorm),
+        "process_group": getattr(old, "process_group", None),
     }
     return attributes(old) | ours
 

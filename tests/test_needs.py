@@ -136,17 +136,6 @@ def test_lazy_sync_and_momentum_zero_are_named() -> None:
     assert not find_traps(nn.Sequential(nn.Conv2d(3, 4, 1), _norm()).eval())
 
 
-def test_several_ranks_are_refused_by_name_for_what_was_synchronised(monkeypatch: pytest.MonkeyPatch) -> None:
-    twin = nr.convert(nn.Sequential(nn.SyncBatchNorm(4))).train()
-    x = torch.randn(3, 4, 2, 2)
-    twin(x)
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(nr.NormRewriteError, match="0: was a SyncBatchNorm"):
-        twin(x)
-    twin.eval()(x)
-
-
 def test_conversion_leaves_the_random_state_alone() -> None:
     state = torch.random.get_rng_state()
     nr.calibrate(nr.convert(_norm(), "topk:10"), torch.ones(4, 4, 4, 4))

@@ -98,23 +98,10 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx as x, dweight and dbias in the dtype of the statistics."""
     row, n = row_of(metric), x.numel() // x.shape[1]
-    scale = spread + eps
-    dweight, dbias = _sums(g, x, mean, scale)
-    constant = row.gain(n, cast(Gain, gain))
-    dx = wide(g) - per_channel(dbias / n, x.dim())
-    if row.family == "mean":
-        d = wide(x) - per_channel(mean, x.dim())
-        slope = dense_slope(d, per_channel(spread / constant, x.dim()), row).mul_(constant / n)
-        slope -= per_channel(slope.mean([0, *range(2, x.dim())]), x.dim())
-        dx = dx.addcmul_(slope, per_channel(-dweight, x.dim()))
-    else:
-        slope = constant * sparse_slope(signs, row)
-        dx += per_channel(dweight * slope.sum(1) / n, x.dim())
-        _add_at(dx, indices, -dweight[:, None] * slope)
-    factor = scale.reciprocal() if weight is None else weight.to(scale.dtype) / scale
-    dx *= per_channel(factor, x.dim())
-    dx = within_half(dx, per_channel(spread, x.dim()), eps, x.dtype)
-    return laid_out_as(dx, x), dweight, dbias
+    dweight, dbias = sums(g, x, mean, spread + eps)
+    slope = slope_of(x, mean, spread, signs, row, row.gain(n, cast(Gain, gain)), n)
+    total = torch.stack([dweight, dbias, slope_sum(slope, row)])
+    return input_gradient(g, x, weight, spread, slope, indices, total, row, n, eps), dweight, dbias
 
 
 @_backward.register_fake
@@ -157,13 +144,51 @@ def _gradients(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
 _forward.register_autograd(_gradients, setup_context=_keep)
 
 
-def _sums(g: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def sums(g: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """(sum g*d/scale, sum g) by channel: the two reductions of torch's own batch norm backward, in one read of g and x."""
     ones = torch.ones_like(mean)
     _, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
         g.to(x.dtype), x, ones, None, None, mean, scale.reciprocal(), True, 0.0, [False, True, True]
     )
     return dweight, dbias
+
+
+def slope_of(x: Tensor, mean: Tensor, spread: Tensor, signs: Tensor, row: Metric, constant: float, n: int) -> Tensor:
+    """w = dscale/dd: as x for dense families; (C, k) for sparse ones, on the elements that they read."""
+    if row.family != "mean":
+        return constant * sparse_slope(signs, row)
+    d = wide(x) - per_channel(mean, x.dim())
+    return dense_slope(d, per_channel(spread / constant, x.dim()), row).mul_(constant / n)
+
+
+def slope_sum(slope: Tensor, row: Metric) -> Tensor:
+    """sum w of each channel, (C,)."""
+    return slope.sum([0, *range(2, slope.dim())] if row.family == "mean" else 1)
+
+
+def input_gradient(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    spread: Tensor,
+    slope: Tensor,
+    indices: Tensor,
+    total: Tensor,
+    row: Metric,
+    n: int,
+    eps: float,
+) -> Tensor:
+    """dx, as x. total: (3, C), dweight, dbias and sum w of all n elements that share statistics, here or elsewhere."""
+    dweight, dbias, inward = total
+    dx = wide(g) - per_channel((dbias - dweight * inward) / n, x.dim())
+    if row.family == "mean":
+        dx.addcmul_(slope, per_channel(-dweight, x.dim()))
+    elif x.numel():
+        _add_at(dx, indices, -dweight[:, None] * slope)
+    scale = spread + eps
+    factor = scale.reciprocal() if weight is None else weight.to(scale.dtype) / scale
+    dx *= per_channel(factor, x.dim())
+    return laid_out_as(within_half(dx, per_channel(spread, x.dim()), eps, x.dtype), x)
 
 
 def _add_at(dx: Tensor, indices: Tensor, values: Tensor) -> None:

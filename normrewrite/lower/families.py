@@ -22,6 +22,11 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype is torch.float64 else x.float()
 
 
+def power_sum(magnitude: Tensor, dims: list[int], power: int) -> Tensor:
+    """sum |d|^power over dims. Overwrites magnitude, |d|, where it can."""
+    return (magnitude if power == 1 else magnitude.pow_(power)).sum(dims)
+
+
 def power_mean(magnitude: Tensor, dims: list[int], power: int) -> Tensor:
     """(mean |d|^power)^(1/power) over dims, the spread of the dense family. Overwrites magnitude, |d|, where it can."""
     if power == 1:
@@ -47,9 +52,14 @@ def extremes(d: Tensor, row: Metric) -> tuple[Tensor, Sparse]:
         indices = torch.stack([high.indices, low.indices], 1)
         signs = torch.tensor([1.0, -1.0], dtype=d.dtype, device=d.device).repeat(len(indices), 1)
         return high.values - low.values, (indices, signs)
-    indices = d.abs().topk(row.k(d.shape[1]), dim=1, sorted=False).indices
+    _, indices = largest(d.abs(), row.k(d.shape[1]))
     taken = d.gather(1, indices)
     return taken.abs().mean(1), (indices, taken.sign())
+
+
+def largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row, (rows, k), in any order, and where they stand; of one, the first that is as large."""
+    return values.max(1, keepdim=True) if k == 1 else values.topk(k, dim=1, sorted=False)
 
 
 def sparse_slope(signs: Tensor, row: Metric) -> Tensor:

@@ -14,6 +14,7 @@ from normrewrite.nn.rows import (
     RMSNorm,
 )
 from normrewrite.nn.stand_in import StandIn
+from normrewrite.nn.synchronise import synchronise_
 from normrewrite.nn.weights import BoundedWeightNorm, WeightNorm, normalise_weight
 
 __all__ = [
@@ -35,4 +36,5 @@ __all__ = [
     "StandIn",
     "WeightNorm",
     "normalise_weight",
+    "synchronise_",
 ]

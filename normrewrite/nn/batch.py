@@ -1,14 +1,14 @@
 """Batch norms with a metric, drop-in for torch.nn's: `nr.nn.BatchNorm2d(64, metric="l1")`."""
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.fx import Proxy
 
 from normrewrite.errors import NormRewriteError
-from normrewrite.nn.functional import averaging_factor, batch_norm
+from normrewrite.nn.functional import averaging_factor, batch_norm, group_of
 from normrewrite.nn.origin import Origin
 from normrewrite.nn.parts import keep_wide, statistics_dtype, through_tail
 from normrewrite.nn.tracing import as_one_node
@@ -23,9 +23,11 @@ class BatchNorm(nn.Module):
     >>> norm(torch.randn(8, 64, 7, 7)).shape
     torch.Size([8, 64, 7, 7])
 
-    Arguments are torch.nn.BatchNorm2d's, and two more:
+    Arguments are torch.nn.BatchNorm2d's, and these:
     metric: `l1`, `linf`, `topk:K`, `topk:P%`, `range` or `l2`; see normrewrite.norms.
     gain: `exact` (statistics read 1 on unit Gaussians) or `paper` (the constants as published).
+    synchronised: measure the batches of all ranks as one in training, as torch.nn.SyncBatchNorm does, on any device;
+    process_group: the ranks (None: all). Without torch.distributed, or with one rank, it makes no difference.
 
     In training y = weight * (x - mean) / (C * S + eps) + bias, and running_mean, running_scale follow as torch's running
     statistics do (momentum None: cumulative average). running_scale holds C * S: a scale, not a variance and not its
@@ -34,6 +36,8 @@ class BatchNorm(nn.Module):
     """
 
     ranks: ClassVar[tuple[int, ...] | None] = None
+    synchronised = False
+    process_group: Any = None
     running_mean: Tensor | None
     running_scale: Tensor | None
     num_batches_tracked: Tensor | None
@@ -50,6 +54,8 @@ class BatchNorm(nn.Module):
         *,
         metric: str = "l1",
         gain: Gain = "exact",
+        synchronised: bool = False,
+        process_group: Any = None,
     ) -> None:
         super().__init__()
         if gain not in GAINS:
@@ -64,7 +70,8 @@ class BatchNorm(nn.Module):
         self.site = ""  # the dotted name in a converted model, for errors
         self.origin: Origin | None = None  # what it was before a rewrite
         self.tail: tuple[str, ...] = ()  # children that are applied behind the norm: a fused activation, dropout
-        self.synchronised = False  # was a SyncBatchNorm
+        self.synchronised = synchronised
+        self.process_group = process_group
         if affine:
             self.weight: nn.Parameter | None = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
             self.bias: nn.Parameter | None = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
@@ -89,8 +96,7 @@ class BatchNorm(nn.Module):
     def _normalised(self, input: Tensor, training: bool) -> Tensor:
         live = training or self.running_mean is None
         updating = training and self.track_running_stats
-        if training and self.synchronised:
-            self._refuse_several_ranks()
+        group = group_of(self) if training else None
         try:
             return batch_norm(
                 input,
@@ -99,10 +105,11 @@ class BatchNorm(nn.Module):
                 self.weight,
                 self.bias,
                 live,
-                averaging_factor(self, input) if updating else 0.0,
+                averaging_factor(self, input, group) if updating else 0.0,
                 self.eps,
                 self.metric,
                 self.gain,
+                group,
             )
         except NormRewriteError as error:
             if not self.site:
@@ -116,13 +123,6 @@ class BatchNorm(nn.Module):
         if input.dim() < 2 or input.shape[1] != self.num_features:
             raise NormRewriteError(
                 f"{self.site or type(self).__name__} expects (N, {self.num_features}, *), got shape {tuple(input.shape)}."
-            )
-
-    def _refuse_several_ranks(self) -> None:
-        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-            raise NormRewriteError(
-                f"{self.site}: was a SyncBatchNorm, and statistics across ranks are not there yet for {self.metric}. Train on "
-                "one rank, or convert a model with plain batch norms to train on each rank's own statistics."
             )
 
     @property
@@ -144,9 +144,10 @@ class BatchNorm(nn.Module):
 
     def extra_repr(self) -> str:
         gain = "" if self.gain == "exact" else f", gain={self.gain!r}"
+        synchronised = ", synchronised=True" if self.synchronised else ""
         return (
             f"{self.num_features}, metric={self.metric!r}{gain}, eps={self.eps}, momentum={self.momentum}, "
-            f"affine={self.affine}, track_running_stats={self.track_running_stats}"
+            f"affine={self.affine}, track_running_stats={self.track_running_stats}{synchronised}"
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BatchNorm":

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from normrewrite.errors import NormRewriteError
-from normrewrite.lower import eager
+from normrewrite.lower import distributed, eager
 from normrewrite.norms import Gain
 
 
@@ -22,6 +22,7 @@ def batch_norm(
     eps: float = 1e-5,
     metric: str = "l1",
     gain: Gain = "exact",
+    group: Any = None,
 ) -> Tensor:
     """Normalise each channel over the batch and all positions, its spread measured by `metric`.
 
@@ -30,6 +31,7 @@ def batch_norm(
     input: (N, C, *), any rank from 2, any float dtype; weight, bias: (C,); running_mean, running_scale: (C,), fp32 or
     float64, updated in place in training as torch's: (1 - momentum) * running + momentum * batch. A channel whose
     batch statistics are not finite keeps its running ones. In eval: weight * (x - running_mean)/(running_scale + eps) + bias.
+    group: a torch.distributed process group, whose ranks' inputs are measured as one batch; None: this process's own.
     Raises NormRewriteError where training sees fewer than two values a channel, or fewer than the metric reads.
     """
     if has_torch_function((input, running_mean, running_scale, weight, bias)):  # one node under torch.fx
@@ -46,6 +48,7 @@ def batch_norm(
             eps=eps,
             metric=metric,
             gain=gain,
+            group=group,
         )
     if not training:
         if running_mean is None or running_scale is None:
@@ -53,11 +56,20 @@ def batch_norm(
                 "batch_norm in eval needs running_mean and running_scale; pass training=True without them."
             )
         return eager.affine(input, running_mean, running_scale + eps, weight, bias)
-    check_trainable(input)
-    y, mean, spread = eager.normalise(input, weight, bias, metric, gain, eps)
+    y, mean, spread = normalise(input, weight, bias, metric, gain, eps, group)
     if running_mean is not None and running_scale is not None:
         average_in(momentum, (running_mean, mean), (running_scale, spread))
     return y
+
+
+def normalise(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, metric: str, gain: Gain, eps: float, group: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, mean and C * S of the batch: this process's own, or that of all ranks of a group."""
+    if group is not None:
+        return distributed.normalise(input, weight, bias, metric, gain, eps, group)
+    check_trainable(input)
+    return eager.normalise(input, weight, bias, metric, gain, eps)
 
 
 def check_trainable(input: Tensor) -> None:
@@ -70,17 +82,23 @@ def check_trainable(input: Tensor) -> None:
         )
 
 
-def averaging_factor(norm: Any, input: Tensor) -> float | Tensor:
+def group_of(norm: Any) -> Any:
+    """The process group that a norm measures with, None for this process alone: it asks for one, and there are others."""
+    return distributed.several(norm.process_group) if norm.synchronised else None
+
+
+def averaging_factor(norm: Any, input: Tensor, group: Any = None) -> float | Tensor:
     """The weight of this batch in a norm's running statistics; counts the batch, as torch does.
 
-    A cumulative average counts only batches that enter it, or one NaN would leave it short for good.
+    A cumulative average counts only batches that enter it, or one NaN would leave it short for good; on all ranks alike.
     """
     if norm.num_batches_tracked is None:
         return norm.momentum or 0.0
     if norm.momentum is not None:
         norm.num_batches_tracked.add_(1)
         return norm.momentum  # type: ignore[no-any-return]
-    norm.num_batches_tracked.add_(torch.isfinite(input).all())
+    finite = torch.isfinite(input).all()
+    norm.num_batches_tracked.add_(finite if group is None else distributed.summed(~finite, group) == 0)
     return norm.num_batches_tracked.double().reciprocal()  # type: ignore[no-any-return]
 
 

@@ -1,15 +1,17 @@
 """Mean-only batch normalisation: what follows a weight norm, where a batch norm's scale lives in the weight."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
 from normrewrite.errors import NormRewriteError
+from normrewrite.lower import distributed
 from normrewrite.lower.eager import per_channel
 from normrewrite.lower.families import wide
-from normrewrite.nn.functional import average_in, averaging_factor
+from normrewrite.nn.functional import average_in, averaging_factor, group_of
 from normrewrite.nn.origin import Origin
 from normrewrite.nn.parts import keep_wide, statistics_dtype, through_tail
 from normrewrite.nn.tracing import as_one_node
@@ -24,9 +26,12 @@ class MeanOnlyBatchNorm(nn.Module):
 
     num_features: C. momentum: as torch.nn.BatchNorm2d's (None: cumulative average). Training subtracts the batch's mean
     and averages it into running_mean (fp32 at least, in half precision too); eval subtracts running_mean. y has x's dtype.
+    synchronised, process_group: the mean of all ranks' batches, as BatchNorm's.
     Raises NormRewriteError for other shapes, and where training sees fewer than two values a channel (y would be bias).
     """
 
+    synchronised = False
+    process_group: Any = None
     weight: None = None  # it has no scale: a weight norm in front has it
     running_mean: Tensor
     num_batches_tracked: Tensor
@@ -37,8 +42,13 @@ class MeanOnlyBatchNorm(nn.Module):
         momentum: float | None = 0.1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        synchronised: bool = False,
+        process_group: Any = None,
     ) -> None:
         super().__init__()
+        self.synchronised = synchronised
+        self.process_group = process_group
         self.num_features = num_features
         self.momentum = momentum
         self.site = ""  # the dotted name in a converted model, for errors
@@ -62,15 +72,16 @@ class MeanOnlyBatchNorm(nn.Module):
         return through_tail(self, centred.to(input.dtype))
 
     def _batch_mean(self, x: Tensor) -> Tensor:
-        mean = x.mean([0, *range(2, x.dim())])
-        average_in(averaging_factor(self, x), (self.running_mean, mean))
+        group = group_of(self)
+        mean = x.mean([0, *range(2, x.dim())]) if group is None else distributed.mean(x, group)
+        average_in(averaging_factor(self, x, group), (self.running_mean, mean))
         return mean
 
     def _check(self, input: Tensor) -> None:
         where = self.site or type(self).__name__
         if input.dim() < 2 or input.shape[1] != self.num_features:
             raise NormRewriteError(f"{where} expects (N, {self.num_features}, *), got shape {tuple(input.shape)}.")
-        if self.training and input.numel() // self.num_features < 2:
+        if self.training and input.numel() // self.num_features < 2 and group_of(self) is None:
             raise NormRewriteError(
                 f"{where} needs more than one value a channel when training, got shape {tuple(input.shape)}. "
                 "Raise the batch size or call .eval()."

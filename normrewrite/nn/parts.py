@@ -1,10 +1,13 @@
 """Modules taken apart and put together again, without running a constructor."""
 
+import copy
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def assemble(
@@ -35,6 +38,14 @@ def shallow(module: nn.Module) -> Any:
     new = assemble(type(module), attributes(module), module._parameters, module._buffers)
     new._modules.update(module._modules)
     return new
+
+
+def deepcopy(model: Model, memo: dict[int, Any] | None = None) -> Model:
+    """A deep copy; process groups, which can't be copied, stay the same ones."""
+    memo = {} if memo is None else memo
+    groups = [getattr(module, "process_group", None) for module in model.modules()]
+    memo.update({id(group): group for group in groups if group is not None})
+    return copy.deepcopy(model, memo)
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

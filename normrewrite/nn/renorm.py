@@ -7,7 +7,7 @@ from torch import Tensor
 
 from normrewrite.lower import eager
 from normrewrite.nn.batch import BatchNorm
-from normrewrite.nn.functional import average_in, averaging_factor, check_trainable
+from normrewrite.nn.functional import average_in, averaging_factor, group_of, normalise
 from normrewrite.norms import Gain
 
 # Steps of Ioffe 2017, section 4: all is batch norm until the first, r is free at the second, d at the third.
@@ -68,13 +68,11 @@ class BatchRenorm(BatchNorm):
     def _normalised(self, input: Tensor, training: bool) -> Tensor:
         if not training or self.running_mean is None or self.running_scale is None:
             return super()._normalised(input, training)
-        if self.synchronised:
-            self._refuse_several_ranks()
-        check_trainable(input)
-        y, mean, spread = eager.normalise(input, None, None, self.metric, self.gain, self.eps)
+        group = group_of(self)
+        y, mean, spread = normalise(input, None, None, self.metric, self.gain, self.eps, group)
         with torch.no_grad():
             r, d = _corrections(mean, spread, self.running_mean, self.running_scale, *self.limits(), self.eps)
-            factor = averaging_factor(self, input)
+            factor = averaging_factor(self, input, group)
             average_in(factor, (self.running_mean, mean), (self.running_scale, spread))
         r, d = (r, d) if self.weight is None else (self.weight * r, self.weight * d)
         d = d if self.bias is None else d + self.bias

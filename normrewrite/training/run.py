@@ -3,7 +3,6 @@
 >>> model, result = run(model, data, Recipe(epochs=6), each=print)
 """
 
-import copy
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,7 @@ from normrewrite import sites
 from normrewrite.data import Data, argument_names, as_data
 from normrewrite.errors import NormRewriteError
 from normrewrite.modes import same_flags
+from normrewrite.nn.parts import deepcopy
 from normrewrite.revert import untrained
 from normrewrite.training import feed, machine, randomness
 from normrewrite.training.checkpoints import Checkpoints
@@ -68,9 +68,7 @@ def _teacher(model: nn.Module, teacher: nn.Module | None, plan: Recipe) -> nn.Mo
         raise NormRewriteError(
             f"{type(model).__name__} holds no rewritten norm, so no original to learn from. Give --teacher, or --labels."
         )
-    found = (
-        copy.deepcopy(teacher) if teacher is not None else untrained(model, "Give it as --teacher, or use --labels.")
-    )
+    found = deepcopy(teacher) if teacher is not None else untrained(model, "Give it as --teacher, or use --labels.")
     return found.eval().requires_grad_(False)
 
 
