@@ -160,6 +160,8 @@ def test_resume_starts_afresh_and_knows_what_is_finished(run: Command, folder: P
     assert first.code == second.code == 0 and "there is nothing to resume" in second.out
     assert Path("tuned.pt").read_bytes() == weights
     assert run(f"{line} --json").json["steps"] == 6
+    longer = run(line.replace("--epochs 2", "--epochs 3"))
+    assert longer.code == 2 and "holds another run: epochs 2 then, 3 now" in longer.err
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ class Checkpoints:
         """Go on from the newest checkpoint, where that is asked for and there is one; else start a new folder."""
         newest = newest_of(self.folder)
         if newest is not None and resume:
-            self._check_same(run)
+            _check_same(self.folder, run)
             self._load(newest)
             return
         if newest is not None:
@@ -60,22 +60,23 @@ class Checkpoints:
         except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
             raise NormRewriteError(f"{final}: {first_line(error)}. The checkpoint before it is whole.") from error
 
-    def _check_same(self, run: Mapping[str, Any]) -> None:
-        before = read_json(self.folder / _RUN)
-        now = json.loads(json.dumps(run))
-        differ = [f"{name} {before.get(name)} then, {now[name]} now" for name in now if before.get(name) != now[name]]
-        if differ:
-            raise NormRewriteError(
-                f"{self.folder} holds another run: {'; '.join(differ)}. Resume with the same options, or start anew with --force."
-            )
-
     def _load(self, newest: Path) -> None:
         try:
             self.machine.load_state(str(newest))
         except Exception as error:  # a damaged or foreign folder: accelerate and torch raise what they come upon
             raise NormRewriteError(
-                f"{newest}: can't be resumed from ({first_line(error)}). Start anew with --force."
+                f"{newest}: can't be resumed from ({first_line(error)}). Start anew with --force in place of --resume."
             ) from error
+
+
+def _check_same(folder: Path, asked: Mapping[str, Any]) -> None:
+    before, now = read_json(folder / _RUN), json.loads(json.dumps(asked))
+    differ = [f"{name} {before.get(name)} then, {now[name]} now" for name in now if before.get(name) != now[name]]
+    if differ:
+        raise NormRewriteError(
+            f"{folder} holds another run: {'; '.join(differ)}. Resume with the same options, or start anew with --force "
+            "in place of --resume."
+        )
 
 
 def newest_of(folder: Path) -> Path | None:
@@ -103,9 +104,12 @@ def discard(folder: Path) -> None:
     _remove_others(folder, folder)
 
 
-def finished(folder: Path) -> dict[str, Any] | None:
-    """The result that a finished run left."""
-    return read_json(folder / _FINISHED) if (folder / _FINISHED).is_file() else None
+def finished(folder: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The result that a finished run left; raises where something else is asked for now."""
+    if not (folder / _FINISHED).is_file():
+        return None
+    _check_same(folder, asked)
+    return read_json(folder / _FINISHED)
 
 
 def make_folder(folder: Path) -> None:
@@ -123,5 +127,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise NormRewriteError(f"{path}: can't be read ({first_line(error)}). Start anew with --force.") from error
+        raise NormRewriteError(
+            f"{path}: can't be read ({first_line(error)}). Start anew with --force in place of --resume."
+        ) from error
     return found if isinstance(found, dict) else {}

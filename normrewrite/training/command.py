@@ -51,10 +51,10 @@ def finetune(
 
     teacher: a file of the original, of the same --arch. strict: refuse a folder of images for one that can't be read.
     """
-    recipe(options)  # a wrong option is told before a large file is read
+    asked = recipe(options).identity()  # a wrong option is told before a large file is read
     output = output or derived(source.path, "finetuned")
     folder = folder_of(output)
-    before = checkpoints.finished(folder) if resume and output.exists() else None
+    before = checkpoints.finished(folder, asked) if resume and output.exists() else None
     if before is not None:
         return Written(before, f"{output} is finished already: there is nothing to resume")
     files.check_writable(output, force or (resume and checkpoints.newest_of(folder) is not None))

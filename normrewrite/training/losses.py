@@ -183,6 +183,11 @@ def recorded(modules: list[nn.Module]) -> Iterator[list[Tensor]]:
 
 def feature_distance(features: list[Tensor], goals: list[Tensor]) -> Tensor:
     """Mean over sites of the mean square error in units of the teacher's variance, so that every depth counts alike."""
+    shapes = [[tuple(value.shape) for value in values] for values in (features, goals)]
+    if shapes[0] != shapes[1]:
+        raise NormRewriteError(
+            f"--features: outputs {shapes[0]}, the teacher's {shapes[1]}. Name modules that give the same."
+        )
     errors = [
         F.mse_loss(mine.float(), goal.float()) / goal.float().var().clamp_min(1e-12)
         for mine, goal in zip(features, goals, strict=True)

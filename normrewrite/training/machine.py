@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from normrewrite.errors import NormRewriteError, first_line
@@ -31,10 +32,12 @@ def accelerator(model: nn.Module, recipe: Recipe, log: Path | None = None) -> It
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
 
-    ours = not AcceleratorState._shared_state
+    ours, device = not AcceleratorState._shared_state, device_of(model)
     try:
+        if device.type != "cpu" and device.index is not None:
+            torch.accelerator.set_device_index(device.index)  # accelerate takes the current one, where it runs alone
         found = Accelerator(
-            cpu=device_of(model).type == "cpu",
+            cpu=device.type == "cpu",
             mixed_precision=_MIXED[recipe.precision],
             gradient_accumulation_steps=recipe.accumulate,
             log_with=None if log is None else "tensorboard",

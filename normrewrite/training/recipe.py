@@ -5,7 +5,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args, get_origin
 
 from normrewrite.errors import NormRewriteError, nearest
@@ -83,6 +83,10 @@ class Recipe:
     def total(self, steps_an_epoch: int) -> int:
         """The steps of the whole training."""
         return self.steps or (self.epochs or _EPOCHS) * steps_an_epoch
+
+    def identity(self) -> dict[str, Any]:
+        """What the result depends on."""
+        return {name: value for name, value in asdict(self).items() if name != "save_every"}
 
     @property
     def taught(self) -> bool:

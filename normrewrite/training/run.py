@@ -4,7 +4,6 @@
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +89,8 @@ def _examples(model: nn.Module, data: Examples, val: Examples | None, plan: Reci
 
 def _run(plan: Recipe, examples: Data, loop: Loop) -> dict[str, Any]:
     """What a run is known by: with another of these a resumed run would not be the same one."""
-    asked = {name: value for name, value in asdict(plan).items() if name != "save_every"}
     rows = None if examples.whole is None else len(examples.whole)
-    return asked | {"inputs": rows, "steps_in_all": loop.total, "processes": loop.machine.num_processes}
+    return plan.identity() | {"inputs": rows, "steps_in_all": loop.total, "processes": loop.machine.num_processes}
 
 
 def _result(loop: Loop, progress: Progress, examples: Data) -> Finetuned:

@@ -58,6 +58,12 @@ def test_features_count_in_units_of_the_teachers_variance() -> None:
     assert found == pytest.approx(plain + 2 * float(sum(errors)) / 2, rel=1e-5)
 
 
+def test_features_that_the_teacher_has_otherwise_are_refused() -> None:
+    model, teacher = _net(), nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    with pytest.raises(NormRewriteError, match=r"--features: outputs \[\(6, 5\)\], the teacher's \[\(6, 6\)\]"):
+        Objective(Recipe(features=("0",)), model, teacher)(model, Batch({"input": X}))
+
+
 def test_right_is_told_by_labels_or_by_the_teacher() -> None:
     model = _net()
     batch = Batch({"input": X}, model(X).argmax(1))
