@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 from torch import Tensor, nn
 
@@ -77,14 +78,20 @@ def _engines(path: Path, folder: Path) -> dict[str, Any]:
 
 
 def latency(network: Any, folder: Path, rounds: int) -> dict[str, Any]:
-    """The folded l1 twin against the folded original, in turns."""
+    """The folded l1 twin against the folded original, in turns, on one thread: two are at the mercy of the scheduler."""
     model = network.make()
     x, _ = network.inputs(1)
     paths = folder / "original.onnx", folder / "twin.onnx"
     for form, path in zip((model, nr.convert(model, to="l1")), paths, strict=True):
         nr.export(form, x, path, force=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # verify's sessions take as many
     timed = bench(*paths, x, runtime="onnxruntime", rounds=rounds)
-    return {"network": network.name, **timed.as_dict()}
+    torch.set_num_threads(threads)
+    original, twin = (
+        [(node.op_type, *node.input, *node.output) for node in onnx.load(path).graph.node] for path in paths
+    )
+    return {"network": network.name, **timed.as_dict(), "same_graph": original == twin}
 
 
 def op_forms(folder: Path) -> Iterator[dict[str, Any]]:
