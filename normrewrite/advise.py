@@ -224,10 +224,10 @@ def _drawn(data: Data) -> Data:
     return Data(Batch({name: values[order] for name, values in data.whole.inputs.items()}))
 
 
-def _example(model: nn.Module, data: Data) -> Sequence[Tensor] | None:
-    """Two rows of one input, which tell the rank of linear layers' outputs; by name, several may come in any order."""
-    inputs = next(iter(data.batches(2))).inputs
-    return [values[:2].to(device_of(model)) for values in inputs.values()] if len(inputs) == 1 else None
+def _example(model: nn.Module, data: Data) -> Sequence[Tensor]:
+    """Two rows of every input, which tell the rank of linear layers' outputs."""
+    batch = next(iter(data.batches(2)))
+    return [values[:2].to(device_of(model)) for values in batch.positional(argument_names(model))]
 
 
 def _why_not(site: Site) -> str | None:

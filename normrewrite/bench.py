@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from normrewrite.data import Batch
+from normrewrite.data import Batch, argument_names
 from normrewrite.export import export
 from normrewrite.report import table
 from normrewrite.verify import Network, named, runner
@@ -108,5 +108,5 @@ def _runnable(network: Network, batch: Batch, runtime: Runtime) -> Iterator[Netw
         return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        export(network, list(batch.inputs.values()), path)
+        export(network, batch.positional(argument_names(network)), path)
         yield path

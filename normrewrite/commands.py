@@ -171,7 +171,7 @@ def convert(
         files.check_writable(output, force)
     file = source.read()
     data = None if calibrate is None else _open(calibrate, file.model, mean, std)
-    inputs = _some_inputs(input_shape, data, source.device)
+    inputs = _some_inputs(input_shape, data, argument_names(file.model), source.device)
     plan = plan_model(
         file.model,
         to,
@@ -195,14 +195,14 @@ def convert(
     return Converted(report, str(output), form, network, calibration, "\n".join(filter(None, notes)))
 
 
-def _some_inputs(input_shape: str | None, data: Data | None, device: str) -> list[Tensor] | None:
+def _some_inputs(input_shape: str | None, data: Data | None, names: list[str], device: str) -> list[Tensor] | None:
     """Forward's arguments for one small batch, where there is something to take them from."""
     if input_shape is not None:
         return [example_input(input_shape).to(device)]
     if data is None:
         return None
     batch = next(iter(data.batches(2)), None)
-    return None if batch is None else [values.to(device) for values in batch.inputs.values()]
+    return None if batch is None else [values.to(device) for values in batch.positional(names)]
 
 
 def _made_ready(

@@ -38,6 +38,11 @@ class Batch:
     def __len__(self) -> int:
         return len(next(iter(self.inputs.values())))
 
+    def positional(self, names: Sequence[str]) -> list[Tensor]:
+        """The inputs in the order of forward's arguments `names`, whatever order they came in; as they came, by other names."""
+        known = [self.inputs[name] for name in names if name in self.inputs]
+        return known if len(known) == len(self.inputs) else list(self.inputs.values())
+
     @property
     def finite(self) -> bool:
         """Whether no input is NaN or infinite: one would spoil every statistic."""

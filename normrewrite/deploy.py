@@ -52,7 +52,7 @@ def export(
     )
     return export_model(
         model,
-        list(_first(inputs, 2).inputs.values()),
+        _first(inputs, 2).positional(names),
         output,
         opset=opset,
         dynamic_batch=dynamic_batch,

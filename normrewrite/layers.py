@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from normrewrite import onnx_file
-from normrewrite.data import Batch
+from normrewrite.data import Batch, argument_names
 from normrewrite.errors import NormRewriteError
 from normrewrite.export import fold
 from normrewrite.report import table
@@ -60,7 +60,7 @@ def _outputs(network: Network, batch: Batch) -> Outputs:
 
 
 def _of_module(model: nn.Module, batch: Batch) -> Outputs:
-    folded, _, _ = fold(model, [values.cpu() for values in batch.inputs.values()])
+    folded, _, _ = fold(model, [values.cpu() for values in batch.positional(argument_names(model))])
     seen: Outputs = {}
     for name, module in folded.named_modules():
         if name and not module._modules:

@@ -7,13 +7,15 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule, Interpreter, Node
 from torch.nn.utils.parametrize import is_parametrized
 
 from normrewrite import graph, sites
+from normrewrite.errors import NormRewriteError, first_line
 from normrewrite.modes import evaluating
 from normrewrite.sites import Site
 
@@ -97,12 +99,26 @@ def ranks_of(graph_module: GraphModule, example_inputs: Sequence[Tensor] | None)
     """The rank of each node's output, where example inputs tell it."""
     if example_inputs is None:
         return {}
-    from torch.fx.passes.shape_prop import ShapeProp
+    ranks = _Ranks(graph_module)
+    try:
+        with torch.no_grad(), evaluating(graph_module):
+            ranks.run(*example_inputs)
+    except Exception as error:  # the model's code runs here, and may raise anything
+        shapes = ", ".join(str(tuple(value.shape)) for value in example_inputs)
+        raise NormRewriteError(f"the model can't run on inputs of shapes {shapes}: {first_line(error)}") from error
+    return ranks.found
 
-    with torch.no_grad(), evaluating(graph_module):
-        ShapeProp(graph_module).propagate(*example_inputs)
-    return {
-        node: len(node.meta["tensor_meta"].shape)
-        for node in graph_module.graph.nodes
-        if hasattr(node.meta.get("tensor_meta"), "shape")
-    }
+
+class _Ranks(Interpreter):
+    """Runs a graph, and notes the rank of each tensor; torch's ShapeProp would print a traceback where the model raises."""
+
+    def __init__(self, graph_module: GraphModule) -> None:
+        super().__init__(graph_module)
+        self.extra_traceback = False
+        self.found: dict[Node, int] = {}
+
+    def run_node(self, n: Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            self.found[n] = result.dim()
+        return result

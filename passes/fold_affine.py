@@ -71,6 +71,8 @@ class FoldAffine(Rewrite):
             return kind
         if site.module.running_mean is None:
             return "has no running statistics, so nothing is fixed that could be folded"
+        if site.module.running_mean.is_meta:
+            return "its statistics are on the meta device, and have no values yet"
         return None
 
     def rewrite(self, site: Site) -> nn.Module:

@@ -83,6 +83,8 @@ class NormaliseWeights(Rewrite):
     def _unfit(self, layer: nn.Module) -> str | None:
         """One norm for a layer can't hold a weight without a norm, nor keep one bad channel to itself."""
         weight = cast(Tensor, layer.weight).detach()
+        if weight.is_meta:
+            return "its weight is on the meta device, and has no direction yet"
         if self.form.bounded and not weight.isfinite().all():
             return "its weight is not finite"
         return "its weight is all zero, and would stay so" if self.form.bounded and not weight.any() else None

@@ -351,6 +351,8 @@ BAD: dict[str, tuple[str, str]] = {
     "no target": (CONVERT, "--to"),
     "target": (f"{CONVERT} --to l3", "--to 'l3': there is no such target. Did you mean 'l[12]'.*Known: l1, linf"),
     "target, near": (f"{CONVERT} --to lnf", "Did you mean 'linf'"),
+    "weights, wrong shape": (f"{CONVERT} --to bwn --input-shape 1,3,9", r"can't run on inputs of shapes \(1, 3, 9\)"),
+    "folded, wrong shape": (f"{CONVERT} --to none --input-shape 1,3,9", "can't run on inputs of shapes"),
     "target, misspelled": (f"{CONVERT} --to gruop", "no such target. Did you mean 'group'"),
     "group, no count": (f"{CONVERT} --to group:x", "'x' is no count"),
     "form, misspelled": (f"{CONVERT} --to bwn:strickt", "'strickt' is no form. Did you mean 'strict'"),

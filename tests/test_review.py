@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import normrewrite as nr
 from normrewrite import sites
+from normrewrite.data import Batch, Data
 from normrewrite.export import fold
 from normrewrite.passes import FoldAffine, SwapMetric
 from normrewrite.revert import reverted
@@ -198,3 +199,37 @@ def test_what_an_origin_keeps_is_no_norm_of_the_model() -> None:
     for to in ("bwn", "layer", "frozen"):
         twin = nr.convert(model, to)
         assert [site.name for site in sites.find(twin)] == (["1"] if to == "frozen" else [])
+
+
+class _TwoInputs(nn.Module):
+    """A linear layer with a norm to itself on the first argument, and another width on the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(4, 6), randomise(nn.BatchNorm1d(6)), nn.Linear(3, 6)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.norm(self.first(a)) + self.second(b)  # type: ignore[no-any-return]
+
+
+def test_inputs_by_name_may_come_in_any_order(tmp_path: Path) -> None:
+    model = _TwoInputs().eval()
+    batch = Batch({"b": torch.randn(5, 3), "a": torch.randn(5, 4)})
+    assert [tuple(value.shape) for value in batch.positional(["a", "b"])] == [(5, 4), (5, 3)]
+    twin = nr.convert(model, "wn", example_inputs=batch.positional(["a", "b"]))
+    assert isinstance(twin.norm, nr.nn.StandIn)  # the rank of its layer's output is known
+    torch.testing.assert_close(twin(**batch.inputs), model(**batch.inputs))
+    assert nr.advise(model, Data(batch)).sites[0].folds_into == "first"
+
+
+@pytest.mark.parametrize("to", ["l1", "renorm", "frozen", "layer", "none", "bwn", "wn"])
+def test_networks_without_values_are_converted_or_refused(to: str) -> None:
+    """On the meta device a network is planned before it is filled."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    try:
+        twin = nr.convert(model, to)
+    except nr.NormRewriteError as error:
+        assert "meta" in str(error)
+    else:
+        assert all(tensor.is_meta for tensor in twin.parameters())
