@@ -7,17 +7,17 @@ Eval computes the same function, to rounding. Trained statistics start with the 
 ones with the published schedule, which begins as plain batch norm.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from normrewrite.kinds import Kind, native
+from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.renorm import SCHEDULE, BatchRenorm
-from normrewrite.passes.base import Rewrite
-from normrewrite.passes.swap_metric import from_native
-from normrewrite.sites import Site
+from normrewrite.passes.change_class import ChangeClass
 
 
-class Renormalise(Rewrite):
+class Renormalise(ChangeClass):
     """A torch.fx pass, also usable on any nn.Module by `apply`.
 
     >>> Renormalise()(torch.fx.symbolic_trace(model)).modified
@@ -25,22 +25,17 @@ class Renormalise(Rewrite):
     """
 
     target = "renorm"
+    cls = BatchRenorm
 
-    def why_not(self, site: Site) -> str | None:
-        kind = native(site.module, tracked=True, frozen=False)
-        return kind if isinstance(kind, str) else None
-
-    def rewrite(self, site: Site) -> nn.Module:
-        kind = native(site.module)
-        assert isinstance(kind, Kind)
-        new = from_native(site.module, Kind(BatchRenorm, kind.eps, kind.tail), "l2", "exact")
+    def finish(self, old: Any, new: BatchNorm) -> None:
         assert isinstance(new, BatchRenorm)
-        new.site, new.r_max, new.d_max, new.schedule = site.name, 3.0, 5.0, SCHEDULE
-        new._buffers["trained"] = torch.tensor(not is_fresh(site.module))
-        return new
+        new.r_max, new.d_max, new.schedule = 3.0, 5.0, SCHEDULE
+        new._buffers["trained"] = torch.tensor(not is_fresh(old))
 
 
 def is_fresh(norm: nn.Module) -> bool:
     """Whether a norm's running statistics are those that it was made with."""
     mean, var = getattr(norm, "running_mean", None), getattr(norm, "running_var", None)
-    return isinstance(mean, Tensor) and isinstance(var, Tensor) and not mean.any() and bool((var == 1).all())
+    if not isinstance(mean, Tensor) or not isinstance(var, Tensor):
+        return False
+    return mean.is_meta or (not mean.any() and bool((var == 1).all()))  # without values yet: as fresh as can be

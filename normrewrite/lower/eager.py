@@ -13,7 +13,7 @@ the constant C(n) is looked up when they run, so that a dynamic batch needs no f
 refused by torch rather than answered wrongly.
 """
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from normrewrite.lower.families import (
     Sparse,
     dense_slope,
     extremes,
+    gradients,
+    keep,
     laid_out_as,
     nothing,
     power_mean,
@@ -120,28 +122,7 @@ def _(
     return torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, *ctx.settings = inputs
-    _, mean, spread, indices, signs = output
-    ctx.save_for_backward(x, weight, mean, spread, indices, signs)
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.mark_non_differentiable(mean, spread, indices, signs)
-
-
-def _gradients(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, *kept = ctx.saved_tensors
-    dx, dweight, dbias = _backward(g, x, weight, *kept, *ctx.settings)
-    return (
-        dx,
-        None if weight is None else dweight.to(weight.dtype),
-        None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype),
-        None,
-        None,
-        None,
-    )
-
-
-_forward.register_autograd(_gradients, setup_context=_keep)
+_forward.register_autograd(gradients(lambda *kept: _backward(*kept)), setup_context=keep)
 
 
 def sums(g: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ It is lower/eager.py's with the weight inside, as that varies in a row; it keeps
 families that read few elements, their k indices a row. Twice-differentiation is refused by torch.
 """
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from normrewrite.lower.families import (
     Sparse,
     dense_slope,
     extremes,
+    gradients,
+    keep,
     laid_out_as,
     nothing,
     power_mean,
@@ -146,26 +148,7 @@ def _(
     return torch.empty_like(x), channels, torch.empty_like(channels)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, *ctx.settings = inputs
-    _, mean, spread, indices, signs = output
-    ctx.save_for_backward(x, weight, mean, spread, indices, signs)
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.mark_non_differentiable(mean, spread, indices, signs)
-
-
-def _gradients(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, *kept = ctx.saved_tensors
-    dx, dweight, dbias = _backward(g, x, weight, *kept, *ctx.settings)
-    return (
-        dx,
-        None if weight is None else dweight.to(weight.dtype),
-        None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype),
-        *(None,) * len(ctx.settings),
-    )
-
-
-_forward.register_autograd(_gradients, setup_context=_keep)
+_forward.register_autograd(gradients(lambda *kept: _backward(*kept)), setup_context=keep)
 
 
 def normalise(

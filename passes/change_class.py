@@ -1,0 +1,38 @@
+"""ChangeClass: what Freeze and Renormalise share. A batch norm of torch's becomes one of our classes, measured as it was.
+
+before:  y = weight * (x - running_mean) / sqrt(running_var + eps) + bias          torch's batch norms and kinds.py's finds
+after:   the same in eval; training is the class's own
+"""
+
+from abc import abstractmethod
+from typing import Any
+
+from torch import nn
+
+from normrewrite.kinds import Kind, native
+from normrewrite.nn.batch import BatchNorm
+from normrewrite.passes.base import Rewrite
+from normrewrite.passes.swap_metric import from_native
+from normrewrite.sites import Site
+
+
+class ChangeClass(Rewrite):
+    """The base of both; `cls` is the class, and needs running statistics that training may move."""
+
+    cls: type[BatchNorm]
+
+    def why_not(self, site: Site) -> str | None:
+        kind = native(site.module, tracked=True, frozen=False)
+        return kind if isinstance(kind, str) else None
+
+    def rewrite(self, site: Site) -> nn.Module:
+        kind = native(site.module)
+        assert isinstance(kind, Kind)
+        new = from_native(site.module, Kind(self.cls, kind.eps, kind.tail), "l2", "exact")
+        new.site = site.name
+        self.finish(site.module, new)
+        return new
+
+    @abstractmethod
+    def finish(self, old: Any, new: BatchNorm) -> None:
+        """What the class has beside a batch norm's attributes."""
