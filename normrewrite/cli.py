@@ -268,6 +268,13 @@ def revert(source: Any, as_json: bool, quiet: bool, **options: Any) -> None:
 @click.option("--optimizer", type=click.Choice(["adamw", "sgd"]), default="adamw", show_default=True)
 @click.option("--momentum", type=float, default=0.9, show_default=True, help="Of sgd, by Nesterov.")
 @click.option("--weight-decay", type=float, default=0.0, show_default=True)
+@click.option(
+    "--weight-decay-as",
+    type=click.Choice(["decay", "lr"]),
+    default="decay",
+    show_default=True,
+    help="lr: of sgd without Nesterov, as a growing learning rate of the weights in front of norms.",
+)
 @click.option("--schedule", type=click.Choice(["cosine", "linear", "constant"]), default="cosine", show_default=True)
 @click.option("--warmup", type=int, default=0, metavar="STEPS", help="Steps in which the learning rate rises.")
 @click.option("--ema", type=float, metavar="DECAY", help="Average the weights, as in 0.999; the average is written.")

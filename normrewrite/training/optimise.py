@@ -3,42 +3,65 @@
 >>> optimizer = make_optimizer(recipe, model); scheduler = make_schedule(recipe, optimizer, total=600)
 """
 
+import math
+from typing import Any
+
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from normrewrite.errors import NormRewriteError
+from normrewrite.invariance import param_groups, scale_invariant
 from normrewrite.training.recipe import Recipe
+from normrewrite.weight_decay import ExponentialSchedule
 
 
 def make_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
     """Over the parameters that aren't frozen."""
-    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not learned:
+    groups = _undecayed(recipe, model) if recipe.weight_decay_as == "lr" else [{"params": list(model.parameters())}]
+    for group in groups:
+        group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
+    groups = [group for group in groups if group["params"]]
+    if not groups:
         raise NormRewriteError(
             f"{type(model).__name__}: no parameter requires a gradient, so there is nothing to train."
         )
     if recipe.optimizer == "adamw":
-        return AdamW(learned, recipe.lr, weight_decay=recipe.weight_decay)
-    nesterov = recipe.momentum > 0
-    return SGD(learned, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, nesterov=nesterov)
+        return AdamW(groups, recipe.lr, weight_decay=recipe.weight_decay)
+    nesterov = recipe.momentum > 0 and recipe.weight_decay_as == "decay"  # the schedule is a theorem on plain momentum
+    return SGD(groups, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, nesterov=nesterov)
+
+
+def _undecayed(recipe: Recipe, model: nn.Module) -> list[dict[str, Any]]:
+    found = scale_invariant(model)
+    if not found.weights:
+        why = found.untraceable or "none of its layers feeds norms alone"
+        raise NormRewriteError(
+            f"--weight-decay-as lr: {type(model).__name__} has no scale-invariant weight ({why}). Use --weight-decay-as decay."
+        )
+    return param_groups(model, weight_decay=0.0, rest=recipe.weight_decay)
 
 
 def make_schedule(recipe: Recipe, optimizer: Optimizer, total: int) -> LRScheduler:
     """By step: up over `warmup` steps, then as the schedule says, to zero at `total` or level."""
     if recipe.warmup >= total:
         raise NormRewriteError(f"--warmup {recipe.warmup}: the whole training is {total} steps. Give fewer.")
-    if not recipe.warmup:
-        return _after(recipe, optimizer, total)
-    up = LinearLR(optimizer, 1 / (recipe.warmup + 1), 1.0, recipe.warmup)
-    return SequentialLR(optimizer, [up, _after(recipe, optimizer, total - recipe.warmup)], [recipe.warmup])
+
+    def factor(step: int) -> float:
+        return _factor(recipe, step, total)
+
+    if recipe.weight_decay_as == "lr":
+        return ExponentialSchedule(optimizer, recipe.weight_decay, factor)
+    return LambdaLR(optimizer, factor)
 
 
-def _after(recipe: Recipe, optimizer: Optimizer, steps: int) -> LRScheduler:
-    if recipe.schedule == "cosine":
-        return CosineAnnealingLR(optimizer, steps)
-    return LinearLR(optimizer, 1.0, 0.0 if recipe.schedule == "linear" else 1.0, steps)
+def _factor(recipe: Recipe, step: int, total: int) -> float:
+    """What the learning rate is multiplied by at a step."""
+    if step < recipe.warmup:
+        return (step + 1) / (recipe.warmup + 1)
+    done = min((step - recipe.warmup) / (total - recipe.warmup), 1.0)
+    return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[recipe.schedule]
 
 
 def averaged(decay: float | None, model: nn.Module) -> AveragedModel | None:

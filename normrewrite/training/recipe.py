@@ -13,6 +13,7 @@ from normrewrite.errors import NormRewriteError, nearest
 Precision = Literal["fp32", "bf16", "fp16"]
 Schedule = Literal["cosine", "linear", "constant"]
 Optimizer = Literal["adamw", "sgd"]
+WeightDecayAs = Literal["decay", "lr"]
 _EPOCHS = 6
 _ABOVE_ZERO = ("epochs", "steps", "lr", "batch_size", "accumulate", "clip", "patience", "save_every", "feature_weight")
 _AT_LEAST_ZERO = ("warmup", "weight_decay", "momentum", "crop", "seed")
@@ -26,6 +27,8 @@ class Recipe:
     labels: learn from the data's labels by cross-entropy, else from the teacher. distill: the teacher's share beside labels.
     loss: how far from the teacher: mse, kl, cross-entropy; or `module:function` (outputs, teacher's outputs, labels) -> the
     whole loss. features: names or globs of modules whose outputs are to be the teacher's too.
+    weight_decay_as: `lr` leaves scale-invariant weights undecayed, and has their learning rate grow by as much as the decay
+    would have made them shrink (normrewrite.weight_decay): the same training, for plain momentum.
     epochs, or steps; warmup: steps in which lr rises; ema: decay of the averaged weights, which are then the result; clip:
     largest gradient norm; crop: pixels of zero padding to shift in. val_split: share held out; patience: epochs without
     progress there before it stops. save_every: steps between checkpoints, an epoch by default.
@@ -45,6 +48,7 @@ class Recipe:
     optimizer: Optimizer = "adamw"
     momentum: float = 0.9
     weight_decay: float = 0.0
+    weight_decay_as: WeightDecayAs = "decay"
     schedule: Schedule = "cosine"
     warmup: int = 0
     ema: float | None = None
@@ -79,6 +83,11 @@ class Recipe:
             raise NormRewriteError(f"--epochs {self.epochs} and --steps {self.steps}: give one of the two.")
         if self.distill and not self.labels:
             raise NormRewriteError("--distill is the teacher's share beside labels: add --labels, or leave it out.")
+        if self.weight_decay_as == "lr" and (self.optimizer != "sgd" or not self.weight_decay):
+            raise NormRewriteError(
+                f"--weight-decay-as lr stands for the weight decay of sgd; got --optimizer {self.optimizer} --weight-decay "
+                f"{self.weight_decay:g}. Give --optimizer sgd and the weight decay that it is to stand for."
+            )
 
     def total(self, steps_an_epoch: int) -> int:
         """The steps of the whole training."""

@@ -1,9 +1,13 @@
 """Schedules by step, and what is optimised."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
+import normrewrite as nr
 from normrewrite import NormRewriteError
 from normrewrite.training.optimise import averaged, make_optimizer, make_schedule
 from normrewrite.training.recipe import Recipe
@@ -51,3 +55,39 @@ def test_the_average_follows_parameters_and_statistics() -> None:
     ema.update_parameters(model)
     torch.testing.assert_close(ema.module.weight, torch.full((2,), 1.1))
     torch.testing.assert_close(ema.module.running_mean, torch.full((2,), 0.1))
+
+
+def _trained(recipe: Recipe) -> tuple[list[float], nn.Module]:
+    """The losses of ten steps in float64, of a network whose norm has next to no eps."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nr.nn.BatchNorm1d(6, eps=1e-14), nn.ReLU(), nn.Linear(6, 3)).double()
+    optimizer = make_optimizer(recipe, model)
+    schedule, x = make_schedule(recipe, optimizer, 10), torch.randn(10, 8, 4, dtype=torch.float64)
+    losses = []
+    for step in range(10):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x[step]), torch.arange(8) % 3)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    return losses, model
+
+
+def test_weight_decay_as_a_learning_rate_is_the_same_training() -> None:
+    plain = Recipe(optimizer="sgd", lr=0.2, momentum=0.0, weight_decay=0.1, schedule="linear", warmup=2)
+    decayed, before = _trained(plain)
+    grown, after = _trained(replace(plain, weight_decay_as="lr"))
+    none, _ = _trained(replace(plain, weight_decay=0.0))
+    assert grown == pytest.approx(decayed, abs=1e-9)
+    assert none != pytest.approx(decayed, abs=1e-3)
+    norms = [model[0].weight.norm().item() for model in (before, after)]  # type: ignore[index]
+    assert norms[1] > 1.05 * norms[0]  # the same directions, undecayed
+
+
+def test_weight_decay_as_a_learning_rate_needs_weights_that_norms_follow() -> None:
+    recipe = Recipe(optimizer="sgd", weight_decay=0.1, weight_decay_as="lr")
+    with pytest.raises(NormRewriteError, match="--weight-decay-as lr: Linear has no scale-invariant"):
+        make_optimizer(recipe, nn.Linear(2, 2))
+    momentum = make_optimizer(recipe, nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))).param_groups
+    assert [(group["weight_decay"], group["nesterov"]) for group in momentum] == [(0.0, False), (0.1, False)]

@@ -15,6 +15,8 @@ BAD = {
     "distill": ({"labels": True, "distill": 1.5}, "--distill 1.5: a number from 0 to 1"),
     "distill alone": ({"distill": 0.5}, "add --labels"),
     "both": ({"epochs": 1, "steps": 1}, "give one of the two"),
+    "weight decay as": ({"weight_decay_as": "lr", "weight_decay": 0.1}, "got --optimizer adamw --weight-decay 0.1"),
+    "no weight decay": ({"weight_decay_as": "lr", "optimizer": "sgd"}, "--weight-decay 0. Give --optimizer sgd"),
     "unknown": ({"learning_rate": 1}, "there is no option 'learning_rate'"),
     "near": ({"epoch": 1}, "Did you mean 'epochs'"),
 }
