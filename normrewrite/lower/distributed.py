@@ -27,7 +27,7 @@ from torch.nn.functional import pad
 
 from normrewrite.lower import eager
 from normrewrite.lower.eager import per_channel
-from normrewrite.lower.families import Sparse, laid_out_as, largest, nothing, power_sum, wide
+from normrewrite.lower.families import Sparse, laid_out_as, largest, wide
 from normrewrite.norms import Gain, Metric
 from normrewrite.norms import metric as row_of
 
@@ -82,9 +82,9 @@ class _Normalise(Function):
         dweight, dbias = eager.sums(g, x, mean, spread + eps) if x.numel() else torch.zeros_like(mean).expand(2, -1)
         dx = None
         if ctx.needs_input_grad[0]:
-            slope = eager.slope_of(x, mean, spread, signs, row, constant, n)
-            total = summed(torch.stack([dweight, dbias, eager.slope_sum(slope, row)]), group).to(mean.dtype)
-            dx = eager.input_gradient(g, x, weight, spread, slope, indices, total, row, n, eps)
+            slopes = eager.slope_sum(signs, row, constant, n)
+            total = summed(torch.stack([dweight, dbias, slopes]), group)
+            dx = eager.input_gradient(g, x, weight, mean, spread, (indices, signs), total, row, constant, n, eps)
         parameters = [None if of is None else d.to(of.dtype) for d, of in ((dweight, weight), (dbias, bias))]
         return dx, *parameters, None, None, None, None
 
@@ -129,7 +129,7 @@ def gathered(values: Tensor, group: Any) -> Tensor:
 def mean_of(x: Tensor, group: Any) -> tuple[int, Tensor]:
     """(n, mean (C,)) of the joined batch. x: (N, C, *), fp32 or float64."""
     count = x.new_tensor([x.numel() // x.shape[1]], dtype=torch.float64)
-    n, *_ = total = summed(torch.cat([count, x.sum(_over(x)).double()]), group)
+    n, *_ = total = summed(torch.cat([count, x.sum(eager.over(x)).double()]), group)
     return int(n), (total[1:] / n).to(x.dtype)
 
 
@@ -140,9 +140,9 @@ Measured = tuple[int, Tensor, Tensor, Sparse]  # n, mean (C,), S (C,), where thi
 
 def _mean(x: Tensor, row: Metric, group: Any) -> Measured:
     n, mean = mean_of(x, group)
-    d = x - per_channel(mean, x.dim())
-    total = summed(power_sum(d.abs_(), _over(x), row.power), group)
-    return n, mean, (total / n).pow(1 / row.power).to(x.dtype), nothing(mean)
+    magnitudes, inward = eager.power_sums(x, mean, row.power)
+    total = summed(magnitudes, group).to(x.dtype)
+    return n, mean, *eager.power_mean(torch.stack([total, inward]), n, row.power)  # inward of this rank
 
 
 def _top(x: Tensor, row: Metric, group: Any) -> Measured:
@@ -167,10 +167,6 @@ def _span(x: Tensor, row: Metric, group: Any) -> Measured:
 
 
 _MEASURE = {"mean": _mean, "top": _top, "span": _span}
-
-
-def _over(x: Tensor) -> list[int]:
-    return [0, *range(2, x.dim())]
 
 
 def _by_channel(x: Tensor) -> Tensor:

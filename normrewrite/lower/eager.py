@@ -7,10 +7,13 @@ w = dscale/dd and one sum of each kind over a channel (two reductions, as batch 
 
     dbias = sum g      dweight = sum g*d/scale      dx = weight/scale * (g - mean g - dweight * (w - mean w))
 
-It keeps x, two numbers a channel and, for the families that read few elements, their k indices a channel. The sign that
-`mean` needs is read again from x. Forward and backward are two custom operators, whole to torch.compile and torch.export:
-the constant C(n) is looked up when they run, so that a dynamic batch needs no formula for it. Twice-differentiation is
-refused by torch rather than answered wrongly.
+It keeps x, three numbers a channel and, for the families that read few elements, their k indices a channel. The sign that
+`mean` needs is read again from x. Memory is read once a pass: what takes several small kernels is done piece by piece
+(pieces.py), and the few elements that sparse families want are looked for in the cells that can hold them.
+
+Forward and backward are two custom operators, whole to torch.compile and torch.export: the constant C(n) is looked up when
+they run, so that a dynamic batch needs no formula for it. Twice-differentiation is refused by torch rather than answered
+wrongly.
 """
 
 from typing import cast
@@ -25,13 +28,14 @@ from normrewrite.lower.families import (
     gradients,
     keep,
     laid_out_as,
-    nothing,
-    power_mean,
+    largest,
     sparse_slope,
     taken,
     wide,
+    wide_dtype,
     within_half,
 )
+from normrewrite.lower.pieces import Cells, cut, pieces
 from normrewrite.norms import Gain, Metric
 from normrewrite.norms import metric as row_of
 
@@ -39,6 +43,11 @@ from normrewrite.norms import metric as row_of
 def per_channel(values: Tensor, rank: int) -> Tensor:
     """(C,) -> (1, C, 1, ...), to meet an x of that rank."""
     return values.view(1, -1, *(1,) * (rank - 2))
+
+
+def over(x: Tensor) -> list[int]:
+    """The dimensions of (N, C, *) that share a channel's statistics."""
+    return [0, *range(2, x.dim())]
 
 
 def affine(x: Tensor, mean: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -51,26 +60,81 @@ def affine(x: Tensor, mean: Tensor, scale: Tensor, weight: Tensor | None, bias: 
     return torch.batch_norm(x, factor, offset, mean, torch.ones_like(mean), False, 0.0, 0.0, False)
 
 
-def measure(x: Tensor, mean: Tensor, row: Metric) -> tuple[Tensor, Sparse | None]:
-    """S of each channel (C,), and where a sparse family read it. x: (N, C, *), mean: (C,), both fp32 or float64."""
+# --- statistics -------------------------------------------------------------------------------------------------------
+
+
+def statistics(x: Tensor, row: Metric) -> tuple[Tensor, Tensor, Sparse]:
+    """mean and S of each channel (C,), and what a backward can't read from x, (N, C, *); for few extremes in one read."""
+    if row.family != "mean":
+        cells, k = cut(x), row.k(x.numel() // x.shape[1])
+        if cells is not None and 4 * k <= cells.high.shape[1]:
+            return cells.mean, *extremes_in(cells, row, k)
+    mean = x.mean(over(x), dtype=wide_dtype(x))
+    return mean, *measure(x, mean, row)
+
+
+def measure(x: Tensor, mean: Tensor, row: Metric) -> tuple[Tensor, Sparse]:
+    """S of each channel (C,), and what a backward can't read from x. x: (N, C, *); mean: (C,), fp32 or float64."""
     if row.family == "mean":
-        d = x - per_channel(mean, x.dim())
-        return power_mean(d.abs_(), [0, *range(2, x.dim())], row.power), None
-    rows = x.transpose(0, 1).flatten(1)  # (C, n)
+        return power_mean(power_sums(x, mean, row.power), x.numel() // x.shape[1], row.power)
+    rows = wide(x).transpose(0, 1).flatten(1)  # (C, n)
     return extremes(rows if row.family == "span" else rows - mean[:, None], row)
+
+
+def power_sums(x: Tensor, mean: Tensor, power: int) -> Tensor:
+    """sum |d|^power and sum sign(d) |d|^(power-1) of each channel, (2, C). x: (N, C, *)."""
+    total = mean.new_zeros(2, len(mean))
+    for (piece,) in pieces(x):
+        d = piece - per_channel(mean, x.dim())
+        inward = d.sign() if power == 1 else d.abs().pow_(power - 1).mul_(d.sign())
+        magnitude = d.abs_() if power == 1 else d.abs_().pow_(power)
+        total += torch.stack([magnitude.sum(over(x)), inward.sum(over(x))])
+    return total
+
+
+def power_mean(sums: Tensor, n: int, power: int) -> tuple[Tensor, Sparse]:
+    """S of n elements by `power_sums`, and n * sum dS/dd in the place of a sparse family's signs, (C, 1)."""
+    spread = (sums[0] / n).pow(1 / power)
+    inward = sums[1] / spread.clamp_min(torch.finfo(spread.dtype).tiny).pow(power - 1)
+    return spread, (sums.new_empty(0, dtype=torch.int64), inward[:, None])
+
+
+def extremes_in(cells: Cells, row: Metric, k: int) -> tuple[Tensor, Sparse]:
+    """`extremes` of each channel, looked for in the cells that hold them."""
+    if row.family == "span":
+        high, low = (_furthest(cells, side, sign) for side, sign in ((cells.high, 1), (-cells.low, -1)))
+        spread, places = high[0] - low[0], torch.stack([high[1], low[1]], 1)
+        return spread, (places, spread.new_tensor([1.0, -1.0]).repeat(len(places), 1))
+    mean = cells.mean[:, None]
+    _, chosen = largest(torch.maximum(cells.high - mean, mean - cells.low), k)
+    d = cells.read(chosen) - mean
+    _, within = largest(d.abs(), k)
+    found = d.gather(1, within)
+    return found.abs().mean(1), (cells.places(chosen, within), found.sign())
+
+
+def _furthest(cells: Cells, reach: Tensor, sign: int) -> tuple[Tensor, Tensor]:
+    """The element of each channel that lies furthest to one side, and its place, (C,) each."""
+    chosen = reach.max(1, keepdim=True).indices
+    values = cells.read(chosen)
+    within = (sign * values).max(1, keepdim=True).indices
+    return values.gather(1, within)[:, 0], cells.places(chosen, within)[:, 0]
+
+
+# --- forward ----------------------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("normrewrite::batch_norm", mutates_args=())
 def _forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, metric: str, gain: str, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y, mean, C * S, and where a sparse family read S (empty for dense ones)."""
-    row, values = row_of(metric), wide(x)
-    mean = values.mean([0, *range(2, x.dim())])
-    raw, sparse = measure(values, mean, row)
-    spread = raw * row.gain(x.numel() // x.shape[1], cast(Gain, gain))
+    """y, mean, C * S, and what a backward can't read from x: where sparse families read S, and which way."""
+    row = row_of(metric)
+    constant = row.gain(x.numel() // x.shape[1], cast(Gain, gain))  # first, as it refuses rows that are too short
+    mean, raw, kept = statistics(x, row)
+    spread = raw * constant
     y = affine(x, mean, spread + eps, weight, bias)
-    return laid_out_as(y, x), mean, spread, *(sparse or nothing(mean))
+    return laid_out_as(y, x), mean, spread, *kept
 
 
 @_forward.register_fake
@@ -78,11 +142,19 @@ def _(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, metric: str, gain: str, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     row, channels = row_of(metric), x.shape[1]
-    dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
-    mean = x.new_empty(channels, dtype=dtype)
+    mean = x.new_empty(channels, dtype=wide_dtype(x))
     shape = taken(row, channels, x.numel() // channels)
-    indices = x.new_empty(shape, dtype=torch.int64)
-    return torch.empty_like(x), mean, torch.empty_like(mean), indices, x.new_empty(shape, dtype=dtype)
+    signs = (channels, 1) if row.family == "mean" else shape
+    return (
+        torch.empty_like(x),
+        mean,
+        torch.empty_like(mean),
+        x.new_empty(shape, dtype=torch.int64),
+        mean.new_empty(signs),
+    )
+
+
+# --- backward ---------------------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("normrewrite::batch_norm_backward", mutates_args=())
@@ -100,10 +172,10 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx as x, dweight and dbias in the dtype of the statistics."""
     row, n = row_of(metric), x.numel() // x.shape[1]
+    constant = row.gain(n, cast(Gain, gain))
     dweight, dbias = sums(g, x, mean, spread + eps)
-    slope = slope_of(x, mean, spread, signs, row, row.gain(n, cast(Gain, gain)), n)
-    total = torch.stack([dweight, dbias, slope_sum(slope, row)])
-    return input_gradient(g, x, weight, spread, slope, indices, total, row, n, eps), dweight, dbias
+    total, kept = torch.stack([dweight, dbias, slope_sum(signs, row, constant, n)]), (indices, signs)
+    return input_gradient(g, x, weight, mean, spread, kept, total, row, constant, n, eps), dweight, dbias
 
 
 @_backward.register_fake
@@ -134,42 +206,43 @@ def sums(g: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Ten
     return dweight, dbias
 
 
-def slope_of(x: Tensor, mean: Tensor, spread: Tensor, signs: Tensor, row: Metric, constant: float, n: int) -> Tensor:
-    """w = dscale/dd: as x for dense families; (C, k) for sparse ones, on the elements that they read."""
-    if row.family != "mean":
-        return constant * sparse_slope(signs, row)
-    d = wide(x) - per_channel(mean, x.dim())
-    return dense_slope(d, per_channel(spread / constant, x.dim()), row).mul_(constant / n)
-
-
-def slope_sum(slope: Tensor, row: Metric) -> Tensor:
+def slope_sum(signs: Tensor, row: Metric, constant: float, n: int) -> Tensor:
     """sum w of each channel, (C,)."""
-    return slope.sum([0, *range(2, slope.dim())] if row.family == "mean" else 1)
+    return constant * (signs[:, 0] / n if row.family == "mean" else sparse_slope(signs, row).sum(1))
 
 
 def input_gradient(
     g: Tensor,
     x: Tensor,
     weight: Tensor | None,
+    mean: Tensor,
     spread: Tensor,
-    slope: Tensor,
-    indices: Tensor,
+    kept: Sparse,
     total: Tensor,
     row: Metric,
+    constant: float,
     n: int,
     eps: float,
 ) -> Tensor:
     """dx, as x. total: (3, C), dweight, dbias and sum w of all n elements that share statistics, here or elsewhere."""
-    dweight, dbias, inward = total
-    dx = wide(g) - per_channel((dbias - dweight * inward) / n, x.dim())
-    if row.family == "mean":
-        dx.addcmul_(slope, per_channel(-dweight, x.dim()))
-    elif x.numel():
-        _add_at(dx, indices, -dweight[:, None] * slope)
-    scale = spread + eps
-    factor = scale.reciprocal() if weight is None else weight.to(scale.dtype) / scale
-    dx *= per_channel(factor, x.dim())
-    return laid_out_as(within_half(dx, per_channel(spread, x.dim()), eps, x.dtype), x)
+    dweight, dbias, slopes = total.to(mean.dtype)
+    indices, signs = kept
+    scale, middle = spread + eps, (dbias - dweight * slopes) / n
+    inward = -dweight / scale if weight is None else -dweight * weight.to(scale.dtype) / scale
+    # in half precision one sum of two roundings would not do, nor the sum of two infinities on a dead channel
+    dx = torch.empty_like(x, dtype=x.dtype if row.family == "mean" else wide_dtype(x))
+    for g_piece, x_piece, to in pieces(g, x, dx):
+        values = affine(wide(g_piece), middle, scale, weight, None)
+        if row.family == "mean":
+            d = x_piece - per_channel(mean, x.dim())
+            slope = dense_slope(d, per_channel(spread / constant, x.dim()), row)
+            values.addcmul_(slope, per_channel(inward * (constant / n), x.dim()))
+            values = within_half(values, per_channel(spread, x.dim()), eps, x.dtype)
+        to.copy_(values)
+    if row.family != "mean" and x.numel():
+        _add_at(dx, indices, inward[:, None] * constant * sparse_slope(signs, row))
+        dx = within_half(dx, per_channel(spread, x.dim()), eps, x.dtype)
+    return laid_out_as(dx, x)
 
 
 def _add_at(dx: Tensor, indices: Tensor, values: Tensor) -> None:

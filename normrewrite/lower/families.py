@@ -20,12 +20,11 @@ Sparse = tuple[Tensor, Tensor]
 
 def wide(x: Tensor) -> Tensor:
     """x in the dtype that statistics are kept in: fp32, or float64 where x is that already."""
-    return x if x.dtype is torch.float64 else x.float()
+    return x.to(wide_dtype(x))
 
 
-def power_sum(magnitude: Tensor, dims: list[int], power: int) -> Tensor:
-    """sum |d|^power over dims. Overwrites magnitude, |d|, where it can."""
-    return (magnitude if power == 1 else magnitude.pow_(power)).sum(dims)
+def wide_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
 def power_mean(magnitude: Tensor, dims: list[int], power: int) -> Tensor:

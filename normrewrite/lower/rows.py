@@ -31,6 +31,7 @@ from normrewrite.lower.families import (
     sparse_slope,
     taken,
     wide,
+    wide_dtype,
     within_half,
 )
 from normrewrite.norms import Gain, Metric
@@ -90,11 +91,10 @@ def _forward(
 def _(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, metric: str, gain: str, eps: float, centred: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
-    mean = x.new_empty(x.shape[:2], dtype=dtype)
+    mean = x.new_empty(x.shape[:2], dtype=wide_dtype(x))
     shape = taken(row_of(metric), x.shape[0] * x.shape[1], _count(x))
     indices = x.new_empty(shape, dtype=torch.int64)
-    return torch.empty_like(x), mean, torch.empty_like(mean), indices, x.new_empty(shape, dtype=dtype)
+    return torch.empty_like(x), mean, torch.empty_like(mean), indices, mean.new_empty(shape)
 
 
 @torch.library.custom_op("normrewrite::row_norm_backward", mutates_args=())
