@@ -93,8 +93,9 @@ def within_half(dx: Tensor, spread: Tensor, eps: float, dtype: torch.dtype) -> T
 
 def laid_out_as(values: Tensor, x: Tensor) -> Tensor:
     """In x's dtype and strides: what the fake operators announce to compilers, whatever layout a kernel chose."""
-    like = torch.empty_like(x)
-    return values.to(x.dtype) if values.stride() == like.stride() else like.copy_(values)
+    if values.stride() == torch.empty_like(x, device="meta").stride():
+        return values.to(x.dtype)
+    return torch.empty_like(x).copy_(values)
 
 
 # --- what autograd has to know, for an operator of (x, weight, bias, *settings) that gives y, mean, C * S and Sparse ---------
