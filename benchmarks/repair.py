@@ -58,14 +58,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder with zoo.py, load.py and weights/")
     parser.add_argument("--only", nargs="*", default=TARGETS, help="these targets")
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--lr", type=float, default=1e-3)
     options = parser.parse_args()
     os.environ["NORMREWRITE_DATA"] = str(options.data.resolve())
     os.environ.setdefault("NORMREWRITE_TEST_THREADS", str(os.cpu_count()))
     from tests.conftest import NETWORKS, real_images
 
-    recipe = {"epochs": options.epochs, "lr": options.lr, "flip": True, "crop": 4}
+    recipe = {"epochs": options.epochs, "lr": options.lr, "flip": True, "crop": 2}
     model, test = NETWORKS[0].make(), real_images("test", 10_000)
     images = real_images("train", TRAINING)[0]
     with torch.no_grad():

@@ -5,8 +5,8 @@
 The folder holds zoo.py, load.py and weights/ (see tests/conftest.py). Metrics differ in training alone (benchmarks.convert
 compares their bits), so l1 stands for them. Calibrated on unlabelled images that no accuracy is measured on. Accuracy:
 top-1; of the pitch tracker, how many tones get the class that the original gives them; on all inputs for calibrated layer
-and group:4, on the first 2,000 (ImageNet: 250) else. Networks and targets that are run alone take their rows' places in the
-result, and leave the others.
+and group:4, on the first 2,000 (ImageNet: 250) else. `repaired` is what benchmarks.repair measured on ResNet-20, on all
+10,000. Networks and targets that are run alone take their rows' places in the result, and leave the others.
 """
 
 import argparse
@@ -25,6 +25,8 @@ from benchmarks.stamp import RESULTS, markdown, write
 
 EXACT = ("l1", "renorm", "frozen", "none", "bwn", "bwn:mean-bn", "wn", "wn:mean-bn")
 TARGETS = (*EXACT, "bwn:strict", "layer", "group:4", "group", "rms", "instance")
+REPAIRED = "cifar10_resnet20"
+ORDER = ("l1", "linf", "topk:10", *TARGETS[1:], "group:8")  # those that are repaired among them
 CALIBRATION = {"imagenet_mobilenet_v2": 256}
 WHOLE = ("layer", "group:4")  # measured on every input once calibrated; all else on the first few
 
@@ -108,11 +110,24 @@ HEAD = [
     "before (%)",
     "as copied (%)",
     "calibrated (%)",
+    "repaired (%)",
 ]
+
+
+def repaired() -> dict[str, float]:
+    """Accuracy by target after a repair without labels, where benchmarks.repair has measured it."""
+    path = RESULTS / "repair.json"
+    return {found["target"]: found["repaired"] for found in read(path)["targets"]} if path.is_file() else {}
+
+
+def read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
 
 
 def row(network: str, result: dict[str, Any]) -> list[str]:
     calibrated = result.get("calibrated")
+    after = repaired().get(result["target"]) if network == REPAIRED else None
     return [
         network,
         f"`{result['target']}`",
@@ -122,14 +137,14 @@ def row(network: str, result: dict[str, Any]) -> list[str]:
         f"{result['inputs']:,}",
         f"{100 * result['before']:.2f}",
         f"{100 * result['copied']:.2f}",
-        "–" if calibrated is None else f"{100 * calibrated:.2f}",
+        *("–" if share is None else f"{100 * share:.2f}" for share in (calibrated, after)),
     ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder with zoo.py, load.py and weights/")
-    parser.add_argument("--only", nargs="*", default=TARGETS, help="these targets (default: all)")
+    parser.add_argument("--only", nargs="*", help="these targets (default: all)")
     parser.add_argument("--networks", nargs="*", help="these networks (default: all)")
     options = parser.parse_args()
     os.environ["NORMREWRITE_DATA"] = str(options.data.resolve())
@@ -137,17 +152,17 @@ def main() -> None:
     from tests.conftest import NETWORKS
 
     path = RESULTS / "targets.json"
-    results: dict[str, list[dict[str, Any]]] = json.loads(path.read_text())["networks"] if path.is_file() else {}
+    results: dict[str, list[dict[str, Any]]] = read(path)["networks"] if path.is_file() else {}
     for network in NETWORKS:
         if network.name not in (options.networks or network.name):
             continue
         model = network.make()
         data = inputs_of(network, model)
         before = outputs(model, data.x)
-        for to in options.only:
+        for to in options.only or (ORDER if network.name == REPAIRED else TARGETS):
             result = measure(model, to, data, before)
             rows = [other for other in results.get(network.name, []) if other["target"] != to]
-            results[network.name] = sorted([*rows, result], key=lambda found: TARGETS.index(found["target"]))
+            results[network.name] = sorted([*rows, result], key=lambda found: ORDER.index(found["target"]))
             print(" ".join(row(network.name, result)), flush=True)
             write("targets", {"networks": results})
     lines = [row(network.name, result) for network in NETWORKS for result in results.get(network.name, [])]
