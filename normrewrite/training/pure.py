@@ -11,7 +11,7 @@ it starts each step from the half parameter, and what it writes is rounded to ha
 step to the next, and an update below half the step between two half numbers is lost. That is what pure means.
 
 It is a mode of a training: afterwards the parameters are the same objects in the dtype they came with, holding half numbers;
-frozen ones, and buffers that forward has not changed, have the bits that they had.
+tensors that training has not changed, frozen ones among them, have the bits that they had.
 """
 
 from collections.abc import Iterator, Mapping
@@ -94,7 +94,7 @@ class HalfWeights(Weights):
         self.scale = LossScale()
         self.saved = (self.scale,)
         self.pairs: list[tuple[nn.Parameter, nn.Parameter]] = []  # half, and as the optimiser sees it
-        self.before = {name: _Before(tensor) for name, tensor in _tensors(model)}
+        self.before = {name: tensor.data for name, tensor in _tensors(model)}
         self.elsewhere: dict[str, None] = {}
         self.hooks = [model.register_forward_pre_hook(_cast_inputs, with_kwargs=True), *_noted(model, self.elsewhere)]
         for _, tensor in _tensors(model):
@@ -142,7 +142,10 @@ class HalfWeights(Weights):
         return {name: self._wide(name, value) for name, value in state.items()}
 
     def _wide(self, name: str, value: Tensor) -> Tensor:
-        return self.before[name].wide(value) if name in self.before else value
+        if name not in self.before:
+            return value
+        before = self.before[name].to(value.device)
+        return before if torch.equal(value.half(), before.half()) else value.to(before.dtype)
 
     def restore(self) -> None:
         """The model in the dtypes that it came with."""
@@ -151,18 +154,6 @@ class HalfWeights(Weights):
         for name, tensor in list(_tensors(self.model)):
             tensor.data = self._wide(name, tensor.data)
             tensor.grad = None
-
-
-class _Before:
-    """A tensor's dtype, and its bits where they are not for training to change."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.dtype = tensor.dtype
-        self.original = None if tensor.requires_grad else tensor.data
-
-    def wide(self, value: Tensor) -> Tensor:
-        same = self.original is not None and torch.equal(value.half().to(self.original.device), self.original.half())
-        return self.original.to(value.device) if same and self.original is not None else value.to(self.dtype)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
