@@ -7,6 +7,7 @@
 from normrewrite import nn, norms, passes
 from normrewrite._version import __version__
 from normrewrite.advise import Advice, advise
+from normrewrite.arithmetic import half_arithmetic
 from normrewrite.bake import bake, bake_
 from normrewrite.calibrate import calibrate, calibrate_
 from normrewrite.convert import Plan, convert, convert_, plan
@@ -36,6 +37,7 @@ __all__ = [
     "export",
     "finetune",
     "finetune_",
+    "half_arithmetic",
     "initialise_",
     "load",
     "nn",

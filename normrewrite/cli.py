@@ -255,10 +255,18 @@ def revert(source: Any, as_json: bool, quiet: bool, **options: Any) -> None:
 )
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "bf16", "fp16"]),
+    type=click.Choice(["fp32", "bf16", "fp16", "fp16-pure"]),
     default="fp32",
     show_default=True,
-    help="What the forward pass computes in; weights stay as they are. fp16 scales its loss.",
+    help="What the forward pass computes in; weights stay as they are. fp16 scales its loss. fp16-pure has weights and norms in "
+    "half too.",
+)
+@click.option(
+    "--accumulator",
+    default="fp32",
+    show_default=True,
+    metavar="SUMS",
+    help="What norms of fp16-pure sum in: fp32, or half:CHUNK: sums of CHUNK numbers are rounded to half and added up in half.",
 )
 @click.option("--epochs", type=int, help="Times through the data.  [default: 6]")
 @click.option("--steps", type=int, help="Updates, instead of epochs.")

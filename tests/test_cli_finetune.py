@@ -93,6 +93,15 @@ def test_best_and_last_are_written_with_a_log(run: Command, folder: Path) -> Non
     assert list((folder / "logs").rglob("events.out.tfevents.*"))
 
 
+def test_half_arithmetic_is_told(run: Command, folder: Path) -> None:  # noqa: F811
+    line = f"{TUNE} --steps 2 --precision fp16-pure --accumulator half:32 --force"
+    done = run(line)
+    assert done.code == 0 and "in fp16-pure" in done.out and "norms' by half:32" in done.out
+    record = run(f"{line} --json").json
+    assert (record["accumulator"], record["nonfinite_batches"]) == ("half:32", 0)
+    assert all(value.dtype != torch.float16 for value in _weights("twin.finetuned.pt").values())
+
+
 def test_losses_of_every_kind(run: Command, folder: Path) -> None:  # noqa: F811
     for loss in ("kl", "cross-entropy", "loss.py:absolute", "mse --features 'blocks.*'"):
         done = run(f"finetune twin.pt {ARCH} --data unlabelled.npz --steps 2 --loss {loss} --force --json")

@@ -101,12 +101,14 @@ def test_a_layer_twin_is_repaired_without_labels(digits: nn.Module, examples: tu
     finetune(repaired, images, teacher=digits, steps=1)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp16-pure"])
 @pytest.mark.parametrize("to", ["l1", "bwn", "group:2"])
 def test_every_precision_learns(to: str, precision: str, digits: nn.Module, examples: tuple[Tensor, Tensor]) -> None:
     twin = nr.convert(digits, to=to)
-    trained, result = finetune(twin, examples[0][:128], epochs=2, precision=precision)
-    assert result.skipped_steps == 0 and result.epochs[1].loss < 1.5 * result.epochs[0].loss  # type: ignore[operator]
+    settles = 3 if precision == "fp16-pure" else 0  # steps: its gradients are half too, and the loss scale comes down to that
+    trained, result = finetune(twin, examples[0][:128], epochs=3, precision=precision)
+    losses = [epoch.loss for epoch in result.epochs if epoch.loss is not None]
+    assert result.skipped_steps <= settles and losses[-1] < 1.5 * losses[0] and len(losses) > 1
     assert all(bool(torch.isfinite(value).all()) for value in trained.state_dict().values())
     assert all(value.dtype != torch.float16 for value in trained.state_dict().values())
 
@@ -203,11 +205,11 @@ def _stopping(at: int) -> Any:
     return each
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16-pure"])
 def test_a_resumed_run_is_the_unbroken_one_to_the_bit(
     precision: str, tiny: nn.Module, labelled: Data, tmp_path: Path
 ) -> None:
-    settings = SETTINGS | {"precision": precision}
+    settings = SETTINGS | {"precision": precision, "accumulator": "half:16" if precision == "fp16-pure" else "fp32"}
     whole, expected = finetune(tiny, labelled, **settings)
     assert expected.steps == 15
     # before the first checkpoint, at the end of an epoch, within one, at the very end

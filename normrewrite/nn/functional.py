@@ -7,8 +7,11 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from normrewrite.errors import NormRewriteError
-from normrewrite.lower import distributed, eager
+from normrewrite.lower import distributed, eager, half
+from normrewrite.lower.accumulate import Accumulator
+from normrewrite.lower.watch import tell
 from normrewrite.norms import Gain
+from normrewrite.norms import metric as row_of
 
 
 def batch_norm(
@@ -66,10 +69,25 @@ def normalise(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, metric: str, gain: Gain, eps: float, group: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, mean and C * S of the batch: this process's own, or that of all ranks of a group."""
+    accumulator = half.chosen(input)
+    if accumulator is not None:
+        check_trainable(input)
+        rule = half.Rule(row_of(metric), gain, eps, not_shared(accumulator, group))
+        return half.normalise_batch(input, weight, bias, rule)
     if group is not None:
         return distributed.normalise(input, weight, bias, metric, gain, eps, group)
     check_trainable(input)
     return eager.normalise(input, weight, bias, metric, gain, eps)
+
+
+def not_shared(accumulator: Accumulator, group: Any) -> Accumulator:
+    """The accumulator, for a norm that measures this process's batch alone."""
+    if group is not None:
+        raise NormRewriteError(
+            f"half arithmetic (sums by {accumulator}) measures one process's batch, and this norm is synchronised: ranks "
+            "exchange sums in float64. Undo it by nr.nn.synchronise_(model, synchronised=False), or use another precision."
+        )
+    return accumulator
 
 
 def check_trainable(input: Tensor) -> None:
@@ -109,6 +127,7 @@ def average_in(momentum: float | Tensor, *pairs: tuple[Tensor, Tensor]) -> None:
     One NaN under mixed precision would poison the buffers for good.
     """
     finite = torch.isfinite(sum(batch for _, batch in pairs))  # type: ignore[arg-type]
+    tell(finite)
     for running, batch in pairs:
         factor = momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum
         new = torch.lerp(running, batch.to(running.dtype), factor)

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from normrewrite.errors import NormRewriteError
-from normrewrite.lower import distributed
+from normrewrite.lower import distributed, half
+from normrewrite.lower.accumulate import Accumulator
 from normrewrite.lower.eager import per_channel
 from normrewrite.lower.families import wide
-from normrewrite.nn.functional import average_in, averaging_factor, group_of
+from normrewrite.nn.functional import average_in, averaging_factor, group_of, not_shared
 from normrewrite.nn.origin import Origin
 from normrewrite.nn.parts import keep_wide, statistics_dtype, through_tail
 from normrewrite.nn.tracing import as_one_node
@@ -66,6 +67,9 @@ class MeanOnlyBatchNorm(nn.Module):
         if isinstance(input, Proxy):
             return as_one_node(self, input)
         self._check(input)
+        accumulator = half.chosen(input)
+        if accumulator is not None and self.training:
+            return through_tail(self, self._centred_in_half(input, accumulator))
         x = wide(input)
         mean = self._batch_mean(x) if self.training else self.running_mean
         centred = x - per_channel(mean, x.dim()) + per_channel(self.bias, x.dim())
@@ -76,6 +80,11 @@ class MeanOnlyBatchNorm(nn.Module):
         mean = x.mean([0, *range(2, x.dim())]) if group is None else distributed.mean(x, group)
         average_in(averaging_factor(self, x, group), (self.running_mean, mean))
         return mean
+
+    def _centred_in_half(self, x: Tensor, accumulator: Accumulator) -> Tensor:
+        y, mean = half.centre(x, self.bias, not_shared(accumulator, group_of(self)))
+        average_in(averaging_factor(self, x), (self.running_mean, mean))
+        return y
 
     def _check(self, input: Tensor) -> None:
         where = self.site or type(self).__name__

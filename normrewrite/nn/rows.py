@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from normrewrite.errors import NormRewriteError
-from normrewrite.lower import eager, rows
+from normrewrite.lower import eager, half, rows
 from normrewrite.nn.functional import average_in
 from normrewrite.nn.origin import Origin
 from normrewrite.nn.parts import keep_wide, statistics_dtype
@@ -75,7 +75,11 @@ class RowNorm(nn.Module):
         """y, mean and C * S of the rows of an input as viewed."""
         weight, bias = (None if value is None else value.view(viewed.shape[1:3]) for value in (self.weight, self.bias))
         eps = torch.finfo(statistics_dtype(viewed.dtype)).eps if self.eps is None else self.eps
+        accumulator = half.chosen(viewed)
         try:
+            if accumulator is not None:
+                rule = half.Rule(row_of(self.metric), self.gain, eps, accumulator, self.centred)
+                return half.normalise(viewed, weight, bias, rule)
             return rows.normalise(viewed, weight, bias, self.metric, self.gain, eps, self.centred)
         except NormRewriteError as error:
             if not self.site:

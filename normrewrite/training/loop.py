@@ -22,7 +22,9 @@ from normrewrite.training.checkpoints import Checkpoints
 from normrewrite.training.feed import Feed
 from normrewrite.training.losses import Objective, counted
 from normrewrite.training.progress import Epoch, Progress, Tally
+from normrewrite.training.pure import Weights
 from normrewrite.training.recipe import Recipe
+from normrewrite.training.statistics import Statistics
 
 _MOST_IN_A_ROW = 20  # fp16's loss scale needs up to sixteen halvings to settle
 
@@ -46,26 +48,29 @@ class Loop:
         self,
         machine: Any,
         recipe: Recipe,
-        model: nn.Module,
+        weights: Weights,
         teacher: nn.Module | None,
         data: Data,
         val: Data | None,
         each: Callable[[Step], object] = lambda step: None,
     ) -> None:
-        self.machine, self.recipe, self.model, self.val, self.each = machine, recipe, model, val, each
+        self.machine, self.recipe, self.weights, self.val, self.each = machine, recipe, weights, val, each
+        self.model = model = weights.model
+        self.statistics = Statistics(model)
         ranks = machine.num_processes
         self.feed = Feed(data, recipe.batch_size, recipe.accumulate, recipe.seed, machine.process_index, ranks)
         self.total = recipe.total(self.feed.steps)
         self.augment = augmentation(recipe.flip, recipe.crop)
         self.teacher = None if teacher is None else teacher.to(machine.device)
-        self.ema = optimise.averaged(recipe.ema, model.to(machine.device))
+        self.ema = optimise.averaged(recipe.ema, model.to(machine.device), wide=recipe.precision == "fp16-pure")
         self.objective = Objective(recipe, model, self.teacher)
         self.judge = self.objective if self.ema is None else Objective(recipe, self.ema.module, self.teacher)
-        optimizer = optimise.make_optimizer(recipe, model)
+        optimizer = weights.optimised(optimise.make_optimizer(recipe, model))
         self.schedule = optimise.make_schedule(recipe, optimizer, self.total)
         self.network, self.optimizer = machine.prepare(model, optimizer)
         self.progress = Progress()
-        machine.register_for_checkpointing(self.schedule, self.progress, *([] if self.ema is None else [self.ema]))
+        averaged = [] if self.ema is None else [self.ema]
+        machine.register_for_checkpointing(self.schedule, self.progress, *weights.saved, *averaged)
 
     @property
     def result(self) -> nn.Module:
@@ -131,17 +136,20 @@ class Loop:
         """One update; None where loss or gradient were not finite, and nothing was changed but running statistics."""
         tally, norm = Tally(), torch.zeros(())
         for batch in batches:
-            with self.machine.accumulate(self.network):
+            with self.machine.accumulate(self.network), self.statistics.kept_finite() as watch:
                 outcome = self.objective(self.network, self.augment(batch.to(self.machine.device)))
-                self.machine.backward(outcome.loss)
+                self.machine.backward(self.weights.scaled(outcome.loss))
                 if self.machine.sync_gradients:
-                    norm = self.machine.clip_grad_norm_(self.model.parameters(), self.recipe.clip or math.inf)
-                tally += counted(outcome)
+                    norm = self.machine.clip_grad_norm_(self.weights.gradients(), self.recipe.clip or math.inf)
+            tally += counted(outcome)
+            tally.spoilt += watch.spoilt
         tally = self._joined(tally)
+        self.progress.spoilt += tally.spoilt
         scaled = self.machine.scaler is not None  # fp16's scaler looks at the gradients, and lowers the scale
         finite = math.isfinite(tally.loss) and (scaled or bool(torch.isfinite(norm)))
         if finite:
             self.optimizer.step()
+        self.weights.settle(finite)
         self.optimizer.zero_grad()
         return tally if finite and not self.machine.optimizer_step_was_skipped else None
 
@@ -149,7 +157,7 @@ class Loop:
         """Over all processes, so that they all judge alike."""
         if self.machine.num_processes == 1:
             return tally
-        values = [tally.loss, tally.right, tally.rated, tally.inputs]
+        values = [tally.loss, tally.right, tally.rated, tally.inputs, tally.spoilt]
         loss, *counts = self.machine.reduce(torch.tensor(values, device=self.machine.device)).tolist()
         return Tally(loss, *map(int, counts))
 

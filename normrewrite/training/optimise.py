@@ -4,12 +4,14 @@
 """
 
 import math
+from itertools import chain
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 from normrewrite.errors import NormRewriteError
 from normrewrite.invariance import param_groups, scale_invariant
@@ -64,8 +66,19 @@ def _factor(recipe: Recipe, step: int, total: int) -> float:
     return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[recipe.schedule]
 
 
-def averaged(decay: float | None, model: nn.Module) -> AveragedModel | None:
-    """A copy that follows the model's parameters and running statistics by an exponential moving average."""
+def averaged(decay: float | None, model: nn.Module, *, wide: bool = False) -> AveragedModel | None:
+    """A copy that follows the model's parameters and running statistics by an exponential moving average.
+
+    wide: of a half model, in fp32: half would lose what a step adds to the average.
+    """
     if decay is None:
         return None
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    if not wide:
+        return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    follow = get_ema_avg_fn(decay)
+    ema = AveragedModel(
+        model, avg_fn=lambda mine, new, count: follow(mine, new.to(mine.dtype), count), use_buffers=True
+    )
+    for tensor in chain(ema.module.parameters(), ema.module.buffers()):
+        tensor.data = tensor.data.float() if tensor.dtype is torch.float16 else tensor.data
+    return ema

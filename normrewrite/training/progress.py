@@ -11,12 +11,14 @@ from torch import Tensor
 
 @dataclass
 class Tally:
-    """Sums over inputs. right stays 0 where there are no classes to be right about (rated 0)."""
+    """Sums over inputs. right stays 0 where there are no classes to be right about (rated 0). spoilt: batches whose
+    statistics were not finite."""
 
     loss: float = 0.0
     right: int = 0
     rated: int = 0
     inputs: int = 0
+    spoilt: int = 0
 
     def __iadd__(self, other: "Tally") -> "Tally":
         for name, value in asdict(other).items():
@@ -46,10 +48,12 @@ class Epoch:
 
 @dataclass
 class Progress:
-    """Steps done, of them skipped as not finite, the epoch under way, the epochs behind, and the best weights so far."""
+    """Steps done, of them skipped as not finite, batches whose statistics were not finite (spoilt), the epoch under way, the
+    epochs behind, and the best weights so far."""
 
     step: int = 0
     skipped: int = 0
+    spoilt: int = 0
     in_a_row: int = 0
     inputs: int = 0
     seconds: float = 0.0

@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args, get_origin
 
 from normrewrite.errors import NormRewriteError, nearest
+from normrewrite.lower.accumulate import accumulator
 
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["fp32", "bf16", "fp16", "fp16-pure"]
 Schedule = Literal["cosine", "linear", "constant"]
 Optimizer = Literal["adamw", "sgd"]
 WeightDecayAs = Literal["decay", "lr"]
@@ -24,6 +25,8 @@ _BELOW_ONE = ("momentum", "ema", "val_split")
 class Recipe:
     """How to train. A step is one update: `accumulate` batches of `batch_size` on each process.
 
+    precision: what forward and backward compute in; fp16-pure (normrewrite.training.pure) keeps the parameters in half too.
+    accumulator: what its norms sum by, fp32, half or half:CHUNK (normrewrite.lower.accumulate).
     labels: learn from the data's labels by cross-entropy, else from the teacher. distill: the teacher's share beside labels.
     loss: how far from the teacher: mse, kl, cross-entropy; or `module:function` (outputs, teacher's outputs, labels) -> the
     whole loss. features: names or globs of modules whose outputs are to be the teacher's too.
@@ -35,6 +38,7 @@ class Recipe:
     """
 
     precision: Precision = "fp32"
+    accumulator: str = "fp32"
     labels: bool = False
     distill: float = 0.0
     loss: str = "mse"
@@ -79,6 +83,10 @@ class Recipe:
                 raise _wrong(name, value, needed)
 
     def _check_together(self) -> None:
+        if str(accumulator(self.accumulator)) != "fp32" and self.precision != "fp16-pure":
+            raise NormRewriteError(
+                f"--accumulator {self.accumulator}: --precision {self.precision} sums in fp32. Add --precision fp16-pure."
+            )
         if self.epochs and self.steps:
             raise NormRewriteError(f"--epochs {self.epochs} and --steps {self.steps}: give one of the two.")
         if self.distill and not self.labels:

@@ -15,7 +15,8 @@ from normrewrite.training.progress import Epoch
 @dataclass
 class Finetuned:
     """What a fine-tuning came to. best: the epoch whose weights the model has, where there was validation; last: the
-    weights at the end, where they are others."""
+    weights at the end, where they are others. accumulator: what norms summed by, in fp16-pure. nonfinite_batches: how many gave
+    norm statistics that were not finite; their steps count as skipped only where loss or gradient were not finite either."""
 
     precision: str
     labels: bool
@@ -28,6 +29,8 @@ class Finetuned:
     best: int | None = None
     notes: list[str] = field(default_factory=list)
     last: dict[str, Tensor] | None = None
+    accumulator: str | None = None
+    nonfinite_batches: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if name != "last"}
@@ -46,15 +49,23 @@ class Finetuned:
         titles = ("epoch", "step", "loss", share, "validation loss", share)
         return "\n".join([head, table(titles, map(_row, self.epochs)), *self._remarks(), *self.notes])
 
+    def _sums(self) -> str:
+        return f"norms' by {self.accumulator}, those of convolutions and matrix products in fp32, rounded to half"
+
     def _remarks(self) -> list[str]:
         return [
+            *([f"sums in half arithmetic: {self._sums()}"] * (self.accumulator is not None)),
             *(
                 [f"{self.skipped_steps} steps were skipped, as loss or gradient were not finite"]
                 * bool(self.skipped_steps)
             ),
+            *([f"{self.nonfinite_batches} batches {_SPOILT}"] * bool(self.nonfinite_batches)),
             *(["stopped early: no progress in validation"] * self.stopped_early),
             *([f"the weights are those of epoch {self.best}, the best in validation"] * (self.best is not None)),
         ]
+
+
+_SPOILT = "gave norm statistics that were not finite, which entered no running ones"
 
 
 def _row(epoch: Epoch) -> tuple[str, ...]:

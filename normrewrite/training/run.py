@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from normrewrite import sites
 from normrewrite.data import Data, argument_names, as_data
 from normrewrite.errors import NormRewriteError
+from normrewrite.lower.accumulate import accumulator
 from normrewrite.modes import same_flags
 from normrewrite.nn.parts import deepcopy
 from normrewrite.revert import untrained
-from normrewrite.training import feed, machine, randomness
+from normrewrite.training import feed, machine, pure, randomness
 from normrewrite.training.checkpoints import Checkpoints
 from normrewrite.training.loop import Loop, Step
 from normrewrite.training.progress import Progress
@@ -46,15 +47,16 @@ def run(
         randomness.deterministic(plan.deterministic),
         same_flags(model),
     ):
-        loop = Loop(accelerator, plan, model, teacher, examples, held_out, each)
-        try:
-            saver = None if checkpoints is None else Checkpoints(checkpoints, accelerator)
-            if saver is not None:
-                saver.begin(_run(plan, examples, loop), resume)
-            progress = loop.run(saver)
-            return model, _result(loop, progress, examples)
-        finally:
-            machine.release(accelerator, loop.network)
+        with pure.weights(model, plan, accelerator) as weights:
+            loop = Loop(accelerator, plan, weights, teacher, examples, held_out, each)
+            try:
+                saver = None if checkpoints is None else Checkpoints(checkpoints, accelerator)
+                if saver is not None:
+                    saver.begin(_run(plan, examples, loop), resume)
+                progress = loop.run(saver)
+            finally:
+                machine.release(accelerator, loop.network)
+        return model, _result(loop, progress, examples)
 
 
 def _teacher(model: nn.Module, teacher: nn.Module | None, plan: Recipe) -> nn.Module | None:
@@ -96,10 +98,10 @@ def _run(plan: Recipe, examples: Data, loop: Loop) -> dict[str, Any]:
 def _result(loop: Loop, progress: Progress, examples: Data) -> Finetuned:
     """Puts the weights that the training was for into the model."""
     model, plan = loop.model, loop.recipe
-    ends = loop.result.state_dict()
+    ends = loop.weights.wide(loop.result.state_dict())
     best = progress.best is not None and progress.best != progress.epochs[-1].epoch
     last = {name: value.detach().cpu().clone() for name, value in ends.items()} if best else None
-    model.load_state_dict(progress.weights if best else ends)
+    model.load_state_dict(loop.weights.wide(progress.weights) if best else ends)
     skipped = examples.skipped + (loop.val.skipped if loop.val else ())
     return Finetuned(
         plan.precision,
@@ -111,8 +113,10 @@ def _result(loop: Loop, progress: Progress, examples: Data) -> Finetuned:
         progress.stopped,
         progress.epochs,
         progress.best,
-        [f"left out, as they can't be read: {_some(skipped)}"] if skipped else [],
+        [*([f"left out, as they can't be read: {_some(skipped)}"] * bool(skipped)), *loop.weights.notes()],
         last,
+        str(accumulator(plan.accumulator)) if plan.precision == "fp16-pure" else None,
+        progress.spoilt,
     )
 
 

@@ -57,6 +57,20 @@ def test_the_average_follows_parameters_and_statistics() -> None:
     torch.testing.assert_close(ema.module.running_mean, torch.full((2,), 0.1))
 
 
+def test_the_average_of_a_half_model_is_in_fp32() -> None:
+    """In half 1000 + 0.001 * 1 would be 1000."""
+    model = nn.Linear(1, 1).half()
+    with torch.no_grad():
+        model.weight.fill_(1000)
+    ema = averaged(0.999, model, wide=True)
+    assert ema is not None and model.weight.dtype is torch.float16
+    ema.update_parameters(model)
+    with torch.no_grad():
+        model.weight.add_(1)
+    ema.update_parameters(model)
+    torch.testing.assert_close(ema.module.weight, torch.full((1, 1), 1000.001), rtol=0, atol=1e-4)
+
+
 def _trained(recipe: Recipe) -> tuple[list[float], nn.Module]:
     """The losses of ten steps in float64, of a network whose norm has next to no eps."""
     torch.manual_seed(0)

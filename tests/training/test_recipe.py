@@ -6,7 +6,7 @@ from normrewrite import NormRewriteError
 from normrewrite.training.recipe import Recipe, recipe
 
 BAD = {
-    "precision": ({"precision": "fp8"}, "--precision fp8: one of fp32, bf16, fp16"),
+    "precision": ({"precision": "fp8"}, "--precision fp8: one of fp32, bf16, fp16, fp16-pure"),
     "schedule": ({"schedule": "step"}, "--schedule step: one of cosine"),
     "epochs": ({"epochs": 0}, "--epochs 0: a number above zero"),
     "lr": ({"lr": float("nan")}, "--lr nan"),
@@ -18,6 +18,11 @@ BAD = {
     "weight decay as": ({"weight_decay_as": "lr", "weight_decay": 0.1}, "got --optimizer adamw --weight-decay 0.1"),
     "no weight decay": ({"weight_decay_as": "lr", "optimizer": "sgd"}, "--weight-decay 0. Give --optimizer sgd"),
     "unknown": ({"learning_rate": 1}, "there is no option 'learning_rate'"),
+    "accumulator": ({"precision": "fp16-pure", "accumulator": "half:x"}, "accumulator 'half:x': write fp32, half"),
+    "accumulator alone": (
+        {"precision": "fp16", "accumulator": "half"},
+        "--accumulator half: .*Add --precision fp16-pure",
+    ),
     "near": ({"epoch": 1}, "Did you mean 'epochs'"),
 }
 
