@@ -17,7 +17,7 @@ from normrewrite.errors import NormRewriteError, first_line
 from normrewrite.training.recipe import Recipe
 from normrewrite.verify import device_of
 
-_MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # as accelerate calls them
+_MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16", "int8": "no"}  # as accelerate calls them
 
 
 @contextmanager

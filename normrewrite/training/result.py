@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from normrewrite.ranges import LearnedRanges
 from normrewrite.report import table
 from normrewrite.training.progress import Epoch
 
@@ -15,7 +16,7 @@ from normrewrite.training.progress import Epoch
 @dataclass
 class Finetuned:
     """What a fine-tuning came to. best: the epoch whose weights the model has, where there was validation; last: the
-    weights at the end, where they are others."""
+    weights at the end, where they are others. ranges: what int8 learned beside the weights, and beside `last`."""
 
     precision: str
     labels: bool
@@ -28,9 +29,11 @@ class Finetuned:
     best: int | None = None
     notes: list[str] = field(default_factory=list)
     last: dict[str, Tensor] | None = None
+    ranges: LearnedRanges | None = None
+    last_ranges: LearnedRanges | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if name != "last"}
+        return {name: value for name, value in asdict(self).items() if not name.startswith("last")}
 
     @property
     def inputs_per_second(self) -> float:
