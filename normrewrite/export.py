@@ -157,7 +157,16 @@ def _quantised(
         notes.append(
             f"{len(missing)} of {len(nodes)} products and adds have no learned range, and {instead}: {_some(missing)}"
         )
+    coarse = [node.name for node in nodes if node.op_type == "ConvTranspose" and _groups(node) > 1]
+    if coarse:
+        notes.append(
+            f"in ONNX the groups of a transposed convolution share their weights' steps, not in training: {_some(coarse)}"
+        )
     return quantise(proto, data, ranges, learned=known, kept=learned.kept), notes
+
+
+def _groups(node: Any) -> int:
+    return next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
 
 
 def _some(names: list[str]) -> str:

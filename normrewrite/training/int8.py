@@ -48,11 +48,11 @@ def int8(
     """`model` on 8 bits inside the `with`: weights by output channel, activations by tensor, all symmetric.
 
     In training each range follows its activation's largest |x| by a moving average (0.05), over all processes; in eval ranges
-    stand still. ranges: to start from. keep: modules left in floating point, by name or glob, or `first` and `last`, the
-    first and last layer in the order of their definition. gradients: 8-bit gradients too, rounded by torch's generator.
-    products: who computes. Raises NormRewriteError where there is no layer, or a name matches none.
+    stand still. ranges: to start from, with what they kept. keep: modules left in floating point, by name or glob, or `first`
+    and `last`, the first and last layer in the order of their definition. gradients: 8-bit gradients too, rounded by torch's
+    generator. products: who computes. Raises NormRewriteError where there is no layer, or a name matches none.
     """
-    mode = Int8(model, ranges, kept(model, keep), gradients, products)
+    mode = Int8(model, ranges, [*(ranges.kept if ranges else ()), *kept(model, keep)], gradients, products)
     handles = []
     for name, module in model.named_modules():
         handles += [
@@ -92,7 +92,7 @@ class Int8(TorchFunctionMode):
         super().__init__()
         if ranges is not None:
             check(ranges, model)
-        self.kept, self.gradients, self.products, self.active = tuple(kept), gradients, products, True
+        self.kept, self.gradients, self.products, self.active = tuple(dict.fromkeys(kept)), gradients, products, True
         self.amax = {name: torch.tensor(value) for name, value in ranges.amax.items()} if ranges else {}
         aside = sites.find(
             model, lambda m: sites.is_norm(m) or sites.is_row_norm(m) or isinstance(m, ParametrizationList)
