@@ -17,12 +17,15 @@ from normrewrite.files import load, save
 from normrewrite.finetune import finetune, finetune_
 from normrewrite.initialise import initialise_
 from normrewrite.invariance import param_groups, scale_invariant
+from normrewrite.ranges import LearnedRanges
 from normrewrite.report import Report
 from normrewrite.revert import revert, revert_
+from normrewrite.training.int8 import int8
 from normrewrite.verify import verify
 
 __all__ = [
     "Advice",
+    "LearnedRanges",
     "NormRewriteError",
     "Plan",
     "Report",
@@ -39,6 +42,7 @@ __all__ = [
     "finetune_",
     "half_arithmetic",
     "initialise_",
+    "int8",
     "load",
     "nn",
     "norms",

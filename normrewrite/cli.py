@@ -255,11 +255,11 @@ def revert(source: Any, as_json: bool, quiet: bool, **options: Any) -> None:
 )
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "bf16", "fp16", "fp16-pure"]),
+    type=click.Choice(["fp32", "bf16", "fp16", "fp16-pure", "int8"]),
     default="fp32",
     show_default=True,
-    help="What the forward pass computes in; weights stay as they are. fp16 scales its loss. fp16-pure has weights and norms in "
-    "half too.",
+    help="What the forward pass computes in; weights stay as they are. fp16 scales its loss; fp16-pure has weights and norms in "
+    "half too. int8 rounds weights and activations to 8 bits; export --precision int8 uses the ranges it learns.",
 )
 @click.option(
     "--accumulator",
@@ -267,6 +267,16 @@ def revert(source: Any, as_json: bool, quiet: bool, **options: Any) -> None:
     show_default=True,
     metavar="SUMS",
     help="What norms of fp16-pure sum in: fp32, or half:CHUNK: sums of CHUNK numbers are rounded to half and added up in half.",
+)
+@click.option("--int8-gradients", is_flag=True, help="For int8: gradients on 8 bits too.")
+@click.option(
+    "--int8-keep",
+    multiple=True,
+    metavar="GLOB",
+    help="For int8: modules to leave in fp32; `first` and `last` are the first and last layer. Repeatable.",
+)
+@click.option(
+    "--freeze-statistics", is_flag=True, help="Batch norms run on their running statistics, and leave them as they are."
 )
 @click.option("--epochs", type=int, help="Times through the data.  [default: 6]")
 @click.option("--steps", type=int, help="Updates, instead of epochs.")
@@ -333,7 +343,11 @@ def finetune(source: Any, as_json: bool, quiet: bool, **options: Any) -> None:
     show_default=True,
     help="What the network computes in; bf16 needs --opset 22.",
 )
-@click.option("--calibrate", metavar="DATA", help="For int8: unlabelled inputs that show how far activations reach.")
+@click.option(
+    "--calibrate",
+    metavar="DATA",
+    help="For int8: unlabelled inputs that show how far activations reach, where finetune --precision int8 has not learned it.",
+)
 @click.option(
     "--ranges",
     type=click.Choice(["percentile", "minmax", "entropy"]),

@@ -16,6 +16,7 @@ from normrewrite.export import OPSET, Deploy, Exported
 from normrewrite.export import export as export_model
 from normrewrite.precision import Precision
 from normrewrite.quantise import Ranges
+from normrewrite.ranges import of_record
 from normrewrite.verify import Comparison, Network
 from normrewrite.verify import verify as verify_networks
 
@@ -42,10 +43,13 @@ def export(
     keep_io_types: bool = False,
     force: bool = False,
 ) -> Exported:
-    """Write a model file as ONNX; the example input comes from `data` or has `input_shape`, or else from `calibrate`."""
+    """Write a model file as ONNX; the example input comes from `data` or has `input_shape`, or else from `calibrate`.
+
+    Ranges that an int8 training left in the file are used for int8.
+    """
     files.check_writable(output, force)
-    model = source.read().model
-    names = argument_names(model)
+    file = source.read()
+    model, names = file.model, argument_names(file.model)
     seen = None if calibrate is None else open_data(calibrate, names, mean=mean, std=std)
     inputs = _inputs(
         names, input_shape, data or calibrate, mean, std, "what goes in? Give --input-shape 1,3,32,32 or --data FILE."
@@ -63,6 +67,7 @@ def export(
         precision=precision,
         calibrate=seen,
         ranges=ranges,
+        learned=of_record(file.manifest, str(source.path)),
         keep_io_types=keep_io_types,
         force=force,
     )

@@ -25,11 +25,13 @@ from normrewrite.lower.onnx import add_bodies, as_nodes, fitted, inlined
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.parts import deepcopy
 from normrewrite.nn.weights import weight_norm_of
+from normrewrite.onnx_ranges import tensors
 from normrewrite.passes import FoldAffine
 from normrewrite.passes.fold_affine import Outcome
 from normrewrite.precision import PRECISIONS, Precision, cast_model
 from normrewrite.precision import keep_io_types as cast_io
-from normrewrite.quantise import Ranges, quantise
+from normrewrite.quantise import Ranges, activations, quantise, unkept
+from normrewrite.ranges import LearnedRanges
 from normrewrite.verify import runner
 
 Deploy = Literal["fold", "op"]
@@ -85,6 +87,7 @@ def export(
     precision: Precision = "fp32",
     calibrate: Tensor | Data | None = None,
     ranges: Ranges = "percentile",
+    learned: LearnedRanges | None = None,
     keep_io_types: bool = False,
     force: bool = False,
 ) -> Exported:
@@ -95,12 +98,13 @@ def export(
     example_inputs: forward's arguments, (N, ...) each; sizes other than the batch become fixed, unless `dynamic_size`.
     deploy: `fold` (standard operators alone) or `op`: a norm that measures at inference is one node of domain normrewrite,
     with its body as a local function unless `bodies` is False. live_stats: batch norms measure their batch, too.
-    precision: `fp16` and `bf16` cast the network, `keep_io_types` leaves its inputs and outputs fp32; `int8` quantises on
-    `calibrate` by `ranges`. Raises NormRewriteError where torch can't export the model, or the file can't be written.
+    precision: `fp16` and `bf16` cast the network, `keep_io_types` leaves its inputs and outputs fp32; `int8` quantises by the
+    ranges `learned` in int8 training, those that `calibrate` shows by `ranges`, or both, learned ones first. Raises
+    NormRewriteError where torch can't export the model, or the file can't be written.
     """
     path = Path(path)
     check_writable(path, force)
-    _check_request(opset, deploy, bodies, precision, calibrate)
+    _check_request(opset, deploy, bodies, precision, calibrate, learned)
     inputs = tuple(
         value.detach().cpu() for value in ([example_inputs] if isinstance(example_inputs, Tensor) else example_inputs)
     )
@@ -110,7 +114,7 @@ def export(
     if live_stats and not any(isinstance(module, BatchNorm) for module in model.modules()):
         raise NormRewriteError("--live-stats: the model holds no batch norm of normrewrite's. Convert it first.")
     lowered, live = as_nodes(deepcopy(model).cpu().eval(), live_stats)
-    folded, outcome, notes = fold(lowered, inputs)
+    folded, outcome, notes = fold(lowered, inputs, forwards=learned is None)
     _refuse_live(folded, live_stats)
     inputs = cast_model(folded, inputs, precision)
     _check_weights(folded, path)
@@ -122,7 +126,9 @@ def export(
         notes.append(f"{formulas} norms measure as many elements as come: C(n) is a fitted formula there")
     add_bodies(proto)
     if precision == "int8":  # the adds inside a body are none of its business
-        proto = quantise(proto, as_data(calibrate, keys), ranges)  # type: ignore[arg-type]
+        data = None if calibrate is None else as_data(calibrate, keys)
+        proto, more = _quantised(proto, model, data, ranges, learned)
+        notes += more
     if deploy == "fold" and proto.functions:
         proto = inlined(proto)
     if not bodies:
@@ -137,15 +143,50 @@ def export(
     return Exported(str(path), opset, outcome.into_neighbour, outcome.to_affine, notes, nodes, live, precision, deploy)
 
 
-def _check_request(opset: int, deploy: Deploy, bodies: bool, precision: Precision, calibrate: object) -> None:
+def _quantised(
+    proto: Any, model: nn.Module, data: Data | None, ranges: Ranges, learned: LearnedRanges | None
+) -> tuple[Any, list[str]]:
+    """The file with 8-bit layers, and what is to be said of their ranges."""
+    if learned is None:
+        return quantise(proto, data, ranges), []
+    known, notes = tensors(proto, learned, model)
+    nodes = unkept(proto, learned.kept)
+    missing = [node.name for node in nodes if any(name not in known for name in activations(node))]
+    if missing:
+        instead = "are computed in fp32" if data is None else "are calibrated"
+        notes.append(
+            f"{len(missing)} of {len(nodes)} products and adds have no learned range, and {instead}: {_some(missing)}"
+        )
+    coarse = [node.name for node in nodes if node.op_type == "ConvTranspose" and _groups(node) > 1]
+    if coarse:
+        notes.append(
+            f"in ONNX the groups of a transposed convolution share their weights' steps, not in training: {_some(coarse)}"
+        )
+    return quantise(proto, data, ranges, learned=known, kept=learned.kept), notes
+
+
+def _groups(node: Any) -> int:
+    return next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
+
+
+def _some(names: list[str]) -> str:
+    return f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
+
+
+def _check_request(
+    opset: int, deploy: Deploy, bodies: bool, precision: Precision, calibrate: object, learned: object
+) -> None:
     if opset not in _OPSETS:
         raise NormRewriteError(f"--opset {opset}: the exporter gives {_OPSETS.start} to {_OPSETS.stop - 1}.")
     if precision not in PRECISIONS or deploy not in DEPLOYS:
         raise NormRewriteError(
             f"precision {precision!r}, deploy {deploy!r}: {', '.join((*PRECISIONS, *DEPLOYS))} are known."
         )
-    if precision == "int8" and calibrate is None:
-        raise NormRewriteError("int8 needs unlabelled inputs to see how far activations reach: give --calibrate DATA.")
+    if precision == "int8" and calibrate is None and learned is None:
+        raise NormRewriteError(
+            "int8 needs unlabelled inputs to see how far activations reach: give --calibrate DATA, or a network that finetune "
+            "--precision int8 has written, whose file knows."
+        )
     if precision != "int8" and calibrate is not None:
         raise NormRewriteError(f"--calibrate goes with --precision int8: {precision} needs no data.")
     if precision == "bf16" and opset < _BF16_OPSET:
@@ -180,15 +221,18 @@ def _refuse_live(model: nn.Module, live_stats: bool) -> None:
         )
 
 
-def fold(model: nn.Module, example_inputs: Sequence[Tensor] | None = None) -> tuple[nn.Module, Outcome, list[str]]:
+def fold(
+    model: nn.Module, example_inputs: Sequence[Tensor] | None = None, *, forwards: bool = True
+) -> tuple[nn.Module, Outcome, list[str]]:
     """A copy of the model in eval with its norms folded away, where each went, and notes on what could not be done.
 
-    A model that torch.fx can't trace keeps an affine by channel in the place of each norm.
+    forwards: into the layer behind, too, which then reads another activation. A model that torch.fx can't trace keeps an
+    affine by channel in the place of each norm.
     """
     copied = deepcopy(model).cpu().eval()
     if any(weight_norm_of(module) is not None for module in copied.modules()):
         bake_(copied)
-    rewrite = FoldAffine(example_inputs)
+    rewrite = FoldAffine(example_inputs, forwards=forwards)
     try:
         return rewrite(graph.trace(copied)).graph_module, rewrite.outcome, []
     except graph.Untraceable as error:

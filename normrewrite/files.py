@@ -22,6 +22,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from normrewrite import arch as arch_
 from normrewrite import manifest, unpickle
 from normrewrite.errors import NormRewriteError, first_line, nearest, possible
+from normrewrite.ranges import LearnedRanges
 from normrewrite.report import Report
 
 Form = Literal["state_dict", "safetensors", "module"]
@@ -224,21 +225,29 @@ def _take_dtypes(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def save(
-    model: nn.Module, path: str | Path, *, form: Form = "state_dict", report: Report | None = None, force: bool = False
+    model: nn.Module,
+    path: str | Path,
+    *,
+    form: Form = "state_dict",
+    report: Report | None = None,
+    learned: LearnedRanges | None = None,
+    force: bool = False,
 ) -> Form:
     """Write a model and its manifest; whole or not at all, and never over an existing file without `force`.
 
     form: `state_dict` (one dict with `state_dict` and `normrewrite`, which torch.load reads with weights_only=True),
     `safetensors` (manifest in the metadata), or `module` (pickled; where it can't be, a state_dict is written).
+    learned: ranges of an int8 training, for export; a pickled module then is a dict's `model`, beside the manifest.
     Returns the form that was written. Raises NormRewriteError where the file exists or can't be written.
     """
     path = Path(path)
-    record = manifest.describe(model, report)
+    record = manifest.describe(model, report, learned)
     if path.suffix == ".safetensors" or form == "safetensors":  # the name decides, as it does when it is read
         form = "safetensors" if path.suffix == ".safetensors" else "state_dict"
     if form == "module" and not _needs_code(model):
         try:
-            write_atomically(path, lambda temporary: torch.save(model, temporary), force)
+            whole = model if learned is None else {"model": model, manifest.KEY: record}
+            write_atomically(path, lambda temporary: torch.save(whole, temporary), force)
             return form
         except (
             pickle.PicklingError,

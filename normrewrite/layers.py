@@ -18,8 +18,6 @@ from normrewrite.export import fold
 from normrewrite.report import table
 from normrewrite.verify import Network, OutputDifference, Outputs, runner
 
-_SCOPES = "pkg.torch.onnx.name_scopes"
-
 
 @dataclass
 class Layers:
@@ -99,9 +97,8 @@ def _last_tensors(proto: Any) -> dict[str, str]:
     """By module name, the last tensor that its code computed."""
     last: dict[str, str] = {}
     for node in proto.graph.node:
-        scopes = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), None)
-        names = [] if scopes is None else [part.strip(" '\"") for part in scopes.strip("[]").split(",")]
-        if len(names) > 1 and names[-2]:
-            last.pop(names[-2], None)
-            last[names[-2]] = node.output[0]
+        scopes = onnx_file.scopes(node)
+        if scopes and scopes[-1]:
+            last.pop(scopes[-1], None)
+            last[scopes[-1]] = node.output[0]
     return last

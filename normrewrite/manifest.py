@@ -2,6 +2,7 @@
 
 {"normrewrite": "0.1.0", "format": 1, "torch": "2.13.0", "sites": [{"names": ["bn1"], "was": "BatchNorm2d",
  "to": "l1", "gain": "exact", "difference": 1.2e-07}, ...], "report": {...}}; a norm that a layer took in has the `layer`.
+What an int8 training learned is in "int8" (normrewrite.ranges).
 """
 
 from dataclasses import replace
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normrewrite import sites
+from normrewrite import ranges, sites
 from normrewrite._version import __version__
 from normrewrite.errors import NormRewriteError
 from normrewrite.neighbours import is_layer
@@ -21,6 +22,7 @@ from normrewrite.norms import GAINS, Gain
 from normrewrite.passes import Rewrite
 from normrewrite.passes.lift_functional import lift_
 from normrewrite.passes.swap_metric import SCOPES
+from normrewrite.ranges import LearnedRanges
 from normrewrite.report import Report
 from normrewrite.sites import Site
 from normrewrite.targets import measures
@@ -30,8 +32,9 @@ KEY = "normrewrite"
 FORMAT = 1
 
 
-def describe(model: nn.Module, report: Report | None = None) -> dict[str, Any]:
-    """The manifest of a twin, read off the twin itself; the report of the rewrite goes along where it is at hand."""
+def describe(model: nn.Module, report: Report | None = None, learned: LearnedRanges | None = None) -> dict[str, Any]:
+    """The manifest of a twin, read off the twin itself; the report of the rewrite, and the ranges that were learned, go
+    along where they are at hand."""
     record: dict[str, Any] = {KEY: __version__, "format": FORMAT, "torch": str(torch.__version__), "sites": []}
     names = {id(module): name for name, module in model.named_modules()}
     for site in sites.find(model, lambda module: bool(_entry(module))):
@@ -41,6 +44,8 @@ def describe(model: nn.Module, report: Report | None = None) -> dict[str, Any]:
         )
     if report is not None:
         record["report"] = report.as_dict()
+    if learned is not None:
+        record[ranges.KEY] = learned.as_dict()
     return record
 
 
@@ -71,6 +76,7 @@ def check(record: object, where: str) -> dict[str, Any]:
         )
     for entry in record["sites"]:
         _check_site(entry, where)
+    ranges.of_record(record, where)
     return record
 
 

@@ -5,6 +5,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from normrewrite import sites
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
@@ -17,6 +19,12 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
         for module in model.modules():
             module.training = False
         yield model
+
+
+def freeze_statistics(model: nn.Module) -> None:
+    """Let batch norms in a model that trains run as in eval: on their running statistics, which stay as they are."""
+    for site in sites.find(model):
+        site.module.training = False
 
 
 @contextmanager

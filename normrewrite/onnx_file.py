@@ -15,6 +15,7 @@ from normrewrite.lower import onnx as nodes
 from normrewrite.tolerances import FITTED, SAME_DEPLOYED
 
 OLDEST_OPSET = 13  # from here on axes are inputs and Q/DQ goes by channel
+_SCOPES = "pkg.torch.onnx.name_scopes"
 LARGEST = 2**31 - 1  # bytes: protobuf's own limit, so the largest file without weights beside it
 
 
@@ -46,6 +47,12 @@ def read(path: str | Path) -> Any:
 
 def opset_of(proto: Any) -> int:
     return next((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), 0)
+
+
+def scopes(node: Any) -> list[str]:
+    """The modules that a node came from, outermost first, by dotted name, as torch's exporter notes them."""
+    noted = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), "")
+    return [name.strip(" '\"") for name in noted.strip("[]").split(",")[:-1]]
 
 
 def write(proto: Any, path: Path, force: bool) -> None:

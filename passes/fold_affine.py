@@ -51,12 +51,14 @@ class FoldAffine(Rewrite):
     """A torch.fx pass, also usable on any nn.Module by `apply`.
 
     >>> FoldAffine()(torch.fx.symbolic_trace(model.eval())).graph_module
+
+    forwards: into the layer behind, where there is none in front.
     """
 
     target = "none"
 
-    def __init__(self, example_inputs: Sequence[Tensor] | None = None) -> None:
-        self.example_inputs = example_inputs
+    def __init__(self, example_inputs: Sequence[Tensor] | None = None, *, forwards: bool = True) -> None:
+        self.example_inputs, self.forwards = example_inputs, forwards
         self.outcome = Outcome([], [])
 
     def look(self, model: nn.Module, found: Sequence[Site]) -> list[Site]:
@@ -112,7 +114,8 @@ class FoldAffine(Rewrite):
         if not hooks and isinstance(before, Node) and _may_fold(graph_module, before, node, ranks):
             _swap(graph_module, before, into_previous(graph_module.get_submodule(str(before.target)), affine))
         elif (
-            not hooks
+            self.forwards
+            and not hooks
             and isinstance(after, Node)
             and tail_of(norm) is None
             and len(node.users) == 1

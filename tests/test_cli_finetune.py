@@ -102,6 +102,24 @@ def test_half_arithmetic_is_told(run: Command, folder: Path) -> None:  # noqa: F
     assert all(value.dtype != torch.float16 for value in _weights("twin.finetuned.pt").values())
 
 
+def test_ranges_of_an_int8_training_reach_the_onnx_file(run: Command, folder: Path) -> None:  # noqa: F811
+    nr.save(nr.convert(nr.load("digits.pt", arch=ARCH.split()[1])), "l1.pt")
+    layers = (torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten(), torch.nn.Linear(144, 10))
+    torch.save(
+        nr.convert(torch.nn.Sequential(*layers).eval()), "whole.pt"
+    )  # a pickled module has no room for a manifest
+    options = "--data digits.npz --steps 2 --lr 1e-5 --val few.npz --precision int8 --int8-gradients --int8-keep last"
+    for name, arch, kept, count in (("l1", ARCH, "head", 12), ("whole", "", "3", 1)):
+        done = run(f"finetune {name}.pt {arch} {options} -o tuned.pt --force --json")
+        assert done.code == 0 and done.json["precision"] == "int8" and done.json["ranges"]["kept"] == [kept], done.err
+        exported = run(f"export tuned.pt {arch} --input-shape 1,1,8,8 --precision int8 -o tuned.onnx --force --json")
+        assert exported.code == 0 and not exported.json["notes"], exported.err
+        assert exported.json["nodes"]["QuantizeLinear"] == count, exported.json["nodes"]
+        assert run(f"verify tuned.pt tuned.onnx {arch} --data digits.npz -q").code == 0
+    bare = run(f"export l1.pt {ARCH} --input-shape 1,1,8,8 --precision int8 -o bare.onnx")
+    assert bare.code == 2 and "give --calibrate DATA, or a network that finetune --precision int8" in bare.err
+
+
 def test_losses_of_every_kind(run: Command, folder: Path) -> None:  # noqa: F811
     for loss in ("kl", "cross-entropy", "loss.py:absolute", "mse --features 'blocks.*'"):
         done = run(f"finetune twin.pt {ARCH} --data unlabelled.npz --steps 2 --loss {loss} --force --json")
@@ -136,6 +154,8 @@ BAD = {
     "output there": (f"{TUNE} -o digits.pt", "exists already. Choose another name"),
     "output there, resumed": (f"{TUNE} -o digits.pt --resume", "exists already. Choose another name"),
     "loss": (f"{TUNE} --loss huber", "there is no such loss"),
+    "int8": (f"{TUNE} --int8-gradients", "go with --precision int8: add that"),
+    "kept": (f"{TUNE} --precision int8 --int8-keep blocks.9", "'blocks.9' is to be kept, and no module is called so"),
     "lr": (f"{TUNE} --lr -1", "--lr -1.0: a number above zero"),
     "too large a rate": (f"{TUNE} --lr 1e30 --schedule constant --epochs 50", "not finite 20 times in a row"),
 }

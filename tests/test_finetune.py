@@ -101,11 +101,13 @@ def test_a_layer_twin_is_repaired_without_labels(digits: nn.Module, examples: tu
     finetune(repaired, images, teacher=digits, steps=1)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp16-pure"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp16-pure", "int8"])
 @pytest.mark.parametrize("to", ["l1", "bwn", "group:2"])
 def test_every_precision_learns(to: str, precision: str, digits: nn.Module, examples: tuple[Tensor, Tensor]) -> None:
     twin = nr.convert(digits, to=to)
-    settles = 3 if precision == "fp16-pure" else 0  # steps: its gradients are half too, and the loss scale comes down to that
+    settles = (
+        3 if precision == "fp16-pure" else 0
+    )  # steps: its gradients are half too, and the loss scale comes down to that
     trained, result = finetune(twin, examples[0][:128], epochs=3, precision=precision)
     losses = [epoch.loss for epoch in result.epochs if epoch.loss is not None]
     assert result.skipped_steps <= settles and losses[-1] < 1.5 * losses[0] and len(losses) > 1
@@ -163,6 +165,57 @@ def test_frozen_parameters_stay(tiny: nn.Module, labelled: Data) -> None:
     assert torch.equal(trained[0].weight, tiny[0].weight) and not torch.equal(trained[5].weight, tiny[5].weight)
 
 
+def test_batch_norms_of_frozen_statistics(tiny: nn.Module, labelled: Data) -> None:
+    trained, _ = finetune(tiny, labelled, labels=True, epochs=2, val_split=0.2, freeze_statistics=True)
+    assert all(torch.equal(a, b) for a, b in zip(trained.buffers(), tiny.buffers(), strict=True))
+    assert not torch.equal(trained[1].weight, tiny[1].weight) and trained[1].training == tiny[1].training
+    assert not torch.equal(finetune(tiny, labelled, labels=True, steps=1)[0][1].running_mean, tiny[1].running_mean)
+
+
+# --- on 8 bits --------------------------------------------------------------------------------------------------------
+
+
+def test_int8_learns_ranges_beside_an_ordinary_twin(digits: nn.Module, examples: tuple[Tensor, Tensor]) -> None:
+    images, labels = examples
+    twin = nr.convert(digits, to="l1")
+    trained, result = finetune(twin, images[:250], epochs=2, precision="int8", int8_keep=("first",), lr=1e-4)
+    assert type(trained) is type(twin) and trained.state_dict().keys() == twin.state_dict().keys()
+    assert (
+        result.ranges is not None and result.last_ranges is None and result.as_dict()["ranges"]["kept"] == ("stem.0.0",)
+    )
+    assert result.notes == [] and "stem.0.0" not in result.ranges.amax and "blocks.2.body.0.0" in result.ranges.amax
+    with nr.int8(trained, ranges=result.ranges):
+        assert _accuracy(trained, images[250:], labels[250:]) > _accuracy(digits, images[250:], labels[250:]) - 0.01
+    (note,) = finetune(digits, images[:64], steps=1, precision="int8", teacher=digits)[1].notes
+    assert note.startswith("9 batch norms between 8-bit layers measure squares (stem.0.1, ")
+
+
+def test_int8_gives_the_ranges_of_the_weights_that_it_gives(tiny: nn.Module, labelled: Data) -> None:
+    options: dict[str, Any] = {"labels": True, "lr": 0.5, "schedule": "constant", "val_split": 0.3, "precision": "int8"}
+    trained, result = finetune(tiny, labelled, epochs=30, patience=2, **options)
+    assert result.best is not None and result.last is not None and result.ranges != result.last_ranges
+    again, until = finetune(tiny, labelled, epochs=result.best, **options)
+    assert until.ranges == result.ranges and _same(again, trained)
+
+
+def test_int8_forgets_the_ranges_of_a_step_that_is_skipped(tiny: nn.Module, labelled: Data) -> None:
+    class Late(nn.Sequential):
+        """Gives NaN for what its layers take as any number."""
+
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) * torch.where((input > limit).any(), torch.nan, 1.0)
+
+    assert labelled.whole is not None
+    images = labelled.whole.inputs["input"].clone()
+    images[7] *= 1e4
+    data, reach = Data(Batch({"input": images}, labelled.whole.labels)), []
+    for limit in (100, 1e9):
+        _, result = finetune(Late(*tiny), data, labels=True, epochs=1, batch_size=20, precision="int8")
+        assert result.skipped_steps == (limit == 100) and result.ranges is not None
+        reach.append(result.ranges.amax["0"])
+    assert reach[0] < 10 < 100 < reach[1]
+
+
 # --- losses that are not finite ---------------------------------------------------------------------------------------
 
 
@@ -205,11 +258,12 @@ def _stopping(at: int) -> Any:
     return each
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16-pure"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16-pure", "int8"])
 def test_a_resumed_run_is_the_unbroken_one_to_the_bit(
     precision: str, tiny: nn.Module, labelled: Data, tmp_path: Path
 ) -> None:
-    settings = SETTINGS | {"precision": precision, "accumulator": "half:16" if precision == "fp16-pure" else "fp32"}
+    of_precision = {"fp16-pure": {"accumulator": "half:16"}, "int8": {"int8_gradients": True}}
+    settings = SETTINGS | {"precision": precision} | of_precision.get(precision, {})
     whole, expected = finetune(tiny, labelled, **settings)
     assert expected.steps == 15
     # before the first checkpoint, at the end of an epoch, within one, at the very end

@@ -89,9 +89,11 @@ def _written(model: nn.Module, result: Finetuned, output: Path, form: files.Form
     outputs = [str(output)]
     record = {"output": str(output), "last": None, **result.as_dict()}
     if os.environ.get("RANK", "0") == "0":
-        written = files.save(model.cpu(), output, form=form, force=True)  # was looked at before the work
+        written = files.save(  # whether it can be was looked at before the work
+            model.cpu(), output, form=form, learned=result.ranges, force=True
+        )
         if result.last is not None:
-            record["last"] = str(_write_last(model, result.last, output, written))
+            record["last"] = str(_write_last(model, result, output, written))
             outputs.append(f"{record['last']} (the weights at the end)")
         checkpoints.finish(folder_of(output), record)
     way_back = (
@@ -100,8 +102,8 @@ def _written(model: nn.Module, result: Finetuned, output: Path, form: files.Form
     return Written(record, "\n".join([f"{result}{way_back}", *(f"wrote {name}" for name in outputs)]))
 
 
-def _write_last(model: nn.Module, weights: Any, output: Path, form: files.Form) -> Path:
+def _write_last(model: nn.Module, result: Finetuned, output: Path, form: files.Form) -> Path:
     path = derived(output, "last")
-    model.load_state_dict(weights)
-    files.save(model, path, form=form, force=True)
+    model.load_state_dict(result.last or {})
+    files.save(model, path, form=form, learned=result.last_ranges, force=True)
     return path

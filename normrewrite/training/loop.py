@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from normrewrite.data import Batch, Data
 from normrewrite.errors import NormRewriteError
-from normrewrite.modes import evaluating
+from normrewrite.modes import evaluating, freeze_statistics
 from normrewrite.training import optimise, randomness
 from normrewrite.training.augment import augmentation
 from normrewrite.training.checkpoints import Checkpoints
 from normrewrite.training.feed import Feed
+from normrewrite.training.int8 import Int8
 from normrewrite.training.losses import Objective, counted
 from normrewrite.training.progress import Epoch, Progress, Tally
 from normrewrite.training.pure import Weights
@@ -53,10 +54,11 @@ class Loop:
         data: Data,
         val: Data | None,
         each: Callable[[Step], object] = lambda step: None,
+        quantised: Int8 | None = None,
     ) -> None:
         self.machine, self.recipe, self.weights, self.val, self.each = machine, recipe, weights, val, each
         self.model = model = weights.model
-        self.statistics = Statistics(model)
+        self.statistics, self.quantised = Statistics(model), quantised
         ranks = machine.num_processes
         self.feed = Feed(data, recipe.batch_size, recipe.accumulate, recipe.seed, machine.process_index, ranks)
         self.total = recipe.total(self.feed.steps)
@@ -69,8 +71,8 @@ class Loop:
         self.schedule = optimise.make_schedule(recipe, optimizer, self.total)
         self.network, self.optimizer = machine.prepare(model, optimizer)
         self.progress = Progress()
-        averaged = [] if self.ema is None else [self.ema]
-        machine.register_for_checkpointing(self.schedule, self.progress, *weights.saved, *averaged)
+        more = [found for found in (self.ema, quantised) if found is not None]
+        machine.register_for_checkpointing(self.schedule, self.progress, *weights.saved, *more)
 
     @property
     def result(self) -> nn.Module:
@@ -81,6 +83,8 @@ class Loop:
         """From where the progress is to the end, with a checkpoint every `save_every` steps, or every epoch, and at the end."""
         progress, every = self.progress, self.recipe.save_every or self.feed.steps
         self.network.train()
+        if self.recipe.freeze_statistics:
+            freeze_statistics(self.model)
         while progress.step < self.total and not progress.stopped:
             epoch, done = divmod(progress.step, self.feed.steps)
             for batches in self._steps(epoch, done):
@@ -112,10 +116,11 @@ class Loop:
         started, progress = time.perf_counter(), self.progress
         randomness.seed(self.recipe.seed, progress.step, self.machine.process_index)
         before = [buffer.clone() for buffer in self.model.buffers()]
+        ranges = {} if self.quantised is None else self.quantised.state_dict()
         tally = self._learn(batches)
         progress.step += 1
         if tally is None:
-            self._skip(before)
+            self._skip(before, ranges)
         else:
             self.schedule.step()
             if self.ema is not None:
@@ -162,8 +167,10 @@ class Loop:
         return Tally(loss, *map(int, counts))
 
     @torch.no_grad()
-    def _skip(self, before: list[Tensor]) -> None:
-        """Running statistics come back too: what is not finite would stay in them for ever."""
+    def _skip(self, before: list[Tensor], ranges: dict[str, Tensor]) -> None:
+        """Running statistics and ranges come back too: what is not finite would stay in them for ever."""
+        if self.quantised is not None:
+            self.quantised.load_state_dict(ranges)
         for buffer, value in zip(self.model.buffers(), before, strict=True):
             buffer.copy_(value)
         self.progress.skipped += 1
@@ -185,7 +192,8 @@ class Loop:
         progress.tally = Tally()
         if epoch.val_loss is not None:
             self.machine.log({"val_loss": epoch.val_loss, "val_accuracy": epoch.val_accuracy}, progress.step)
-            progress.validated(self._score(epoch), self.result.state_dict())
+            ranges = {} if self.quantised is None else self.quantised.ranges.amax
+            progress.validated(self._score(epoch), self.result.state_dict(), ranges)
             progress.stopped = self.recipe.patience is not None and progress.stale >= self.recipe.patience
 
     def _score(self, epoch: Epoch) -> list[float]:

@@ -17,7 +17,8 @@ from normrewrite.errors import NormRewriteError, first_line
 from normrewrite.training.recipe import Recipe
 from normrewrite.verify import device_of
 
-_MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16", "fp16-pure": "no"}  # as accelerate calls them
+# as accelerate calls them
+_MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16", "fp16-pure": "no", "int8": "no"}
 
 
 @contextmanager

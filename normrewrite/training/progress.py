@@ -63,11 +63,12 @@ class Progress:
     best: int | None = None
     score: list[float] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
+    ranges: dict[str, float] = field(default_factory=dict)
 
-    def validated(self, score: list[float], weights: dict[str, Tensor]) -> None:
-        """Keep the weights where they are the best so far; the epoch is the last of `epochs`."""
+    def validated(self, score: list[float], weights: dict[str, Tensor], ranges: dict[str, float]) -> None:
+        """Keep the weights, and what int8 learned, where they are the best so far; the epoch is the last of `epochs`."""
         if self.best is None or score > self.score:
-            self.best, self.score = self.epochs[-1].epoch, score
+            self.best, self.score, self.ranges = self.epochs[-1].epoch, score, ranges
             self.weights = {name: value.detach().cpu().clone() for name, value in weights.items()}
 
     @property

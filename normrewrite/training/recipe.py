@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 from normrewrite.errors import NormRewriteError, nearest
 from normrewrite.lower.accumulate import accumulator
 
-Precision = Literal["fp32", "bf16", "fp16", "fp16-pure"]
+Precision = Literal["fp32", "bf16", "fp16", "fp16-pure", "int8"]
 Schedule = Literal["cosine", "linear", "constant"]
 Optimizer = Literal["adamw", "sgd"]
 WeightDecayAs = Literal["decay", "lr"]
@@ -35,6 +35,8 @@ class Recipe:
     epochs, or steps; warmup: steps in which lr rises; ema: decay of the averaged weights, which are then the result; clip:
     largest gradient norm; crop: pixels of zero padding to shift in. val_split: share held out; patience: epochs without
     progress there before it stops. save_every: steps between checkpoints, an epoch by default.
+    int8_gradients: 8 bits for gradients too; int8_keep: modules that stay in floating point, as in training.int8.
+    freeze_statistics: batch norms run on their running statistics, as in eval, and leave them as they are.
     """
 
     precision: Precision = "fp32"
@@ -64,6 +66,9 @@ class Recipe:
     seed: int = 0
     deterministic: bool = False
     save_every: int | None = None
+    int8_gradients: bool = False
+    int8_keep: tuple[str, ...] = ()
+    freeze_statistics: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -97,6 +102,11 @@ class Recipe:
                 f"{self.weight_decay:g}. Give --optimizer sgd and the weight decay that it is to stand for."
             )
 
+        if self.precision != "int8" and (self.int8_gradients or self.int8_keep):
+            raise NormRewriteError(
+                "--int8-gradients and --int8-keep go with --precision int8: add that, or leave them out."
+            )
+
     def total(self, steps_an_epoch: int) -> int:
         """The steps of the whole training."""
         return self.steps or (self.epochs or _EPOCHS) * steps_an_epoch
@@ -117,7 +127,9 @@ def recipe(options: Mapping[str, Any]) -> Recipe:
     for name in options:
         if name not in known:
             raise NormRewriteError(f"there is no option {name!r}.{nearest(name, known)} Options: {', '.join(known)}.")
-    values: dict[str, Any] = {name: tuple(value) if name == "features" else value for name, value in options.items()}
+    values: dict[str, Any] = {
+        name: tuple(value) if name in ("features", "int8_keep") else value for name, value in options.items()
+    }
     return Recipe(**values)
 
 

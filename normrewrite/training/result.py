@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from normrewrite.ranges import LearnedRanges
 from normrewrite.report import table
 from normrewrite.training.progress import Epoch
 
@@ -16,7 +17,8 @@ from normrewrite.training.progress import Epoch
 class Finetuned:
     """What a fine-tuning came to. best: the epoch whose weights the model has, where there was validation; last: the
     weights at the end, where they are others. accumulator: what norms summed by, in fp16-pure. nonfinite_batches: how many gave
-    norm statistics that were not finite; their steps count as skipped only where loss or gradient were not finite either."""
+    norm statistics that were not finite; their steps count as skipped only where loss or gradient were not finite either.
+    ranges: what int8 learned beside the weights, and beside `last`."""
 
     precision: str
     labels: bool
@@ -31,9 +33,11 @@ class Finetuned:
     last: dict[str, Tensor] | None = None
     accumulator: str | None = None
     nonfinite_batches: int = 0
+    ranges: LearnedRanges | None = None
+    last_ranges: LearnedRanges | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if name != "last"}
+        return {name: value for name, value in asdict(self).items() if not name.startswith("last")}
 
     @property
     def inputs_per_second(self) -> float:

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from normrewrite.errors import NormRewriteError
 from normrewrite.lower.accumulate import accumulator
 from normrewrite.modes import same_flags
 from normrewrite.nn.parts import deepcopy
+from normrewrite.ranges import LearnedRanges
 from normrewrite.revert import untrained
 from normrewrite.training import feed, machine, pure, randomness
 from normrewrite.training.checkpoints import Checkpoints
+from normrewrite.training.int8 import Int8, int8, notes
 from normrewrite.training.loop import Loop, Step
 from normrewrite.training.progress import Progress
 from normrewrite.training.recipe import Recipe
@@ -46,9 +49,10 @@ def run(
         randomness.kept(),
         randomness.deterministic(plan.deterministic),
         same_flags(model),
+        _on_8_bits(model, plan) as quantised,
     ):
         with pure.weights(model, plan, accelerator) as weights:
-            loop = Loop(accelerator, plan, weights, teacher, examples, held_out, each)
+            loop = Loop(accelerator, plan, weights, teacher, examples, held_out, each, quantised)
             try:
                 saver = None if checkpoints is None else Checkpoints(checkpoints, accelerator)
                 if saver is not None:
@@ -57,6 +61,12 @@ def run(
             finally:
                 machine.release(accelerator, loop.network)
         return model, _result(loop, progress, examples)
+
+
+def _on_8_bits(model: nn.Module, plan: Recipe) -> AbstractContextManager[Int8 | None]:
+    return (
+        int8(model, keep=plan.int8_keep, gradients=plan.int8_gradients) if plan.precision == "int8" else nullcontext()
+    )
 
 
 def _teacher(model: nn.Module, teacher: nn.Module | None, plan: Recipe) -> nn.Module | None:
@@ -102,6 +112,7 @@ def _result(loop: Loop, progress: Progress, examples: Data) -> Finetuned:
     best = progress.best is not None and progress.best != progress.epochs[-1].epoch
     last = {name: value.detach().cpu().clone() for name, value in ends.items()} if best else None
     model.load_state_dict(loop.weights.wide(progress.weights) if best else ends)
+    ranges = None if loop.quantised is None else loop.quantised.ranges
     skipped = examples.skipped + (loop.val.skipped if loop.val else ())
     return Finetuned(
         plan.precision,
@@ -113,10 +124,16 @@ def _result(loop: Loop, progress: Progress, examples: Data) -> Finetuned:
         progress.stopped,
         progress.epochs,
         progress.best,
-        [*([f"left out, as they can't be read: {_some(skipped)}"] * bool(skipped)), *loop.weights.notes()],
+        [
+            *([f"left out, as they can't be read: {_some(skipped)}"] if skipped else []),
+            *loop.weights.notes(),
+            *([] if ranges is None or plan.freeze_statistics else notes(model)),
+        ],
         last,
         str(accumulator(plan.accumulator)) if plan.precision == "fp16-pure" else None,
         progress.spoilt,
+        LearnedRanges(progress.ranges, ranges.kept) if ranges is not None and best else ranges,
+        ranges if best else None,
     )
 
 
