@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional
 
-from normrewrite.nn import LayerNorm
+from normrewrite.nn import BatchNorm2d, LayerNorm
 
 
 class _Bottleneck(nn.Module):
@@ -39,6 +39,28 @@ def resnet50() -> nn.Module:
             layers.append(_Bottleneck(width_in, 64 << stage, 2 if i == 0 and stage else 1))
             width_in = 4 * (64 << stage)
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2048, 1000))
+
+
+class _Basic(nn.Module):
+    """Two 3×3 convolutions and a shortcut, projected where the shape changes."""
+
+    def __init__(self, width_in: int, width: int, stride: int, metric: str) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(width_in, width, 3, stride, 1, bias=False), BatchNorm2d(width, metric=metric)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, 1, 1, bias=False), BatchNorm2d(width, metric=metric)
+        projection = (nn.Conv2d(width_in, width, 1, stride, bias=False), BatchNorm2d(width, metric=metric))
+        self.shortcut = nn.Identity() if stride == 1 else nn.Sequential(*projection)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.bn2(self.conv2(self.bn1(self.conv1(x)).relu())) + self.shortcut(x)).relu()
+
+
+def resnet8(metric: str, width: int = 16) -> nn.Module:
+    """ResNet-8: a stem and three basic blocks, (N, 3, 32, 32) -> (N, 10), with norms of `metric`. Untrained."""
+    stem = (nn.Conv2d(3, width, 3, 1, 1, bias=False), BatchNorm2d(width, metric=metric), nn.ReLU())
+    widths = (width, width, 2 * width, 4 * width)
+    blocks = (_Basic(widths[i], widths[i + 1], 1 if i == 0 else 2, metric) for i in range(3))
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 10))
 
 
 class _EncoderBlock(nn.Module):
