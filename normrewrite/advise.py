@@ -13,10 +13,11 @@ calibrate where the target's kappa is 5 % from 1: on these inputs it reads anoth
           calibrated twin trains as its eval computes. Eval is the same function either way. group is another function:
           it has to be fitted in any case, which calibrate does.
 fp16      what half precision would do to a sum over one statistic's elements, for kernels and devices that sum in it (ours
-          sums in fp32, whatever the model's dtype). Where sums of d*d pass 65504 and those of |d| don't, l1 fits and l2 does
-          not. Where both do, sum in fp32, or take linf or range, whose scale is no sum (the mean still is one). That is for
-          partial sums, as parallel kernels add. One running half sum drops what is below half the step between its numbers:
-          beyond 2048 elements it falls short before it overflows (on real inputs by 6 to 12 % at 4096, by half at 16384).
+          sums in fp32, whatever the model's dtype; `finetune --accumulator half:1` sums as is foreseen here). Where sums of
+          d*d pass 65504 and those of |d| don't, l1 fits and l2 does not. Where both do, sum in fp32, or take linf or range,
+          whose scale is no sum (the mean still is one). That is for partial sums, as parallel kernels add. One running half
+          sum drops what is below half the step between its numbers: beyond 2048 elements it falls short before it overflows
+          (on real inputs by 6 to 12 % at 4096, by half at 16384).
 in eval   a norm that has a layer to itself in front folds into it, and any other with running statistics is one multiply
           and add, whatever its metric: targets differ in training alone.
 
