@@ -1,6 +1,6 @@
 """Training in half alone, from scratch: which norms learn, by which accumulators, and how often statistics overflow.
 
-    python -m benchmarks.fp16_pure ../shared/data        # about 25 minutes on two cores; writes results/fp16_pure.json
+    python -m benchmarks.fp16_pure ../shared/data        # minutes a line of its table; writes results/fp16_pure.json
 
 The folder holds load.py and cifar10/ (see tests/conftest.py). CIFAR-10 at 16 x 16 (means of 2 x 2 pixels), top-1 of 10,000 test
 images. A ResNet of three blocks (8, 16, 32 channels, torchvision's initialisation), whose batch norms measure 32,768, 8,192
@@ -129,7 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder with load.py and cifar10/")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--images", type=int, default=IMAGES, help="for training")
     parser.add_argument("--only", nargs="*", default=[], help="runs that hold these words, as in pixels l1")
     parser.add_argument("--output", default="fp16_pure", help="name of the result")
