@@ -132,6 +132,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--images", type=int, default=IMAGES, help="for training")
     parser.add_argument("--only", nargs="*", default=[], help="runs that hold these words, as in pixels l1")
+    parser.add_argument("--metrics", nargs="*", default=METRICS, help="these metrics")
     parser.add_argument("--output", default="fp16_pure", help="name of the result")
     options = parser.parse_args()
     os.environ["NORMREWRITE_DATA"] = str(options.data.resolve())
@@ -142,7 +143,7 @@ def main() -> None:
         scale: (images("train", options.images, scale), images("test", min(10_000, options.images), scale))
         for scale in scales
     }
-    chosen = [run for run in RUNS if all(word in run for word in options.only)]
+    chosen = [run for run in RUNS if all(word in run for word in options.only) and run[3] in options.metrics]
     results, rows = [], []
     for run in chosen:
         own = [measure(run, seed, {"epochs": options.epochs}, data) for seed in range(options.seeds)]
