@@ -14,7 +14,18 @@ Precision = Literal["fp32", "bf16", "fp16"]
 Schedule = Literal["cosine", "linear", "constant"]
 Optimizer = Literal["adamw", "sgd"]
 _EPOCHS = 6
-_ABOVE_ZERO = ("epochs", "steps", "lr", "batch_size", "accumulate", "clip", "patience", "save_every", "feature_weight")
+_ABOVE_ZERO = (
+    "epochs",
+    "steps",
+    "lr",
+    "batch_size",
+    "accumulate",
+    "clip",
+    "patience",
+    "save_every",
+    "feature_weight",
+    "timeout",
+)
 _AT_LEAST_ZERO = ("warmup", "weight_decay", "momentum", "crop", "seed")
 _BELOW_ONE = ("momentum", "ema", "val_split")
 
@@ -28,7 +39,8 @@ class Recipe:
     whole loss. features: names or globs of modules whose outputs are to be the teacher's too.
     epochs, or steps; warmup: steps in which lr rises; ema: decay of the averaged weights, which are then the result; clip:
     largest gradient norm; crop: pixels of zero padding to shift in. val_split: share held out; patience: epochs without
-    progress there before it stops. save_every: steps between checkpoints, an epoch by default.
+    progress there before it stops. save_every: steps between checkpoints, an epoch by default. timeout: seconds that one
+    process waits for another before the run ends with an error.
     """
 
     precision: Precision = "fp32"
@@ -56,6 +68,7 @@ class Recipe:
     seed: int = 0
     deterministic: bool = False
     save_every: int | None = None
+    timeout: float = 45.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -86,7 +99,7 @@ class Recipe:
 
     def identity(self) -> dict[str, Any]:
         """What the result depends on."""
-        return {name: value for name, value in asdict(self).items() if name != "save_every"}
+        return {name: value for name, value in asdict(self).items() if name not in ("save_every", "timeout")}
 
     @property
     def taught(self) -> bool:

@@ -46,13 +46,14 @@ def run(
         randomness.deterministic(plan.deterministic),
         same_flags(model),
     ):
-        loop = Loop(accelerator, plan, model, teacher, examples, held_out, each)
+        network = deepcopy(model) if machine.sharded(accelerator) else model  # sharding changes a module for good
+        loop = Loop(accelerator, plan, network, teacher, examples, held_out, each)
         try:
             saver = None if checkpoints is None else Checkpoints(checkpoints, accelerator)
             if saver is not None:
                 saver.begin(_run(plan, examples, loop), resume)
             progress = loop.run(saver)
-            return model, _result(loop, progress, examples)
+            return model, _result(loop, progress, examples, model)
         finally:
             machine.release(accelerator, loop.network)
 
@@ -93,10 +94,9 @@ def _run(plan: Recipe, examples: Data, loop: Loop) -> dict[str, Any]:
     return plan.identity() | {"inputs": rows, "steps_in_all": loop.total, "processes": loop.machine.num_processes}
 
 
-def _result(loop: Loop, progress: Progress, examples: Data) -> Finetuned:
+def _result(loop: Loop, progress: Progress, examples: Data, model: nn.Module) -> Finetuned:
     """Puts the weights that the training was for into the model."""
-    model, plan = loop.model, loop.recipe
-    ends = loop.result.state_dict()
+    plan, ends = loop.recipe, loop.weights
     best = progress.best is not None and progress.best != progress.epochs[-1].epoch
     last = {name: value.detach().cpu().clone() for name, value in ends.items()} if best else None
     model.load_state_dict(progress.weights if best else ends)
