@@ -95,7 +95,9 @@ batch_size = click.option(
     show_default=True,
     help="Inputs at a time; for calibration and advice that of the training to come.",
 )
-data_help = "A .npz (arrays named as forward's arguments, or images; labels), a folder of images, or module:factory."
+data_help = (
+    "A .npz (arrays named as forward's arguments, or images; labels), a .npy, a folder of images, or module:factory."
+)
 data = _together(
     click.option("--data", metavar="DATA", help=data_help),
     click.option("--input-shape", metavar="N,C,...", help="Random input of this shape instead, as in 1,3,32,32."),
@@ -303,6 +305,14 @@ def revert(source: Any, as_json: bool, quiet: bool, **options: Any) -> None:
 @click.option("--deterministic", is_flag=True, help="Deterministic kernels alone.")
 @click.option("--save-every", type=int, metavar="STEPS", help="Steps between checkpoints.  [default: an epoch]")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint, where there is one.")
+@click.option(
+    "--timeout",
+    type=float,
+    default=45.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long processes wait for another.",
+)
 @click.option("--log", type=PATH, metavar="DIR", help="Write TensorBoard logs here.")
 @click.option("--output", "-o", type=PATH, help="Output file.  [default: MODEL.finetuned.pt beside the input]")
 @force

@@ -23,7 +23,7 @@ Array = npt.NDArray[Any]
 _LARGEST = 1 << 30  # numbers of an example input: four gigabytes in fp32
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 _FORMS = (
-    "Give a .npz (arrays named as forward's arguments, or `images`; `labels` optional), "
+    "Give a .npz (arrays named as forward's arguments, or `images`; `labels` optional), a .npy of inputs, "
     "a folder of images, or module:factory."
 )
 
@@ -99,7 +99,7 @@ def open_data(
     possible(path, "--data ")
     if path.is_dir():
         return _folder(path, first, mean, std, strict)
-    if path.suffix == ".npz":
+    if path.suffix in (".npz", ".npy"):
         return Data(_npz(path, names, mean, std))
     if ":" in source and not path.exists():
         return Data(stream=_Factory(source, first))
@@ -155,11 +155,15 @@ def _arrays(path: Path) -> dict[str, Array]:
     try:
         with path.open("rb") as raw:
             file: Any = np.load(raw, allow_pickle=False)
-            arrays = {name: file[name] for name in file.files}
+            arrays = {"images": file} if path.suffix == ".npy" else {name: file[name] for name in file.files}
     except Exception as error:  # numpy, zipfile and zlib have a class of their own for every kind of damage
-        raise NormRewriteError(f"--data {path}: can't be read as .npz ({first_line(error)}). {_FORMS}") from error
+        raise NormRewriteError(
+            f"--data {path}: can't be read as {path.suffix} ({first_line(error)}). {_FORMS}"
+        ) from error
     if not all(isinstance(values, np.ndarray) for values in arrays.values()):
-        raise NormRewriteError(f"--data {path}: can't be read as .npz (it holds other things than arrays). {_FORMS}")
+        raise NormRewriteError(
+            f"--data {path}: can't be read as {path.suffix} (it holds other things than arrays). {_FORMS}"
+        )
     return arrays
 
 

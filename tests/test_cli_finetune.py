@@ -1,13 +1,14 @@
 """`normrewrite finetune` as people meet it: files in a folder, what it says, its exit code, what it leaves; and kill -9."""
 
-import multiprocessing
+import itertools
 import os
+import random
 import re
-import shlex
 import shutil
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +17,28 @@ import torch
 from PIL import Image
 
 import normrewrite as nr
-from normrewrite import cli, console
+from normrewrite import console
 from normrewrite.training.loop import Step
 from tests.conftest import ROOT
+from tests.ranks import start
 from tests.test_cli import Command, run  # noqa: F401 (a fixture; it takes the folder below)
 
 ARCH = "--arch digits.py:digits_resnet"
 TUNE = f"finetune twin.pt {ARCH} --data digits.npz"
+STREAMS = """
+import torch
+from normrewrite.data import Batch
+images, labels = torch.ones(20, 1, 8, 8), torch.arange(20) % 10
+
+def of(*batches): return [(images, labels), (images, labels), *batches]
+def nan(): return of((images * torch.nan, labels))
+def labels_out_of_range(): return of((images, labels + 1))
+def wrong_shape(): return of((images.repeat(1, 3, 1, 1), labels))
+def raising():
+    yield images, labels
+    raise OSError("the disk is gone")
+def empty(): return []
+"""
 LOSS = "def absolute(outputs, teacher, labels): return (outputs - teacher).abs().mean()\n"
 
 
@@ -42,9 +58,28 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.savez(folder / "colour.npz", images=np.zeros((4, 3, 8, 8), np.float32))
     np.savez(folder / "wrong.npz", images=images, labels=labels + 1)
     np.savez(folder / "nan.npz", images=np.where(np.arange(120)[:, None, None, None] == 7, np.nan, images))
+    np.savez(folder / "infinite.npz", images=np.where(np.arange(120)[:, None, None, None] == 9, np.inf, images))
+    np.save(folder / "nan.npy", np.where(np.arange(120)[:, None, None, None] == 7, np.nan, images))
+    np.save(folder / "few.npy", images)
+    np.save(folder / "flat.npy", images.reshape(120, 64))
+    for name in ("few.npz", "few.npy"):
+        (folder / f"cut-{name}").write_bytes((folder / name).read_bytes()[:2000])
     (folder / "loss.py").write_text(LOSS)
+    (folder / "streams.py").write_text(STREAMS)
     (folder / "empty").mkdir()
+    _pictures(folder / "coloured", 2, [(8, 8)])
+    _pictures(folder / "mixed", 2, [(8, 8), (9, 8)])
+    _pictures(folder / "damaged", 0, [])
     return folder
+
+
+def _pictures(folder: Path, count: int, sizes: list[tuple[int, int]]) -> None:
+    """`count` images of each size, and one that is none."""
+    folder.mkdir()
+    for i in range(count):
+        for size in sizes:
+            Image.fromarray(np.full((*size, 3), 40 * i, np.uint8)).save(folder / f"{i}-{size[0]}.png")
+    (folder / "damaged.png").write_bytes(b"not a picture")
 
 
 @pytest.fixture
@@ -126,29 +161,87 @@ def test_losses_of_every_kind(run: Command, folder: Path) -> None:  # noqa: F811
         assert done.code == 0 and done.json["steps"] == 2, done.err
 
 
-def test_one_damaged_image_among_many_is_left_out_and_told(run: Command, folder: Path) -> None:  # noqa: F811
-    for label in range(2):
-        (folder / "pictures" / str(label)).mkdir(parents=True)
-        for i in range(4):
-            Image.fromarray(np.full((6, 6, 3), 40 * i, np.uint8)).save(folder / "pictures" / str(label) / f"{i}.png")
-    (folder / "pictures" / "0" / "2.png").write_bytes(b"not a picture")
+@pytest.mark.parametrize("role", ["--data", "--val"])
+def test_one_damaged_image_among_many_is_left_out_and_told(role: str, run: Command, folder: Path) -> None:  # noqa: F811
+    for name, damaged in (("sound", False), ("pictures", True)):
+        for label in range(2):
+            (folder / name / str(label)).mkdir(parents=True)
+            for i in range(4):
+                Image.fromarray(np.full((6, 6, 3), 40 * i, np.uint8)).save(folder / name / str(label) / f"{i}.png")
+        if damaged:
+            (folder / name / "0" / "2.png").write_bytes(b"not a picture")
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten())
     torch.save(model.append(torch.nn.Linear(64, 2)), "net.pt")
-    line = "finetune net.pt --data pictures --mean 0.5 --std 0.5 --labels --epochs 1 --batch-size 4 -o out.pt"
+    data = "--data pictures" if role == "--data" else "--data sound --val pictures"
+    line = f"finetune net.pt {data} --mean 0.5 --std 0.5 --labels --epochs 1 --batch-size 4 -o out.pt"
     strict = run(f"{line} --strict")
-    assert strict.code == 2 and "2.png: can't be read as an image" in strict.err and "out.pt" not in _names(folder)
+    assert strict.code == 2 and f"error: {role} pictures/0/2.png: can't be read as an image" in strict.err
+    assert not {"out.pt", "out.checkpoints"} & _names(folder)
     done = run(f"{line} --json")
-    assert done.code == 0 and done.json["inputs"] == 4
+    assert done.code == 0 and done.json["inputs"] == (4 if role == "--data" else 8)
     assert done.json["notes"] == ["left out, as they can't be read: 1 files (pictures/0/2.png)"]
 
 
+BAD_DATA = {
+    "wrong shape": ("colour.npz", r"can't run on images \(2, 3, 8, 8\)"),
+    "nan": ("nan.npz", "1 of 120 inputs hold NaN or infinity, the first is number 7"),
+    "infinity": ("infinite.npz", "1 of 120 inputs hold NaN or infinity, the first is number 9"),
+    "labels out of range": ("wrong.npz", "labels from 1 to 10, .* 10 classes"),
+    "no labels": ("unlabelled.npz", "has no labels. Add them, or leave out"),
+    "cut": ("cut-few.npz", r"can't be read as \.npz"),
+    "npy of a wrong shape": ("flat.npy", r"can't run on images \(2, 64\)"),
+    "npy with nan": ("nan.npy --no-labels", "1 of 120 inputs hold NaN or infinity, the first is number 7"),
+    "npy": ("few.npy", "has no labels. Add them, or leave out"),
+    "npy, cut": ("cut-few.npy", r"can't be read as \.npy"),
+    "empty folder": ("empty", "no image in the folder"),
+    "nothing but damaged images": ("damaged", "damaged.png: can't be read as an image"),
+    "images of several sizes": ("mixed", "images of different sizes"),
+    "images of another shape": ("coloured --no-labels", r"can't run on images \(2, 3, 8, 8\)"),
+    "nothing there": ("nosuch", "there is no such file"),
+    "an empty stream": ("streams.py:empty", "held no batch"),
+}
+
+
+@pytest.mark.parametrize("role", ["--data", "--val"])
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_data_that_cannot_serve_are_one_message_and_no_file(
+    case: str,
+    role: str,
+    run: Command,  # noqa: F811
+    folder: Path,
+) -> None:
+    data, message = BAD_DATA[case]
+    before = _names(folder)
+    others = "" if role == "--data" else "--data few.npz"
+    done = run(f"finetune twin.pt {ARCH} --labels {others} {role} {data} --mean 0.5 --std 0.5 --epochs 1")
+    assert done.code == 2 and done.out == "" and re.search(message, done.err) and done.err.count("\n") == 1
+    assert re.match("error: (the data|--data)" if role == "--data" else "error: (the validation data|--val)", done.err)
+    assert _names(folder) == before
+
+
+LATER = {
+    "nan": "the validation data: images: 20 of 20 inputs hold NaN",
+    "labels_out_of_range": "labels from 1 to 10, .* 10 classes",
+    "raising": "raised OSError: the disk is gone",
+    "wrong_shape": r"can't run on images \(20, 3, 8, 8\)",
+}
+
+
+@pytest.mark.parametrize("role", ["--data", "--val"])
+@pytest.mark.parametrize("case", LATER)
+def test_a_later_batch_of_a_stream_that_cannot_serve(case: str, role: str, run: Command, folder: Path) -> None:  # noqa: F811
+    """It is met on the way. One that isn't finite costs its step, and is counted; nothing is written for the others."""
+    others = "" if role == "--data" else "--data few.npz"
+    done = run(f"finetune twin.pt {ARCH} --labels {others} {role} streams.py:{case} --epochs 1 -o out.pt --json")
+    if (case, role) == ("nan", "--data"):
+        assert done.code == 0 and done.json["skipped_steps"] == 1 and done.json["steps"] == 3
+        assert all(bool(torch.isfinite(value).all()) for value in _weights("out.pt").values())
+    else:
+        assert done.code == 2 and re.search(LATER[case], done.err) and "Traceback" not in done.err
+        assert "out.pt" not in _names(folder)
+
+
 BAD = {
-    "wrong shape": (f"finetune twin.pt {ARCH} --data colour.npz", r"can't run on images \(2, 3, 8, 8\)"),
-    "nan": (f"finetune twin.pt {ARCH} --data nan.npz", "1 of 120 inputs hold NaN or infinity, the first is number 7"),
-    "labels out of range": (f"finetune twin.pt {ARCH} --data wrong.npz --labels", "labels from 1 to 10, .* 10 classes"),
-    "no labels": (f"finetune twin.pt {ARCH} --data unlabelled.npz --labels", "has no labels. Add them, or leave out"),
-    "empty folder": (f"finetune twin.pt {ARCH} --data empty", "no image in the folder"),
-    "no data": (f"finetune twin.pt {ARCH} --data nosuch", "there is no such file"),
     "no teacher": (f"finetune digits.pt {ARCH} --data few.npz", "no original to learn from"),
     "teacher missing": (f"{TUNE} --teacher nosuch.pt", "nosuch.pt: there is no such file"),
     "output there": (f"{TUNE} -o digits.pt", "exists already. Choose another name"),
@@ -157,6 +250,7 @@ BAD = {
     "int8": (f"{TUNE} --int8-gradients", "go with --precision int8: add that"),
     "kept": (f"{TUNE} --precision int8 --int8-keep blocks.9", "'blocks.9' is to be kept, and no module is called so"),
     "lr": (f"{TUNE} --lr -1", "--lr -1.0: a number above zero"),
+    "timeout": (f"{TUNE} --timeout 0", "--timeout 0.0: a number above zero"),
     "too large a rate": (f"{TUNE} --lr 1e30 --schedule constant --epochs 50", "not finite 20 times in a row"),
 }
 
@@ -193,35 +287,59 @@ def test_resume_starts_afresh_and_knows_what_is_finished(run: Command, folder: P
     assert longer.code == 2 and "holds another run: epochs 2 then, 3 now" in longer.err
 
 
-@pytest.mark.slow
-def test_killed_at_any_moment_it_goes_on_to_the_same_bits(run: Command, folder: Path) -> None:  # noqa: F811
-    options = "--epochs 2 --batch-size 32 --flip --crop 1 --ema 0.9 --val-split 0.2 --save-every 2 --resume"
-    assert run(f"{TUNE} {options} -o whole.pt -q").code == 0
-    line = f"{TUNE} {options} -o killed.pt"
-    reached = [_killed(line, folder / "killed.checkpoints", after) for after in (0, 3, 9, 14, 17)]
-    assert reached == sorted(reached) and reached[-1] > 9 and not Path("killed.pt").exists()
-    done = run(f"{TUNE} {options} -o killed.pt --json")
-    assert done.code == 0 and _same("killed.pt", "whole.pt")
-    assert not [name for name in _names(folder) if name.endswith(".tmp")]
+KILLED = f"finetune twin.pt {ARCH} --data few.npz --batch-size 8 --epochs 10 --flip --crop 1 --ema 0.9 --val-split 0.2"
 
 
-def _command(line: str) -> None:
-    sys.argv = ["normrewrite", *shlex.split(line)]
-    torch.set_num_threads(1)
-    cli.main()
+@pytest.mark.parametrize("moments", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_at_any_moment_it_goes_on_to_the_same_bits(moments: int, run: Command, folder: Path) -> None:  # noqa: F811
+    """Half of the moments come at any time, half while a checkpoint's file is being written."""
+    assert run(f"{KILLED} -o whole.pt -q").code == 0
+    line, draw = f"{KILLED} --save-every 2 --resume -o killed.pt", random.Random(moments)
+    kills = moments // 2 * [_killed_at_any_time, _killed_in_a_write]
+    draw.shuffle(kills)
+    reached = [kill(line, folder, draw) for kill in kills]
+    assert reached == sorted(reached) and 0 < reached[-1] < 120 and not Path("killed.pt").exists()
+    done = run(f"{line} --json")
+    assert done.code == 0 and done.json["steps"] == 120 and _same("killed.pt", "whole.pt")
+    assert {path.name for path in (folder / "killed.checkpoints").iterdir()} == {"run.json", "finished.json"}
 
 
-def _killed(line: str, checkpoints: Path, after: int) -> int:
-    """Runs until a checkpoint behind step `after` is there, then kill -9; the step of the newest. The processes are forked
-    from one that has imported torch and done nothing else."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["accelerate", "torch._dynamo", "normrewrite.training.command", "tests.test_cli"])
-    process = context.Process(target=_command, args=(line,))
-    process.start()
-    newest, patience = 0, time.monotonic() + 60
-    while newest <= after and process.is_alive() and time.monotonic() < patience:
-        newest = max((int(path.name[5:]) for path in checkpoints.glob("step-*[0-9]")), default=0)
-    process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    return newest
+def _newest(folder: Path) -> int:
+    return max((int(path.name[5:]) for path in folder.glob("killed.checkpoints/step-*[0-9]")), default=0)
+
+
+def _killed_at_any_time(line: str, folder: Path, draw: random.Random) -> int:
+    """Some milliseconds after some further checkpoint; the step of the newest then."""
+    goal, patience = _newest(folder) + 2 * draw.randint(1, 3), time.monotonic() + 60
+    command = start(line, folder / "log")
+    while _newest(folder) < goal and command.process.is_alive() and time.monotonic() < patience:
+        pass
+    time.sleep(draw.uniform(0, 0.03))
+    command.send(signal.SIGKILL)
+    assert command.end() == -signal.SIGKILL, command.said
+    assert _newest(folder) >= goal
+    return _newest(folder)
+
+
+def _killed_in_a_write(line: str, folder: Path, draw: random.Random) -> int:
+    """With a file of a checkpoint cut at some byte: that checkpoint is lost, the one before it whole."""
+    before, files = _newest(folder), 6  # model, optimiser, random states; schedule, progress, averaged weights
+    at = draw.randint(1, 2 * files)
+    command = start(line, folder / "log", partial(_dies_writing, at, draw.random()))
+    assert command.end() == -signal.SIGKILL, command.said
+    assert _newest(folder) == before + 2 * ((at - 1) // files)
+    assert list(folder.glob("killed.checkpoints/step-*.tmp"))
+    return _newest(folder)
+
+
+def _dies_writing(at: int, share: float) -> None:
+    """From here on: kill -9 at the `at`-th file, of which a part is there."""
+    save, count = torch.save, itertools.count(1)
+
+    def dying(content: object, path: str, *rest: object, **more: object) -> None:
+        save(content, path, *rest, **more)  # type: ignore[arg-type]
+        if next(count) == at:
+            os.truncate(path, int(share * Path(path).stat().st_size))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.save = dying

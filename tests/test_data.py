@@ -254,6 +254,20 @@ def test_bad_npz(content: Callable[[], bytes]) -> None:
         open_data("data.npz", ["x"])
 
 
+def test_an_npy_holds_the_first_argument() -> None:
+    np.save("data.npy", FLOATS)
+    batch = only(open_data("data.npy", ["x", "mask"]))
+    assert list(batch.inputs) == ["x"] and np.array_equal(batch.inputs["x"].numpy(), FLOATS.astype(np.float32))
+    assert batch.labels is None
+
+
+@pytest.mark.parametrize("content", [lambda: b"", lambda: whole(), lambda: single_array()[:100]])
+def test_bad_npy(content: Callable[[], bytes]) -> None:
+    Path("data.npy").write_bytes(content())
+    with pytest.raises(NormRewriteError, match=r"--data data\.npy: can't be read as \.npy .*Give a \.npz"):
+        open_data("data.npy", ["x"])
+
+
 @pytest.mark.parametrize(
     ("source", "said"),
     [

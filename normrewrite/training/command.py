@@ -11,6 +11,7 @@ from torch import nn
 from normrewrite import files, sites
 from normrewrite.commands import Source, derived
 from normrewrite.data import Data, argument_names, open_data
+from normrewrite.errors import NormRewriteError
 from normrewrite.finetune import finetune_
 from normrewrite.training import checkpoints
 from normrewrite.training.recipe import recipe
@@ -63,9 +64,9 @@ def finetune(
     file = source.read()
     model, result = finetune_(
         file.model,
-        _open(data, file.model, mean, std, strict),
+        _open("--data", data, file.model, mean, std, strict),
         teacher=None if teacher is None else source.read(teacher).model,
-        val=None if val is None else _open(val, file.model, mean, std, strict),
+        val=None if val is None else _open("--val", val, file.model, mean, std, strict),
         checkpoints=folder,
         resume=resume,
         log=log,
@@ -80,8 +81,11 @@ def folder_of(output: Path) -> Path:
     return output.with_name(f"{output.stem}.checkpoints")
 
 
-def _open(data: str, model: nn.Module, mean: Any, std: Any, strict: bool) -> Data:
-    return open_data(data, argument_names(model), mean=mean, std=std, strict=strict)
+def _open(option: str, data: str, model: nn.Module, mean: Any, std: Any, strict: bool) -> Data:
+    try:
+        return open_data(data, argument_names(model), mean=mean, std=std, strict=strict)
+    except NormRewriteError as error:  # which says --data, whatever it opens
+        raise NormRewriteError(str(error).replace("--data", option, 1)) from error
 
 
 def _written(model: nn.Module, result: Finetuned, output: Path, form: files.Form) -> Written:

@@ -81,6 +81,10 @@ def _rows(whole: Batch, rows: Tensor) -> Batch:
     return Batch({name: values[rows] for name, values in whole.inputs.items()}, labels)
 
 
+def first(batch: Batch, rows: int) -> Batch:
+    return _rows(batch, torch.arange(min(rows, len(batch))))
+
+
 def split(data: Data, share: float, seed: int) -> tuple[Data, Data]:
     """Data for training and for validation, by chance."""
     if data.whole is None:
@@ -101,20 +105,23 @@ def check(data: Data, model: nn.Module, labels: bool, what: str) -> None:
     batch = next(iter(data.batches(2)), None)
     if batch is None:
         raise NormRewriteError(f"{what} held no batch. Give at least one input.")
-    outputs = runner(model)(Batch({name: values[:2] for name, values in batch.inputs.items()}))
-    for name, values in (data.whole or batch).inputs.items():
-        _check_finite(values, f"{what}: {name}")
+    try:
+        outputs = runner(model)(first(batch, 2))
+    except NormRewriteError as error:
+        raise NormRewriteError(f"{what}: {error}") from error
+    check_finite(data.whole or batch, what)
     if labels:
         check_labels(data.whole or batch, next(iter(outputs.values()), None), what)
 
 
-def _check_finite(values: Tensor, what: str) -> None:
-    bad = (~torch.isfinite(values.reshape(len(values), -1))).any(1).nonzero().flatten()
-    if len(bad):
-        raise NormRewriteError(
-            f"{what}: {len(bad)} of {len(values)} inputs hold NaN or infinity, the first is number {int(bad[0])}. "
-            "Mend them or take them out."
-        )
+def check_finite(batch: Batch, what: str) -> None:
+    for name, values in batch.inputs.items():
+        bad = (~torch.isfinite(values.reshape(len(values), -1))).any(1).nonzero().flatten()
+        if len(bad):
+            raise NormRewriteError(
+                f"{what}: {name}: {len(bad)} of {len(values)} inputs hold NaN or infinity, the first is number {int(bad[0])}. "
+                "Mend them or take them out."
+            )
 
 
 def check_labels(batch: Batch, outputs: Tensor | None, what: str) -> None:

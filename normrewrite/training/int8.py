@@ -251,6 +251,19 @@ def _each(value: Any, size: int) -> tuple[int, ...]:
     return found * size if len(found) == 1 else found
 
 
+@contextmanager
+def aside(mode: Int8 | None) -> Iterator[None]:
+    """Inside, the model computes as it would without."""
+    active = mode is not None and mode.active
+    try:
+        if mode is not None:
+            mode.active = False
+        yield
+    finally:
+        if mode is not None:
+            mode.active = active
+
+
 # --- which layers, which norms ----------------------------------------------------------------------------------------
 
 

@@ -19,9 +19,10 @@ from normrewrite.modes import evaluating, freeze_statistics
 from normrewrite.training import optimise, randomness
 from normrewrite.training.augment import augmentation
 from normrewrite.training.checkpoints import Checkpoints
-from normrewrite.training.feed import Feed
-from normrewrite.training.int8 import Int8
+from normrewrite.training.feed import Feed, check_finite, first
+from normrewrite.training.int8 import Int8, aside
 from normrewrite.training.losses import Objective, counted
+from normrewrite.training.machine import align_buffers, prepare, sharded, whole_weights
 from normrewrite.training.progress import Epoch, Progress, Tally
 from normrewrite.training.pure import Weights
 from normrewrite.training.recipe import Recipe
@@ -69,15 +70,25 @@ class Loop:
         self.judge = self.objective if self.ema is None else Objective(recipe, self.ema.module, self.teacher)
         optimizer = weights.optimised(optimise.make_optimizer(recipe, model))
         self.schedule = optimise.make_schedule(recipe, optimizer, self.total)
-        self.network, self.optimizer = machine.prepare(model, optimizer)
+        self.network, self.optimizer = prepare(machine, model, optimizer, lambda: self._loss_of_two(data))
         self.progress = Progress()
         more = [found for found in (self.ema, quantised) if found is not None]
         machine.register_for_checkpointing(self.schedule, self.progress, *weights.saved, *more)
+
+    def _loss_of_two(self, data: Data) -> Tensor:
+        batch = first(next(iter(data.batches(2))), 2)
+        with evaluating(self.model), aside(self.quantised):
+            return self.objective(self.model, batch.to(self.machine.device)).loss
 
     @property
     def result(self) -> nn.Module:
         """The network that the training is for: the averaged one, where there is one."""
         return self.machine.unwrap_model(self.network) if self.ema is None else self.ema.module
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The result's state_dict, whole; every process has to ask."""
+        return whole_weights(self.machine, self.result)
 
     def run(self, checkpoints: Checkpoints | None = None) -> Progress:
         """From where the progress is to the end, with a checkpoint every `save_every` steps, or every epoch, and at the end."""
@@ -127,6 +138,8 @@ class Loop:
                 self.ema.update_parameters(self.machine.unwrap_model(self.network))
             progress.in_a_row = 0
             progress.tally += tally
+        if sharded(self.machine):
+            align_buffers(self.machine, self.model)  # DDP does at the next step
         self._tell(sum(map(len, batches)) * self.machine.num_processes, time.perf_counter() - started)
 
     def _tell(self, inputs: int, seconds: float) -> None:
@@ -151,7 +164,7 @@ class Loop:
         tally = self._joined(tally)
         self.progress.spoilt += tally.spoilt
         scaled = self.machine.scaler is not None  # fp16's scaler looks at the gradients, and lowers the scale
-        finite = math.isfinite(tally.loss) and (scaled or bool(torch.isfinite(norm)))
+        finite = math.isfinite(tally.loss) and (scaled or math.isfinite(norm))
         if finite:
             self.optimizer.step()
         self.weights.settle(finite)
@@ -193,7 +206,7 @@ class Loop:
         if epoch.val_loss is not None:
             self.machine.log({"val_loss": epoch.val_loss, "val_accuracy": epoch.val_accuracy}, progress.step)
             ranges = {} if self.quantised is None else self.quantised.ranges.amax
-            progress.validated(self._score(epoch), self.result.state_dict(), ranges)
+            progress.validated(self._score(epoch), self.state, ranges)
             progress.stopped = self.recipe.patience is not None and progress.stale >= self.recipe.patience
 
     def _score(self, epoch: Epoch) -> list[float]:
@@ -203,10 +216,19 @@ class Loop:
 
     @torch.no_grad()
     def _validate(self, val: Data) -> Tally:
-        """Every process takes its share of the batches, without asking the others on the way: shares differ in size."""
         tally, network = Tally(), self.result
-        rank, ranks = self.machine.process_index, self.machine.num_processes
+        align_buffers(self.machine, network)
         with evaluating(network):
-            for batch in islice(val.batches(self.recipe.batch_size), rank, None, ranks):
-                tally += counted(self.judge(network, batch.to(self.machine.device)))
+            for batch, new in self._share(val.batches(self.recipe.batch_size)):
+                if val.whole is None:
+                    check_finite(batch, "the validation data")
+                found = counted(self.judge(network, batch.to(self.machine.device)))
+                tally += found if new else Tally()
         return self._joined(tally)
+
+    def _share(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, bool]]:
+        """This process's part, as many batches as every other's, for sharded networks run on all at once: where none is left,
+        one that is another's (False)."""
+        rank, ranks = self.machine.process_index, self.machine.num_processes
+        while found := list(islice(batches, ranks)):
+            yield found[min(rank, len(found) - 1)], rank < len(found)

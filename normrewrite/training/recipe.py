@@ -16,7 +16,18 @@ Schedule = Literal["cosine", "linear", "constant"]
 Optimizer = Literal["adamw", "sgd"]
 WeightDecayAs = Literal["decay", "lr"]
 _EPOCHS = 6
-_ABOVE_ZERO = ("epochs", "steps", "lr", "batch_size", "accumulate", "clip", "patience", "save_every", "feature_weight")
+_ABOVE_ZERO = (
+    "epochs",
+    "steps",
+    "lr",
+    "batch_size",
+    "accumulate",
+    "clip",
+    "patience",
+    "save_every",
+    "feature_weight",
+    "timeout",
+)
 _AT_LEAST_ZERO = ("warmup", "weight_decay", "momentum", "crop", "seed")
 _BELOW_ONE = ("momentum", "ema", "val_split")
 
@@ -34,7 +45,8 @@ class Recipe:
     would have made them shrink (normrewrite.weight_decay): the same training, for plain momentum.
     epochs, or steps; warmup: steps in which lr rises; ema: decay of the averaged weights, which are then the result; clip:
     largest gradient norm; crop: pixels of zero padding to shift in. val_split: share held out; patience: epochs without
-    progress there before it stops. save_every: steps between checkpoints, an epoch by default.
+    progress there before it stops. save_every: steps between checkpoints, an epoch by default. timeout: seconds that one
+    process waits for another before the run ends with an error.
     int8_gradients: 8 bits for gradients too; int8_keep: modules that stay in floating point, as in training.int8.
     freeze_statistics: batch norms run on their running statistics, as in eval, and leave them as they are.
     """
@@ -69,6 +81,7 @@ class Recipe:
     int8_gradients: bool = False
     int8_keep: tuple[str, ...] = ()
     freeze_statistics: bool = False
+    timeout: float = 45.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -113,7 +126,7 @@ class Recipe:
 
     def identity(self) -> dict[str, Any]:
         """What the result depends on."""
-        return {name: value for name, value in asdict(self).items() if name != "save_every"}
+        return {name: value for name, value in asdict(self).items() if name not in ("save_every", "timeout")}
 
     @property
     def taught(self) -> bool:

@@ -51,7 +51,8 @@ def run(
         same_flags(model),
         _on_8_bits(model, plan) as quantised,
     ):
-        with pure.weights(model, plan, accelerator) as weights:
+        network = deepcopy(model) if machine.sharded(accelerator) else model  # sharding changes a module for good
+        with pure.weights(network, plan, accelerator) as weights:
             loop = Loop(accelerator, plan, weights, teacher, examples, held_out, each, quantised)
             try:
                 saver = None if checkpoints is None else Checkpoints(checkpoints, accelerator)
@@ -60,7 +61,7 @@ def run(
                 progress = loop.run(saver)
             finally:
                 machine.release(accelerator, loop.network)
-        return model, _result(loop, progress, examples)
+        return model, _result(loop, progress, examples, model)
 
 
 def _on_8_bits(model: nn.Module, plan: Recipe) -> AbstractContextManager[Int8 | None]:
@@ -105,10 +106,9 @@ def _run(plan: Recipe, examples: Data, loop: Loop) -> dict[str, Any]:
     return plan.identity() | {"inputs": rows, "steps_in_all": loop.total, "processes": loop.machine.num_processes}
 
 
-def _result(loop: Loop, progress: Progress, examples: Data) -> Finetuned:
+def _result(loop: Loop, progress: Progress, examples: Data, model: nn.Module) -> Finetuned:
     """Puts the weights that the training was for into the model."""
-    model, plan = loop.model, loop.recipe
-    ends = loop.weights.wide(loop.result.state_dict())
+    plan, ends = loop.recipe, loop.weights.wide(loop.state)
     best = progress.best is not None and progress.best != progress.epochs[-1].epoch
     last = {name: value.detach().cpu().clone() for name, value in ends.items()} if best else None
     model.load_state_dict(loop.weights.wide(progress.weights) if best else ends)
