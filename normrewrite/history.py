@@ -77,7 +77,8 @@ def step(command: Callable[..., Any], source: "Source", options: Mapping[str, An
     options: the arguments of `command` by name; those at their defaults are left out. verb: the command's name for people,
     where it is not the function's.
     """
-    defaults = inspect.signature(command).parameters
+    named = inspect.Parameter.VAR_KEYWORD
+    defaults = {name: each for name, each in inspect.signature(command).parameters.items() if each.kind is not named}
     given = {
         name: value
         for name, value in options.items()
