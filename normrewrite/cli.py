@@ -243,6 +243,31 @@ def revert(source: Any, as_json: bool, quiet: bool, **options: Any) -> None:
     console.show(commands.revert(source, **options), as_json=as_json, quiet=quiet)
 
 
+@app.command()
+@source
+@click.option("--original", type=PATH, help="The network before the rewrite.  [default: had back from the twin itself]")
+@click.option("--data", metavar="DATA", help=data_help)
+@pixels
+@batch_size
+@click.option(
+    "--latency",
+    type=click.Choice(["torch", "onnxruntime"]),
+    help="Time MODEL and the original there, too, on the first input of --data.",
+)
+@click.option("--output", "-o", type=PATH, help="Write a page: one HTML file.  [default: the report as text]")
+@click.option("--text", is_flag=True, help="With -o: print the report as text, too.")
+@force
+@printed
+def report(source: Any, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Show a network, rewritten or not: sites, figures, histograms, accuracy, manifest; as a page, text or JSON."""
+    from normrewrite import console
+    from normrewrite.page import command
+
+    with console.busy("reading", quiet=quiet or as_json or not options["data"]) as each:
+        result = command.report(source, each=each, **options)
+    console.show(result, as_json=as_json, quiet=quiet)
+
+
 # --- training: the command is in normrewrite.training.command ---------------------------------------------------------
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 SEED = 0  # of every random input that a command draws itself
 # What says where to write, what to print and what to insist on, and not what is computed.
-_SILENT = ("source", "output", "manifest", "force", "each", "dry_run", "expect")
+_SILENT = ("source", "output", "manifest", "force", "each", "dry_run", "expect", "text")
 _FILES = ("calibrate", "data", "replay", "original")
 
 

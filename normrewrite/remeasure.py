@@ -4,7 +4,7 @@
 2.4e-07
 """
 
-from contextlib import suppress
+from dataclasses import replace
 
 from torch import nn
 
@@ -27,39 +27,40 @@ def had_back(twin: nn.Module) -> tuple[nn.Module | None, list[str]]:
 def measure(twin: nn.Module, original: nn.Module | None = None) -> Report:
     """Each rewritten site of a twin against the norm that it was, measured now: a Report as that of the conversion.
 
-    original: what to compare with; by default what the twin itself gives back. Sites trained since have no figure.
+    original: what to compare with; by default what the twin itself gives back. Sites trained since have no tolerance, and
+    no figure without the original.
     """
     back, trained = had_back(twin)
     names = {id(module): name for name, module in twin.named_modules()}
+    now, first, nearest = ({} if model is None else sites.by_name(model) for model in (twin, original, back))
     probe = Probe()
     results = []
     for site in sites.find(twin, lambda module: bool(manifest.entry_of(module))):
         (was, to), label = (manifest.entry_of(site.module)[key] for key in ("was", "to")), site.name
         layer = next((names[id(each)] for each in getattr(site.module, "layer", ()) if id(each) in names), None)
-        old = _at(label, original, back)
-        note = "trained since the rewrite" if label in trained else "" if old is not None else "folded away for good"
-        if note or old is None:
+        since = "trained since the rewrite" if label in trained else ""
+        old = first.get(label) or (None if since else nearest.get(label))
+        if old is None:
+            note = since or "folded away for good"
             results.append(SiteResult(site.names, was, site.channels, to, None, None, None, note))
             continue
-        results.append(_measured(site, old, _at(layer, original, back), _at(layer, twin), (was, to), probe))
+        pair = (None, None) if layer is None else (first.get(layer) or nearest.get(layer), now.get(layer))
+        result = _measured(site, old, pair, (was, to), probe)
+        results.append(replace(result, tolerance=None, note=since) if since else result)
     return Report(results)
 
 
 def _measured(
-    site: Site, old: nn.Module, before: nn.Module | None, now: nn.Module | None, entry: tuple[str, str], probe: Probe
+    site: Site,
+    old: nn.Module,
+    layers: tuple[nn.Module | None, nn.Module | None],
+    entry: tuple[str, str],
+    probe: Probe,
 ) -> SiteResult:
+    """layers: the one in front, before and now, where the norm was folded into it."""
     origin = sites.origin_of(site.module)
     inexact = "" if origin is None else origin.inexact
-    difference, error = measured((before, old), (now, site.module), inexact, probe)
+    difference, error = measured((layers[0], old), (layers[1], site.module), inexact, probe)
     channels = site.channels or getattr(old, "num_features", None)
     limit = None if inexact else tolerance(old)
     return SiteResult(site.names, entry[0], channels, entry[1], difference, limit, None, inexact, error)
-
-
-def _at(name: str | None, *models: nn.Module | None) -> nn.Module | None:
-    """The module of that name in the first model that has it."""
-    for model in models:
-        with suppress(AttributeError):
-            if name is not None and model is not None:
-                return model.get_submodule(name)
-    return None

@@ -54,7 +54,8 @@ def _mismatches(model: nn.Module, record: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _remember(twin: nn.Module, report: Report) -> None:
+    modules = sites.by_name(twin)
     for result in report.rewritten:
-        origin = sites.origin_of(twin.get_submodule(result.names[0]))
+        origin = sites.origin_of(modules[result.names[0]])
         if origin is not None:
             origin.difference, origin.error = result.difference, result.error
