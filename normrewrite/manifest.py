@@ -6,7 +6,8 @@
  "tensors": {"bn1.weight": "<sha256>", ...}, "sha256": "<of all this>"}
 
 A norm that a layer took in has the `layer`. difference, error: normrewrite.exactness; original, arch, steps:
-normrewrite.history; tensors, sha256: normrewrite.digests; what an int8 training learned is in "int8": normrewrite.ranges. From `versions` on, older files lack what is missing.
+normrewrite.history; tensors, sha256: normrewrite.digests; what an int8 training learned is in "int8": normrewrite.ranges.
+Older files have no `versions`, and nothing that stands behind `report`.
 """
 
 import json

@@ -123,18 +123,17 @@ class Document:
     @property
     def origins(self) -> list[tuple[str, str]]:
         """Files and versions."""
-        made = (self.record or {}).get("original")
-        rows = [("model", _digest(self.file))]
-        rows += [("original, as the manifest says", _digest(made))] if made else []
-        rows += [(name, _digest(each)) for name, each in (("original", self.original), ("data", self.data)) if each]
-        rows += (
-            [("versions when it was written", _versions(self.record["versions"]))]
-            if self.record and "versions" in self.record
-            else []
-        )
-        seeds = sorted({str(step.get("seed")) for step in (self.record or {}).get("steps", [])})
-        rows += [("seeds", ", ".join(seeds))] if seeds else []
-        return [*rows, ("versions of this report", _versions(history.versions())), ("machine", machine())]
+        record = self.record or {}
+        made = record.get("original")
+        same = made and self.original and made.get("sha256") == self.original["sha256"]
+        rows = [("model", self.file), ("original, by the manifest" if not same else "original", made)]
+        rows += [("original, as given", None if same else self.original), ("data", self.data)]
+        told = [(name, _digest(each)) for name, each in rows if each]
+        told += [("manifest", f"{len(record['sites'])} sites, {_covered(record)}")] if record else []
+        told += [("versions, when written", _versions(record["versions"]))] if "versions" in record else []
+        seeds = sorted({str(step.get("seed")) for step in record.get("steps", [])})
+        told += [("seeds", ", ".join(seeds))] if seeds else []
+        return [*told, ("versions of this report", _versions(history.versions())), ("machine", machine())]
 
     @property
     def manifest(self) -> str:

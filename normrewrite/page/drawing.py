@@ -186,13 +186,13 @@ def histogram(shares: Sequence[float], label: str) -> Markup:
 
 
 def timings(bench: Bench, names: Sequence[str], told: Callable[[float], str]) -> Markup:
-    """Two bars: medians, with a line from the smallest to the ninth tenth of all rounds."""
+    """Two bars: medians, with a line from the fastest to the third quartile of all rounds."""
     width, line = 340.0, 44.0
     ordered = [sorted(seconds) for seconds in bench.seconds]
-    reach = max(seconds[int(0.9 * (len(seconds) - 1))] for seconds in ordered)
+    reach = max(seconds[int(0.75 * (len(seconds) - 1))] for seconds in ordered)
     parts = []
     for i, (name, seconds) in enumerate(zip(names, ordered, strict=True)):
-        middle, low, high = (seconds[int(share * (len(seconds) - 1))] for share in (0.5, 0.0, 0.9))
+        middle, low, high = (seconds[int(share * (len(seconds) - 1))] for share in (0.5, 0.0, 0.75))
         scale, y = (width - 4) / reach, i * line
         parts += [
             tag("text", f"{name}: {told(middle)}", class_="name", x=0, y=y + 13),

@@ -183,6 +183,6 @@ def _timing(document: Document) -> dict[str, Any] | None:
         return None
     lead = (
         f"Batches of {bench.inputs} in {bench.runtime}, in turns, {len(bench.seconds[0])} rounds: medians, with a line from the "
-        f"fastest to the ninth tenth. Round by round the rewritten network takes {bench.ratio:.3f} times the original's time."
+        f"fastest to the third quartile. Round by round the rewritten network takes {bench.ratio:.3f} times the original's time."
     )
     return {"lead": lead, "svg": timings(bench, ("original", "rewritten"), lambda seconds: f"{1000 * seconds:.3f} ms")}
