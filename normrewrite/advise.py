@@ -18,6 +18,8 @@ fp16      what half precision would do to a sum over one statistic's elements, f
           whose scale is no sum (the mean still is one). That is for partial sums, as parallel kernels add. One running half
           sum drops what is below half the step between its numbers: beyond 2048 elements it falls short before it overflows
           (on real inputs by 6 to 12 % at 4096, by half at 16384).
+int8      how many powers of two the narrowest channel's standard deviation is above one step of a tensor with one scale. Below 0
+          rounding takes the channel away; folding the norm, which evens the channels out, or a scale by channel mends that.
 in eval   a norm that has a layer to itself in front folds into it, and any other with running statistics is one multiply
           and add, whatever its metric: targets differ in training alone.
 
@@ -36,7 +38,7 @@ from torch import Tensor, nn
 from normrewrite import neighbours, sites
 from normrewrite.data import Batch, Data, argument_names, as_data
 from normrewrite.errors import NormRewriteError
-from normrewrite.moments import ENOUGH_CALLS, FP16_MAX, Moments, Readings, every_row, headroom, read
+from normrewrite.moments import ENOUGH_CALLS, FP16_MAX, Moments, Readings, Rows, Watch, every_row, headroom, read
 from normrewrite.report import table
 from normrewrite.sites import Site
 from normrewrite.traps import is_frozen, kind_of
@@ -53,7 +55,8 @@ class SiteAdvice:
     """One site. target: what suits it, None where it stays; also: other metrics that do; why: what speaks for it.
 
     n: elements a statistic; kappa, noise: by metric (Moments); dead: channels; fp16_*: powers of two between 65504 and the
-    largest |x|, the largest d*d, and the largest sum of |d| and of d*d over a channel; folds_into: the layer in front.
+    largest |x|, the largest d*d, and the largest sum of |d| and of d*d over a channel; int8: powers of two between one step of
+    int8 and the narrowest channel's standard deviation (Moments.int8); folds_into: the layer in front.
     """
 
     name: str
@@ -71,6 +74,7 @@ class SiteAdvice:
     fp16_square: float = math.inf
     fp16_sums: float = math.inf
     fp16_squares: float = math.inf
+    int8: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,7 @@ _HEAD = (
     "linf",
     "fp16 sums",
     "fp16 squares",
+    "int8",
     "dead",
     "why",
 )
@@ -127,7 +132,7 @@ _HEAD = (
 
 def _row(site: SiteAdvice) -> tuple[str, ...]:
     if site.kappa is None or site.noise is None:
-        return (site.name, site.target or "keep", *[""] * 10, "; ".join(site.why))
+        return (site.name, site.target or "keep", *[""] * 11, "; ".join(site.why))
     kappa = site.kappa.get(site.target or "", site.kappa.get("l1", math.nan))
     return (
         site.name,
@@ -138,6 +143,7 @@ def _row(site: SiteAdvice) -> tuple[str, ...]:
         *(_percent(site.noise.get(name)) for name in ("l1", "topk:10", "topk:1%", "linf")),
         _bits(site.fp16_sums),
         _bits(site.fp16_squares),
+        _bits(site.int8),
         f"{site.dead}/{site.channels}" if site.dead else "",
         "; ".join(site.why),
     )
@@ -182,6 +188,10 @@ _NOTES: tuple[tuple[Callable[[SiteAdvice], bool], str], ...] = (
         lambda site: site.n > STUCK,
         "fp16, {n} of {of} sites: more than 2048 elements: one running half sum falls short (by half at 16384)",
     ),
+    (
+        lambda site: site.int8 < 0,
+        "int8, {n} of {of} sites: the narrowest channel is below one step of its input: fold the norm first, as export does",
+    ),
     (lambda site: site.dead > 0, "dead channels at {n} of {of} sites: constant on all inputs; harmless in eval"),
     (lambda site: site.folds_into is not None, "in eval {n} of {of} norms fold into the layer in front of them"),
     (
@@ -205,16 +215,29 @@ def advise(
     batch_size: that of the training to come; a smaller last batch is left out. each: called with the inputs done.
     Raises NormRewriteError where the model holds no batch norm or the data doesn't fit it.
     """
+    return study(model, data, batch_size=batch_size, each=each)[0]
+
+
+@torch.no_grad()
+def study(
+    model: nn.Module,
+    data: Tensor | Data | Iterable[Any],
+    *,
+    batch_size: int = 250,
+    rows: Callable[[Site, int], Rows] = every_row,
+    watch: Watch | None = None,
+    each: Callable[..., object] = lambda done, **_: None,
+) -> tuple[Advice, Readings]:
+    """`advise`, with the readings that the advice is drawn from; rows, watch: as of normrewrite.moments.read."""
     found = sites.find(model)
     if not found:
         raise NormRewriteError(f"{type(model).__name__} holds no batch norm, so there is nothing to advise on.")
     examples = _drawn(as_data(data, argument_names(model)))
     readable = [site for site in found if _why_not(site) is None]
-    readings = read(model, readable, examples, every_row, batch_size=batch_size, each=each)
+    readings = read(model, readable, examples, rows, batch_size=batch_size, watch=watch, each=each)
     attached = neighbours.attach(model, found, _example(model, examples))
-    return Advice(
-        [_advised(site, readings) for site in attached], readings.inputs, readings.batch, readings.skipped_batches
-    )
+    advised = [_advised(site, readings) for site in attached]
+    return Advice(advised, readings.inputs, readings.batch, readings.skipped_batches), readings
 
 
 def _drawn(data: Data) -> Data:
@@ -263,6 +286,7 @@ def _advised(site: Site, readings: Readings) -> SiteAdvice:
         headroom(moments.furthest**2),
         headroom(moments.sums),
         headroom(moments.squares),
+        moments.int8,
     )
 
 

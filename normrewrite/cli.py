@@ -36,7 +36,7 @@ def _as_source(function: Command) -> Command:
 
     @wraps(function)
     def with_source(
-        model: Path,
+        model: Path | None,
         arch: str | None,
         arch_args: tuple[str, ...],
         key: str | None,
@@ -48,7 +48,10 @@ def _as_source(function: Command) -> Command:
         from normrewrite.arch import parse_arguments
         from normrewrite.commands import Source
 
-        return function(Source(model, arch, parse_arguments(arch_args), key, allow, trust, device), **options)
+        named = model or options.get("manifest")  # verify --manifest alone is about the file that carries it
+        if named is None:
+            raise click.UsageError("Missing argument 'MODEL'.")
+        return function(Source(named, arch, parse_arguments(arch_args), key, allow, trust, device), **options)
 
     return with_source
 
@@ -63,14 +66,8 @@ def _numbers(_context: click.Context, parameter: click.Parameter, text: str | No
 
 
 PATH = click.Path(path_type=Path)
-source = _together(
-    click.argument("model", type=PATH),
-    click.option(
-        "--arch",
-        metavar="WHERE:FACTORY",
-        help="Code of a state_dict: PATH.py:factory, module:factory, timm:NAME or torchvision:NAME.",
-    ),
-    click.option("--arch-args", metavar="K=V", multiple=True, help="Keyword argument of the factory; repeatable."),
+# How the weights in a file are found, without the code that they belong to.
+found = _together(
     click.option("--key", metavar="K", help="Where in a checkpoint the state_dict is, dotted."),
     click.option(
         "--allow",
@@ -79,9 +76,20 @@ source = _together(
         help="A further class that a pickled module may hold; repeatable.",
     ),
     click.option("--trust", is_flag=True, help="Unpickle freely: runs any code that the file contains."),
+)
+_source_options = _together(
+    click.option(
+        "--arch",
+        metavar="WHERE:FACTORY",
+        help="Code of a state_dict: PATH.py:factory, module:factory, timm:NAME or torchvision:NAME.",
+    ),
+    click.option("--arch-args", metavar="K=V", multiple=True, help="Keyword argument of the factory; repeatable."),
+    found,
     click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1, ..."),
     _as_source,
 )
+source = _together(click.argument("model", type=PATH), _source_options)
+source_if_named = _together(click.argument("model", type=PATH, required=False), _source_options)
 pixels = _together(
     click.option("--mean", metavar="R,G,B", callback=_numbers, help="Mean of uint8 images, pixels in 0..1."),
     click.option(
@@ -135,7 +143,10 @@ def inspect(source: Any, as_json: bool, quiet: bool, **options: Any) -> None:
 
 @app.command()
 @source
-@click.option("--to", required=True, metavar="TARGET", help=f"{_TARGETS}.")
+@click.option("--to", metavar="TARGET", help=f"{_TARGETS}.")
+@click.option(
+    "--replay", type=PATH, metavar="FILE", help="Do what this manifest (.json, or a twin's) did to another checkpoint."
+)
 @click.option(
     "--scope",
     default="batch",
@@ -171,15 +182,32 @@ def inspect(source: Any, as_json: bool, quiet: bool, **options: Any) -> None:
 @batch_size
 @click.option("--folded", is_flag=True, help="Write a plain state_dict of the network with its norms folded away.")
 @click.option("--output", "-o", type=PATH, help="Output file.  [default: MODEL.TARGET.pt beside the input]")
+@click.option(
+    "--manifest", type=PATH, metavar="FILE", help="Write the manifest as JSON, too: a pickled module has no other."
+)
 @force
 @printed
-def convert(source: Any, to: str, rules: tuple[str, ...], as_json: bool, quiet: bool, **options: Any) -> None:
+def convert(
+    source: Any,
+    to: str | None,
+    replay: Path | None,
+    rules: tuple[str, ...],
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
     """Rewrite norms; in eval the network computes the same function, or says where it can't."""
     from normrewrite import commands, console
     from normrewrite.rules import parse_rule
 
+    if to is None and replay is None:
+        raise click.UsageError("Missing option '--to', or '--replay'.")
+    options["rules"] = [parse_rule(text) for text in rules]
     with console.busy("calibrating", quiet=quiet or as_json or not options["calibrate"]) as each:
-        result = commands.convert(source, to, rules=[parse_rule(text) for text in rules], each=each, **options)
+        if replay is None:
+            result = commands.convert(source, str(to), each=each, **options)
+        else:
+            result = commands.convert_again(source, replay, to=to, each=each, **options)
     console.show(result, as_json=as_json, quiet=quiet)
 
 
@@ -213,6 +241,31 @@ def revert(source: Any, as_json: bool, quiet: bool, **options: Any) -> None:
     from normrewrite import commands, console
 
     console.show(commands.revert(source, **options), as_json=as_json, quiet=quiet)
+
+
+@app.command()
+@source
+@click.option("--original", type=PATH, help="The network before the rewrite.  [default: had back from the twin itself]")
+@click.option("--data", metavar="DATA", help=data_help)
+@pixels
+@batch_size
+@click.option(
+    "--latency",
+    type=click.Choice(["torch", "onnxruntime"]),
+    help="Time MODEL and the original there, too, on the first input of --data.",
+)
+@click.option("--output", "-o", type=PATH, help="Write a page: one HTML file.  [default: the report as text]")
+@click.option("--text", is_flag=True, help="With -o: print the report as text, too.")
+@force
+@printed
+def report(source: Any, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Show a network, rewritten or not: sites, figures, histograms, accuracy, manifest; as a page, text or JSON."""
+    from normrewrite import console
+    from normrewrite.page import command
+
+    with console.busy("reading", quiet=quiet or as_json or not options["data"]) as each:
+        result = command.report(source, each=each, **options)
+    console.show(result, as_json=as_json, quiet=quiet)
 
 
 # --- training: the command is in normrewrite.training.command ---------------------------------------------------------
@@ -415,19 +468,55 @@ def build(
 
 
 @app.command()
-@source
-@click.argument("other", type=PATH)
+@source_if_named
+@click.argument("other", type=PATH, required=False)
 @data
 @batch_size
 @click.option("--tolerance", type=float, help="Of max(1, largest output).  [default: by precision, 1e-4 for fp32]")
 @click.option("--layers", is_flag=True, help="Compare layer by layer, too, on the first 8 inputs.")
+@click.option(
+    "--manifest",
+    type=PATH,
+    metavar="FILE",
+    help="Instead: check this manifest (.json, or a twin's) against MODEL, by default FILE itself, byte by byte.",
+)
+@click.option("--original", type=PATH, metavar="FILE", help="With --manifest: the network before the rewrite.")
 @printed
-def verify(source: Any, other: Path, as_json: bool, quiet: bool, **options: Any) -> None:
+def verify(
+    source: Any,
+    other: Path | None,
+    manifest: Path | None,
+    original: Path | None,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
     """Run the same inputs through MODEL and OTHER, torch or ONNX. Exit code 1 where they differ beyond tolerance."""
-    from normrewrite import console, deploy
+    from normrewrite import audit, console, deploy
 
+    if (other is None) == (manifest is None):
+        raise click.UsageError("Missing argument 'OTHER', or option '--manifest'; one of the two.")
     with console.busy("comparing", quiet=quiet or as_json) as each:
-        result = deploy.verify(source, other, each=each, **options)
+        if other is None:
+            result: Any = audit.audit(source, manifest, original)
+        else:
+            result = deploy.verify(source, other, each=each, **options)
+    console.show(result, as_json=as_json, quiet=quiet)
+    if not result.ok:
+        sys.exit(1)
+
+
+@app.command()
+@click.argument("a", type=PATH)
+@click.argument("b", type=PATH)
+@found
+@printed
+def diff(a: Path, b: Path, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Sites, targets and tensors that differ between two model files, or two manifests. Exit code 1 where any does."""
+    from normrewrite import console
+    from normrewrite.diff import diff_files
+
+    result = diff_files(a, b, **options)
     console.show(result, as_json=as_json, quiet=quiet)
     if not result.ok:
         sys.exit(1)

@@ -1,29 +1,31 @@
 """The verbs of the command line, from file to file: each returns a result that prints itself and has `as_dict()`."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from normrewrite import files
+from normrewrite import files, history
 from normrewrite.advise import Advice
 from normrewrite.advise import advise as advise_model
 from normrewrite.calibrate import NOTHING, Calibration, calibratable
 from normrewrite.calibrate import calibrate_ as calibrate_model
-from normrewrite.convert import Plan, as_scopes
+from normrewrite.convert import Plan, as_scopes, untouched
 from normrewrite.convert import plan as plan_model
 from normrewrite.data import Data, argument_names, open_data
 from normrewrite.data import example as example_input
 from normrewrite.errors import NormRewriteError
 from normrewrite.export import fold
+from normrewrite.history import History
 from normrewrite.initialise import Initialisation, initialise_
 from normrewrite.inspect import Inspection
 from normrewrite.inspect import inspect as inspect_model
 from normrewrite.nn.weights import gain_of
 from normrewrite.norms import Gain
+from normrewrite.replay import rewritten_again
 from normrewrite.report import Report
 from normrewrite.revert import reverted
 from normrewrite.rules import Rules
@@ -150,6 +152,7 @@ def convert(
     gain: Gain = "exact",
     scope: str = "batch",
     output: Path | None = None,
+    manifest: Path | None = None,
     folded: bool = False,
     force: bool = False,
     dry_run: bool = False,
@@ -164,11 +167,13 @@ def convert(
     """Rewrite the norms of a model file and write the twin beside it, once its function has been checked.
 
     calibrate: data to match training on, as `calibrate` does; fresh weight norms are initialised by it.
+    manifest: a JSON file for the manifest, too.
     """
+    asked = dict(locals())
     rewrite(to, gain, as_scopes(scope))  # a wrong target is told before a large file is read
     output = output or derived(source.path, f"{slug(to)}.folded" if folded else slug(to))
     if not dry_run:
-        files.check_writable(output, force)
+        _check_writable(output, manifest, force)
     file = source.read()
     data = None if calibrate is None else _open(calibrate, file.model, mean, std)
     inputs = _some_inputs(input_shape, data, argument_names(file.model), source.device)
@@ -190,9 +195,85 @@ def convert(
     calibration, notes = _made_ready(twin, report, fresh, data, batch_size, each)
     if folded:
         return _write_folded(twin, report, output, force, network)
-    form = files.save(twin.cpu(), output, form=file.form, report=report, force=force)
+    came = history.begun(source, file.manifest).then(history.step(convert, source, asked))
+    form = _saved(twin, output, manifest, file.form, report, came, force)
     notes.append(_how_to_load(file.form, form, output))
     return Converted(report, str(output), form, network, calibration, "\n".join(filter(None, notes)))
+
+
+def convert_again(
+    source: Source,
+    replay: Path,
+    *,
+    expect: int | None = None,
+    input_shape: str | None = None,
+    calibrate: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    batch_size: int = 250,
+    output: Path | None = None,
+    manifest: Path | None = None,
+    force: bool = False,
+    each: Callable[..., object] = lambda done, **_: None,
+    **others: Any,
+) -> Converted:
+    """Rewrite another checkpoint of the same architecture as a manifest says, and write the twin beside it.
+
+    replay: a manifest in JSON, or a twin's file. others: options of `convert` that have no say here.
+    """
+    asked = dict(locals())
+    _nothing_else(others)
+    output = output or derived(source.path, "replayed")
+    _check_writable(output, manifest, force)
+    record = files.record(replay, key=source.key, allow=source.allow, trust=source.trust)
+    if record is None:
+        raise NormRewriteError(
+            f"--replay {replay}: carries no manifest. Give a twin's file, or one of convert --manifest."
+        )
+    file = source.read()
+    twin, report = rewritten_again(file.model, record, f"--replay {replay}")
+    report.require_exact()
+    if expect is not None and len(report.rewritten) != expect:
+        raise NormRewriteError(f"expected {expect} sites to be rewritten, found {len(report.rewritten)}.")
+    network = _compared(file.model, twin, report, input_shape, source.device)
+    data = None if calibrate is None else _open(calibrate, file.model, mean, std)
+    calibration, notes = _made_ready(twin, report, untouched(file.model), data, batch_size, each)
+    if data is None and any(entry.get("calibrated") for entry in record["sites"]):
+        notes.append(
+            "the manifest's twin was calibrated, which is of its own weights: --calibrate DATA does it for these"
+        )
+    came = history.begun(source, file.manifest).then(history.step(convert_again, source, asked, "convert"))
+    form = _saved(twin, output, manifest, file.form, report, came, force)
+    notes.append(_how_to_load(file.form, form, output))
+    return Converted(report, str(output), form, network, calibration, "\n".join(filter(None, notes)))
+
+
+def _nothing_else(options: Mapping[str, Any]) -> None:
+    """Raises for what only --to can be told."""
+    given = [name for name, value in options.items() if value and (name, value) not in _USUAL]
+    if given:
+        option = "--rule" if given[0] == "rules" else f"--{given[0].replace('_', '-')}"
+        raise NormRewriteError(
+            f"--replay does what its manifest says, and {option} is for --to. Leave one of them out."
+        )
+
+
+_USUAL = (("gain", "exact"), ("scope", "batch"))
+
+
+def _saved(
+    twin: nn.Module, output: Path, manifest: Path | None, form: files.Form, report: Report, came: History, force: bool
+) -> files.Form:
+    """Write the twin, and its manifest apart where that is asked for; the form that was written."""
+    written = files.save(twin.cpu(), output, form=form, report=report, history=came, force=force)
+    files.write_manifest(twin, manifest, report, came, force)
+    return written
+
+
+def _check_writable(output: Path, manifest: Path | None, force: bool) -> None:
+    files.check_writable(output, force)
+    if manifest is not None:
+        files.check_writable(manifest, force)
 
 
 def _some_inputs(input_shape: str | None, data: Data | None, names: list[str], device: str) -> list[Tensor] | None:
@@ -230,15 +311,23 @@ def _rewritten(plan: Plan, input_shape: str | None, device: str) -> tuple[nn.Mod
         twin, report = plan.apply_()
         report.require_exact()
         return twin, report, None
-    x = example_input(input_shape).to(device)
     twin, report = plan.apply()
     report.require_exact()
-    network = verify_networks(plan.model, twin, x)
+    return twin, report, _compared(plan.model, twin, report, input_shape, device)
+
+
+def _compared(
+    model: nn.Module, twin: nn.Module, report: Report, input_shape: str | None, device: str
+) -> Comparison | None:
+    """The whole network on random input, where its shape is given; raises where an exact twin differs."""
+    if input_shape is None:
+        return None
+    network = verify_networks(model, twin, example_input(input_shape).to(device))
     if not network.ok and not report.live and not report.inexact:
         raise NormRewriteError(
             f"the twin computes another function; no file was written. {network.verdict}", exit_code=1
         )
-    return twin, report, network
+    return network
 
 
 def _write_folded(twin: nn.Module, report: Report, output: Path, force: bool, network: Comparison | None) -> Converted:
@@ -293,12 +382,14 @@ def calibrate(
     each: Callable[..., object] = lambda done, **_: None,
 ) -> Calibrated:
     """Match a twin's training to the original on unlabelled data, and write it beside."""
+    asked = dict(locals())
     output = output or derived(source.path, "calibrated")
     files.check_writable(output, force)
     file = source.read()
     examples = _open(data, file.model, mean, std)
     twin, calibration = calibrate_model(file.model, examples, batch_size=batch_size, each=each)
-    files.save(twin.cpu(), output, form=file.form, force=force)
+    came = history.begun(source, file.manifest).then(history.step(calibrate, source, asked))
+    files.save(twin.cpu(), output, form=file.form, history=came, force=force)
     return Calibrated(calibration, str(output))
 
 
@@ -327,9 +418,11 @@ class Reverted:
 
 def revert(source: Source, *, output: Path | None = None, force: bool = False) -> Reverted:
     """Write a twin's file back as a network with torch's own batch norms."""
+    asked = dict(locals())
     output = output or derived(source.path, "reverted")
     files.check_writable(output, force)
     file = source.read()
+    came = history.begun(source, file.manifest).then(history.step(revert, source, asked))
     model, names, trained = reverted(file.model)
-    files.save(model.cpu(), output, form=file.form, force=force)
+    files.save(model.cpu(), output, form=file.form, history=replace(came, report=None), force=force)
     return Reverted(names, trained, str(output))

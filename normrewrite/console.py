@@ -19,8 +19,12 @@ def show(result: Result, *, as_json: bool = False, quiet: bool = False) -> None:
     if as_json:
         print(json.dumps(_finite(result.as_dict()), allow_nan=False))
     elif not quiet:
-        text = str(result)
-        _coloured(text) if sys.stdout.isatty() else print(text)
+        if not sys.stdout.isatty():
+            print(result)
+        elif hasattr(result, "rich"):  # it draws its own tables
+            _console().print(result.rich())
+        else:
+            _coloured(str(result))
 
 
 def _finite(value: Any) -> Any:
@@ -32,11 +36,16 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _coloured(text: str) -> None:
+def _console() -> Any:
     from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def _coloured(text: str) -> None:
     from rich.text import Text
 
-    console = Console(highlight=False)
+    console = _console()
     for line in text.splitlines():
         console.print(Text(line, style=style_of(line)), soft_wrap=True)
 

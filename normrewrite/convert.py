@@ -16,8 +16,7 @@ from torch.optim import Optimizer
 from normrewrite import rules as rules_
 from normrewrite import sites
 from normrewrite.errors import NormRewriteError
-from normrewrite.exactness import Probe, difference, folded_difference, tolerance
-from normrewrite.neighbours import is_layer
+from normrewrite.exactness import Probe, measured, tolerance
 from normrewrite.nn.parts import deepcopy
 from normrewrite.norms import Gain
 from normrewrite.optimizers import inherited, parameters_of, rebind
@@ -69,8 +68,7 @@ class Plan:
     @property
     def fresh(self) -> bool:
         """Whether nothing was trained yet: every batch norm has the statistics that it was made with."""
-        norms = sites.find(self.model)
-        return bool(norms) and all(is_fresh(site.module) for site in norms)
+        return untouched(self.model)
 
     def __str__(self) -> str:
         rows = [
@@ -136,6 +134,12 @@ class Plan:
             raise NormRewriteError(f"none of {len(self.choices)} sites can be rewritten.{because}")
         if expect is not None and len(self.rewritten) != expect:
             raise NormRewriteError(f"expected {expect} sites to be rewritten, found {len(self.rewritten)}.{because}")
+
+
+def untouched(model: nn.Module) -> bool:
+    """Whether nothing was trained yet: every batch norm has the statistics that it was made with."""
+    norms = sites.find(model)
+    return bool(norms) and all(is_fresh(site.module) for site in norms)
 
 
 def plan(
@@ -256,15 +260,11 @@ def _checked(model: nn.Module, report: Report) -> nn.Module:
 
 def _measured(site: Site, before: nn.Module | None, new: nn.Module, choice: Choice, probe: Probe) -> SiteResult:
     assert choice.rewrite is not None
-    reason, gap = choice.rewrite.inexact(site), None
-    if before is not None and site.before is not None:
-        gap = folded_difference((site.before.module, site.module), (before, new))
-    elif not reason and is_layer(site.module):  # a layer that no norm stands behind
-        gap = folded_difference((site.module, nn.Identity()), (new, nn.Identity()))
-    elif not reason:
-        gap = difference(site.module, new, probe)
+    reason = choice.rewrite.inexact(site)
+    layer = None if before is None or site.before is None else site.before.module
+    gap, error = measured((layer, site.module), (before, new), reason, probe)
     origin = sites.origin_of(new)
     if origin is not None:
-        origin.difference = gap
+        origin.difference, origin.error = gap, error
     limit = None if reason else tolerance(site.module)
-    return SiteResult(site.names, site.kind, site.channels, choice.target, gap, limit, None, choice.note)
+    return SiteResult(site.names, site.kind, site.channels, choice.target, gap, limit, None, choice.note, error)

@@ -1,4 +1,10 @@
-"""How far a rewritten site is from the norm it was, in eval, on random input of its own width."""
+"""How far a rewritten site is from the norm it was, in eval, on random input of its own width.
+
+>>> difference, error = measured((None, bn), (None, twin_norm), "", Probe())
+
+difference: to the norm as it computes in its own dtype. error: to the same function in float64, a reference that has no part
+of either form's arithmetic: so it tells what the twin itself rounds away.
+"""
 
 from typing import Any
 
@@ -6,9 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from normrewrite.modes import evaluating
+from normrewrite.neighbours import is_layer
 from normrewrite.nn.batch import BatchNorm
-from normrewrite.nn.parts import deepcopy
+from normrewrite.nn.parts import deepcopy, statistics_dtype
+from normrewrite.passes.fold_affine import affine_of, tail_of
 from normrewrite.tolerances import SAME_FUNCTION, worst
+
+Pair = tuple[nn.Module | None, nn.Module]  # the layer in front, where the rewrite changed that too, and the norm
 
 _RANKS = {nn.BatchNorm1d: 2, nn.BatchNorm3d: 5, nn.InstanceNorm1d: 3, nn.InstanceNorm3d: 5}
 
@@ -40,6 +50,36 @@ def _rank(norm: nn.Module) -> int:
     return next((rank for cls, rank in _RANKS.items() if isinstance(norm, cls)), 4)
 
 
+def measured(old: Pair, new: Pair, inexact: str, probe: Probe) -> tuple[float | None, float | None]:
+    """(difference, error) of one site; None where there is nothing to compare. inexact: why eval can't be the same, if so."""
+    if old[0] is not None and new[0] is not None:
+        return _folded((old[0], old[1]), (new[0], new[1]))
+    if inexact:
+        return None, None
+    if is_layer(old[1]):  # a layer that no norm stands behind
+        return _folded((old[1], nn.Identity()), (new[1], nn.Identity()))
+    return difference(old[1], new[1], probe), error(old[1], new[1], probe)
+
+
+@torch.no_grad()
+def error(old: Any, new: nn.Module, probe: Probe) -> float | None:
+    """Largest |new(x) - (a*x + b)| in eval, a and b by channel from old's tensors in float64; units as `difference`'s."""
+    if getattr(old, "running_mean", None) is None or old.running_mean.is_meta:
+        return None
+    x = probe.input(old)
+    a, b = (_by_channel(values, x.dim()) for values in affine_of(old))
+    expected, tail = a * x.double() + b, tail_of(old)
+    if tail is not None:
+        expected = in_eval(deepcopy(tail).double(), expected)
+    after = in_eval(new, x)
+    gap = worst(after, expected)
+    return gap if gap <= tolerance(old) else worst(after, expected, max(1.0, _offset(new)))
+
+
+def _by_channel(values: Tensor, rank: int) -> Tensor:
+    return values.view(1, -1, *(1,) * (rank - 2))
+
+
 @torch.no_grad()
 def difference(old: Any, new: nn.Module, probe: Probe) -> float | None:
     """Largest |new(x) - old(x)| in eval, in units of max(1, largest |old(x)|, largest |weight * mean / scale|).
@@ -58,15 +98,26 @@ def difference(old: Any, new: nn.Module, probe: Probe) -> float | None:
 
 
 @torch.no_grad()
-def folded_difference(old: tuple[nn.Module, nn.Module], new: tuple[nn.Module, nn.Module]) -> float:
-    """The same for a layer and the norm behind it, one after the other, in float64: what the rewrite itself rounded away.
+def _folded(old: tuple[nn.Module, nn.Module], new: tuple[nn.Module, nn.Module]) -> tuple[float, float]:
+    """The same for a layer and the norm behind it, one after the other: the difference in float64, what the rewrite itself
+    rounded away; the error as the new layer computes, in fp32 at least.
 
     On Gaussian input of the layer's width, just large enough for its kernel.
     """
-    x = _layer_input(old[0])
-    pairs = [[deepcopy(module).cpu().double() for module in pair] for pair in (old, new)]
-    before, after = (in_eval(norm, in_eval(layer, x)) for layer, norm in pairs)
-    return worst(after, before)
+    narrow = next(new[0].parameters()).dtype
+    x = _layer_input(old[0]).to(narrow)
+    before, after = (_in_turn(_copies(pair, torch.float64), x) for pair in (old, new))
+    computed = _in_turn(_copies(new, statistics_dtype(narrow)), x)
+    return worst(after, before), worst(computed, before)
+
+
+def _copies(pair: tuple[nn.Module, nn.Module], dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+    return deepcopy(pair[0]).cpu().to(dtype), deepcopy(pair[1]).cpu().to(dtype)
+
+
+def _in_turn(pair: tuple[nn.Module, nn.Module], x: Tensor) -> Tensor:
+    """The layer, then the norm, on x in the layer's dtype."""
+    return in_eval(pair[1], in_eval(pair[0], x.to(next(pair[0].parameters()).dtype)))
 
 
 def _layer_input(layer: Any) -> Tensor:

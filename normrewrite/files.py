@@ -22,6 +22,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from normrewrite import arch as arch_
 from normrewrite import manifest, unpickle
 from normrewrite.errors import NormRewriteError, first_line, nearest, possible
+from normrewrite.history import History
 from normrewrite.ranges import LearnedRanges
 from normrewrite.report import Report
 
@@ -37,6 +38,19 @@ class ModelFile:
     model: nn.Module
     form: Form
     manifest: dict[str, Any] | None
+
+
+@dataclass
+class Content:
+    """What a file holds, before any code that it belongs to was run: a module, or tensors by name; its form; its manifest."""
+
+    found: nn.Module | dict[str, Tensor]
+    form: Form
+    manifest: dict[str, Any] | None
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        return dict(self.found.state_dict()) if isinstance(self.found, nn.Module) else self.found
 
 
 def load(
@@ -69,6 +83,17 @@ def read(
 ) -> ModelFile:
     """`load`, with the form of the file and its manifest."""
     path = Path(path)
+    content = look(path, key=key, allow=allow, trust=trust)
+    if isinstance(content.found, nn.Module):
+        return ModelFile(content.found, "module", content.manifest)
+    if arch is None:
+        arch, arch_args = _named_by(content.manifest, trust, path)
+    model = _fill(arch_.build(arch, arch_args), content.found, content.manifest, path, arch)
+    return ModelFile(model, content.form, content.manifest)
+
+
+def look(path: Path, *, key: str | None = None, allow: Sequence[str] = (), trust: bool = False) -> Content:
+    """What a file holds, without an architecture."""
     recognise(path)
     form: Form = "safetensors" if path.suffix == ".safetensors" else "state_dict"
     content = _read_safetensors(path) if form == "safetensors" else unpickle.load(path, allow, trust)
@@ -77,13 +102,34 @@ def read(
     checked = None if record is None else manifest.check(record, str(path))
     if isinstance(found, nn.Module):
         _check_sound(found, path)
-        return ModelFile(found, "module", checked)
-    if arch is None:
-        raise NormRewriteError(
-            f"{path} holds a state_dict: tensors without the code they belong to. Name it with --arch PATH.py:factory or "
-            "--arch module:factory."
-        )
-    return ModelFile(_fill(arch_.build(arch, arch_args), found, checked, path, arch), form, checked)
+        form = "module"
+    return Content(found, form, checked)
+
+
+def record(
+    path: Path, *, key: str | None = None, allow: Sequence[str] = (), trust: bool = False
+) -> dict[str, Any] | None:
+    """The manifest in a .json file, or the one that a model file carries, if any."""
+    if path.suffix != ".json":
+        return look(path, key=key, allow=allow, trust=trust).manifest
+    recognise(path)
+    return manifest.read(path)
+
+
+def _named_by(record: dict[str, Any] | None, trust: bool, path: Path) -> tuple[str, dict[str, Any]]:
+    """The architecture that a manifest names: code, so it is run only by `trust`."""
+    named = None if record is None else record.get("arch")
+    if record is not None and named is not None and trust:
+        return named, arch_.parse_arguments(record.get("arch_args", []))
+    told = (
+        f" Its manifest names {named!r}, and nothing of that was imported: give it as --arch if you know it, or --trust the file."
+        if named
+        else ""
+    )
+    raise NormRewriteError(
+        f"{path} holds a state_dict: tensors without the code they belong to. Name it with --arch PATH.py:factory or "
+        f"--arch module:factory.{told}"
+    )
 
 
 def recognise(path: Path) -> None:
@@ -213,6 +259,8 @@ def _fill(
             f"{path} doesn't fit --arch {arch}: {', '.join(wrong[:4])}{more}. "
             "Is it the right architecture, with the right --arch-args?"
         )
+    if record is not None:
+        manifest.remember(model, record)
     return model
 
 
@@ -231,6 +279,7 @@ def save(
     form: Form = "state_dict",
     report: Report | None = None,
     learned: LearnedRanges | None = None,
+    history: History | None = None,
     force: bool = False,
 ) -> Form:
     """Write a model and its manifest; whole or not at all, and never over an existing file without `force`.
@@ -238,10 +287,12 @@ def save(
     form: `state_dict` (one dict with `state_dict` and `normrewrite`, which torch.load reads with weights_only=True),
     `safetensors` (manifest in the metadata), or `module` (pickled; where it can't be, a state_dict is written).
     learned: ranges of an int8 training, for export; a pickled module then is a dict's `model`, beside the manifest.
+    history: where the twin comes from, for the manifest.
     Returns the form that was written. Raises NormRewriteError where the file exists or can't be written.
     """
     path = Path(path)
-    record = manifest.describe(model, report, learned)
+    state = dict(model.state_dict())
+    record = manifest.seal(manifest.describe(model, report, learned), state, history)
     if path.suffix == ".safetensors" or form == "safetensors":  # the name decides, as it does when it is read
         form = "safetensors" if path.suffix == ".safetensors" else "state_dict"
     if form == "module" and not _needs_code(model):
@@ -256,12 +307,20 @@ def save(
         ):  # a lambda, a local class: the tensors can still be had
             pass
     if form == "safetensors":
-        write_tensors(model.state_dict(), path, force, {manifest.KEY: json.dumps(record)})
+        write_tensors(state, path, force, {manifest.KEY: json.dumps(record)})
     else:
-        content = {"state_dict": dict(model.state_dict()), manifest.KEY: record}
+        content = {"state_dict": state, manifest.KEY: record}
         form = "state_dict"
         write_atomically(path, lambda temporary: torch.save(content, temporary), force)
     return form
+
+
+def write_manifest(model: nn.Module, path: Path | None, report: Report, history: History, force: bool) -> None:
+    """The manifest of a model as a JSON file of its own, where one is asked for."""
+    if path is not None:
+        record = manifest.seal(manifest.describe(model, report), model.state_dict(), history)
+        text = json.dumps(record, indent=1)
+        write_atomically(path, lambda temporary: Path(temporary).write_text(text), force)
 
 
 def write_tensors(state: Mapping[str, Tensor], path: Path, force: bool, metadata: dict[str, str] | None = None) -> None:

@@ -1,19 +1,28 @@
 """The manifest: the JSON record of a rewrite inside the saved file, enough to replay it, to check it and to undo it.
 
-{"normrewrite": "0.1.0", "format": 1, "torch": "2.13.0", "sites": [{"names": ["bn1"], "was": "BatchNorm2d",
- "to": "l1", "gain": "exact", "difference": 1.2e-07}, ...], "report": {...}}; a norm that a layer took in has the `layer`.
-What an int8 training learned is in "int8" (normrewrite.ranges).
+{"normrewrite": "0.1.0", "format": 1, "torch": "2.13.0", "versions": {...},
+ "sites": [{"names": ["bn1"], "was": "BatchNorm2d", "to": "l1", "gain": "exact", "difference": 1.2e-07, "error": 1.4e-07}, ...],
+ "report": {...}, "original": {"file": ..., "bytes": ..., "sha256": ...}, "arch": "zoo.py:resnet20", "steps": [...],
+ "tensors": {"bn1.weight": "<sha256>", ...}, "sha256": "<of all this>"}
+
+A norm that a layer took in has the `layer`. difference, error: normrewrite.exactness; original, arch, steps:
+normrewrite.history; tensors, sha256: normrewrite.digests; what an int8 training learned is in "int8": normrewrite.ranges.
+Older files have no `versions`, and nothing that stands behind `report`.
 """
 
+import json
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from normrewrite import ranges, sites
+from normrewrite import digests, history, ranges, sites
 from normrewrite._version import __version__
-from normrewrite.errors import NormRewriteError
+from normrewrite.errors import NormRewriteError, first_line
+from normrewrite.history import History
 from normrewrite.neighbours import is_layer
 from normrewrite.nn.affine import ChannelAffine
 from normrewrite.nn.batch import BatchNorm
@@ -37,10 +46,10 @@ def describe(model: nn.Module, report: Report | None = None, learned: LearnedRan
     along where they are at hand."""
     record: dict[str, Any] = {KEY: __version__, "format": FORMAT, "torch": str(torch.__version__), "sites": []}
     names = {id(module): name for name, module in model.named_modules()}
-    for site in sites.find(model, lambda module: bool(_entry(module))):
+    for site in sites.find(model, lambda module: bool(entry_of(module))):
         layer = [names[id(each)] for each in getattr(site.module, "layer", ()) if id(each) in names]
         record["sites"].append(
-            {"names": list(site.names), **_entry(site.module), **({"layer": layer[0]} if layer else {})}
+            {"names": list(site.names), **entry_of(site.module), **({"layer": layer[0]} if layer else {})}
         )
     if report is not None:
         record["report"] = report.as_dict()
@@ -49,7 +58,14 @@ def describe(model: nn.Module, report: Report | None = None, learned: LearnedRan
     return record
 
 
-def _entry(module: nn.Module) -> dict[str, Any]:
+def seal(record: dict[str, Any], state: Mapping[str, Any], came: History | None = None) -> dict[str, Any]:
+    """The record with where the twin came from, the versions, and the digests of the tensors in `state` and of itself."""
+    made = {"versions": history.versions(), "tensors": digests.of_tensors(state)}
+    whole = (came or History()).as_dict() | record | made  # a report of now stands before one of then
+    return whole | {"sha256": digests.of_record(whole)}
+
+
+def entry_of(module: nn.Module) -> dict[str, Any]:
     """What a module became, if it is a site of a rewrite. A layer that took a norm in is none: that norm's place tells."""
     origin = sites.origin_of(module)
     if origin is not None and origin.target:
@@ -58,6 +74,7 @@ def _entry(module: nn.Module) -> dict[str, Any]:
             "to": origin.target,
             "gain": origin.gain,
             "difference": origin.difference,
+            "error": origin.error,
             "calibrated": hasattr(origin, "weight"),
         }
     was = module.folded if isinstance(module, StandIn | ChannelAffine) else ""
@@ -77,13 +94,26 @@ def check(record: object, where: str) -> dict[str, Any]:
     for entry in record["sites"]:
         _check_site(entry, where)
     ranges.of_record(record, where)
+    history.checked(record, where)
     return record
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The manifest in a JSON file, checked; also where it is the `manifest` of a larger object, as `report --json` prints."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise NormRewriteError(f"{path}: can't be read as JSON ({first_line(error)}).") from error
+    return check(content["manifest"] if isinstance(content, dict) and "manifest" in content else content, str(path))
 
 
 def _check_site(entry: object, where: str) -> None:
     named = isinstance(entry, dict) and isinstance(entry.get("names"), list) and entry["names"]
     if not isinstance(entry, dict) or not named or not all(isinstance(name, str) for name in entry["names"]):
         raise NormRewriteError(f"{where}: a site of its manifest has no names. The file is damaged.")
+    figures = [entry.get(name) for name in ("difference", "error")]
+    if not all(figure is None or isinstance(figure, int | float) for figure in figures):
+        raise NormRewriteError(f"{where}: site {entry['names'][0]!r} of its manifest has figures that are no numbers.")
     if entry.get("gain") not in GAINS or not isinstance(entry.get("to"), str):
         raise NormRewriteError(f"{where}: site {entry['names'][0]!r} of its manifest has no valid target or gain.")
     try:
@@ -119,6 +149,15 @@ def replay(model: nn.Module, record: dict[str, Any], where: str) -> nn.Module:
         if entry.get("calibrated") and isinstance(norm, BatchNorm) and isinstance(norm.weight, Tensor):
             norm.origin.converted("weight", norm.weight, norm.weight)  # type: ignore[union-attr]  # room for what the file holds
     return model
+
+
+def remember(model: nn.Module, record: dict[str, Any]) -> None:
+    """Give a model that was rewritten by the record, and filled from the same file, the figures measured then."""
+    modules = dict(model.named_modules())
+    for entry in record["sites"]:
+        origin = None if entry["names"][0] not in modules else sites.origin_of(modules[entry["names"][0]])
+        if origin is not None:
+            origin.difference, origin.error = entry.get("difference"), entry.get("error")
 
 
 def _pass_and_sites(model: nn.Module, to: str, gain: Gain) -> tuple[Rewrite, dict[str, Site]]:

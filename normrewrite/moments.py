@@ -26,12 +26,14 @@ from normrewrite.sites import Site
 from normrewrite.verify import runner
 
 FP16_MAX = 65504.0
+INT8_MAX = 127
 ENOUGH_CALLS = 4  # for a spread over calls: the median over channels of fewer is off by more than a tenth
 _L1, _L2 = metric("l1"), metric("l2")
 # Relative noise of the scale on n independent Gaussians, times sqrt(n): of rows that average over all elements.
 _NOISE = {"l2": math.sqrt(1 / 2), "l1": math.sqrt(math.pi / 2 - 1)}
 
 Rows = Sequence[tuple[Metric, Gain]]
+Watch = Callable[[Site, Tensor], object]
 
 
 @dataclass
@@ -119,6 +121,15 @@ class Moments:
         variance: Tensor = self._total_squares / self._elements - self.mean**2
         return variance.clamp_min(0).sqrt()
 
+    @property
+    def int8(self) -> float:
+        """Powers of two between one step of a symmetric int8 tensor, its largest |x| over 127, and the standard deviation of
+        the narrowest live channel: below 0 rounding takes that channel away. Infinite where all are dead."""
+        live = self.sigma[~self.dead]
+        if not live.numel() or float(live.min()) <= 0:
+            return math.inf
+        return math.log2(float(live.min()) * INT8_MAX) - math.log2(float(self.largest.max()))
+
     def kappa(self, name: str) -> float:
         """C * S over the standard deviation, call by call, median over live channels: 1 on Gaussians. NaN where all are dead."""
         return _median((self.scales[name].total / self.scales["l2"].total)[~self.dead])
@@ -174,15 +185,18 @@ def read(
     rows: Callable[[Site, int], Rows],
     *,
     batch_size: int = 250,
+    watch: Watch | None = None,
     each: Callable[..., object] = lambda done, **_: None,
 ) -> Readings:
     """Run the model in eval on every batch, and read the input of each site, metrics as `rows` says for its n.
 
-    A smaller last batch is left out. Raises NormRewriteError where no batch is finite or the data doesn't fit the model.
+    watch: called with each site and its input, too, where that is finite. A smaller last batch is left out.
+
+    Raises NormRewriteError where no batch is finite or the data doesn't fit the model.
     """
     readings = Readings({site.name: Moments() for site in found})
     hooks = [
-        site.module.register_forward_pre_hook(_reader(site, readings.by_site[site.name], rows), with_kwargs=True)
+        site.module.register_forward_pre_hook(_reader(site, readings.by_site[site.name], rows, watch), with_kwargs=True)
         for site in found
     ]
     run = runner(model)
@@ -209,13 +223,16 @@ def read(
 
 
 def _reader(
-    site: Site, moments: Moments, rows: Callable[[Site, int], Rows]
+    site: Site, moments: Moments, rows: Callable[[Site, int], Rows], watch: Watch | None
 ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
     def read_input(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         x: Tensor = (*arguments, *named.values())[0]
+        before = moments.calls
         try:
             moments.add(x, rows(site, x.numel() // x.shape[1]))
         except NormRewriteError as error:
             raise NormRewriteError(f"{site.label}: {error}") from error
+        if watch is not None and moments.calls > before:
+            watch(site, x)
 
     return read_input

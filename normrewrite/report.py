@@ -10,7 +10,10 @@ from normrewrite.sites import Site
 
 @dataclass(frozen=True)
 class SiteResult:
-    """One site: what it was, what it became, how far its eval function moved, or the reason why it was left."""
+    """One site: what it was, what it became, how far its eval function moved, or the reason why it was left.
+
+    difference: to the norm it was; error: to that norm in float64 (normrewrite.exactness).
+    """
 
     names: tuple[str, ...]
     was: str
@@ -20,6 +23,7 @@ class SiteResult:
     tolerance: float | None
     reason: str | None
     note: str = ""
+    error: float | None = None
 
     @classmethod
     def kept(cls, site: Site, reason: str) -> "SiteResult":

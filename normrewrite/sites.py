@@ -111,6 +111,11 @@ def registrations(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[tuple
     yield from _below(model, "", {id(model)})
 
 
+def by_name(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module by each of its names, whatever characters they hold."""
+    return {name: module for name, module, _ in registrations(model)}
+
+
 def _below(
     parent: nn.Module, prefix: str, seen: set[int]
 ) -> Iterator[tuple[str, nn.Module, list[tuple[nn.Module, str]]]]:

@@ -169,19 +169,25 @@ def as_affine(norm: Any) -> ChannelAffine:
 
 def affine_of(norm: Any) -> Affine:
     """(a, b), float64, with norm(x) = a*x + b in eval, before its tail."""
-    scale: Any
     if isinstance(norm, MeanOnlyBatchNorm):
         scale = torch.ones_like(norm.running_mean, dtype=torch.float64)
-    elif isinstance(norm, BatchNorm):
-        assert norm.running_scale is not None
-        scale = norm.running_scale.double() + norm.eps
     else:
-        kind = recognise(norm)
-        assert isinstance(kind, Kind)
-        scale = (norm.running_var.double() + kind.eps).sqrt()
+        known = scale_of(norm)
+        assert known is not None
+        scale = known
     a = scale.reciprocal() if norm.weight is None else norm.weight.detach().double() / scale
     bias = 0.0 if norm.bias is None else norm.bias.detach().double()
     return a, bias - norm.running_mean.double() * a
+
+
+def scale_of(norm: Any) -> Tensor | None:
+    """What a batch norm divides by in eval, (C,) float64; None where it keeps no statistics, or is no batch norm."""
+    if getattr(norm, "running_mean", None) is None:
+        return None
+    if isinstance(norm, BatchNorm):
+        return None if norm.running_scale is None else norm.running_scale.double() + norm.eps
+    kind = recognise(norm) if getattr(norm, "running_var", None) is not None else ""
+    return None if isinstance(kind, str) else (norm.running_var.double() + kind.eps).sqrt()
 
 
 def into_previous(layer: nn.Module, affine: Affine) -> nn.Module:

@@ -257,3 +257,24 @@ def check_running(got: Array, forecast: Array, n: int) -> None:
     assert np.isfinite(got[forecast < FP16_MAX / (1 + margin(n))]).all()
     finite = got[np.isfinite(got)]
     assert (finite < 0.8).all() if n >= 16_384 else (abs(finite[forecast[np.isfinite(got)] < FP16_MAX] - 1) < 0.3).all()
+
+
+@pytest.mark.parametrize("narrow", [1.0, 0.1, 1e-4])
+def test_int8_headroom_is_whether_rounding_leaves_the_narrowest_channel(narrow: float) -> None:
+    """Quantise the input with one scale, as int8 tensors have: below 0 bits nearly nothing of the channel is left."""
+    x = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    x[:, 1] *= narrow
+    x[:, 2] = 1.0  # dead: it counts for nothing
+    moments = Moments()
+    moments.add(x, [])
+    step = float(x.abs().max()) / 127
+    left = (x[:, 1] / step).round() * step
+    sigma = float(x[:, 1].double().std(correction=0))
+    assert moments.int8 == pytest.approx(np.log2(sigma / step), abs=1e-4)
+    assert (float(left.std()) > 0.9 * sigma) == (moments.int8 > 0)
+
+
+def test_int8_headroom_of_dead_sites_is_infinite() -> None:
+    moments = Moments()
+    moments.add(torch.ones(4, 2, 3), [])
+    assert moments.int8 == float("inf")

@@ -30,8 +30,10 @@ def test_the_wheel_holds_the_tree(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir", str(tmp_path), str(ROOT)]
     subprocess.run(command, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
-    names = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")}
-    assert names == _modules()
+    held = zipfile.ZipFile(wheel).namelist()
+    assert {name for name in held if name.endswith(".py")} == _modules()
+    beside = {path for path in (ROOT / "normrewrite").rglob("*") if path.suffix in (".css", ".jinja", ".typed")}
+    assert {path.relative_to(ROOT).as_posix() for path in beside} <= set(held)
 
 
 def test_imports_stay_light() -> None:

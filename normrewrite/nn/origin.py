@@ -20,6 +20,7 @@ class Origin(nn.Module):
     """
 
     trained: Tensor
+    error: float | None = None  # of the site in eval against float64, as `difference`; older files have none
 
     def __init__(self, old: nn.Module, pairs: Mapping[str, tuple[Tensor | None, Tensor]]) -> None:
         super().__init__()
