@@ -108,7 +108,8 @@ def group_of(norm: Any) -> Any:
 def averaging_factor(norm: Any, input: Tensor, group: Any = None) -> float | Tensor:
     """The weight of this batch in a norm's running statistics; counts the batch, as torch does.
 
-    A cumulative average counts only batches that enter it, or one NaN would leave it short for good; on all ranks alike.
+    A cumulative average counts and takes only batches that are finite throughout, on all ranks alike: one NaN would leave it
+    short for good, and before the first such batch its weight would be 1/0.
     """
     if norm.num_batches_tracked is None:
         return norm.momentum or 0.0
@@ -116,8 +117,9 @@ def averaging_factor(norm: Any, input: Tensor, group: Any = None) -> float | Ten
         norm.num_batches_tracked.add_(1)
         return norm.momentum  # type: ignore[no-any-return]
     finite = torch.isfinite(input).all()
-    norm.num_batches_tracked.add_(finite if group is None else distributed.summed(~finite, group) == 0)
-    return norm.num_batches_tracked.double().reciprocal()  # type: ignore[no-any-return]
+    enters = finite if group is None else distributed.summed(~finite, group) == 0
+    norm.num_batches_tracked.add_(enters)
+    return torch.where(enters, norm.num_batches_tracked.double().reciprocal(), 0.0)
 
 
 @torch.no_grad()
