@@ -30,7 +30,7 @@ from normrewrite import sites
 from normrewrite.errors import NormRewriteError, nearest
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.ranges import SIDES, LearnedRanges, called, check
-from normrewrite.training.products import SIMULATED, Convolution, Products, product, reach, rounded, scale_of
+from normrewrite.training.products import SIMULATED, Convolution, Products, product, rounded, scale_of, usual_reach
 
 MOMENTUM = 0.05  # of a batch in the range of an activation
 ENDS = ("first", "last")
@@ -47,10 +47,11 @@ def int8(
 ) -> Iterator["Int8"]:
     """`model` on 8 bits inside the `with`: weights by output channel, activations by tensor, all symmetric.
 
-    In training each range follows its activation's largest |x| by a moving average (0.05), over all processes; in eval ranges
-    stand still. ranges: to start from, with what they kept. keep: modules left in floating point, by name or glob, or `first`
-    and `last`, the first and last layer in the order of their definition. gradients: 8-bit gradients too, rounded by torch's
-    generator. products: who computes. Raises NormRewriteError where there is no layer, or a name matches none.
+    In training each range follows how far its activation reaches, the 99.99th percentile of |x| as in calibration, by a
+    moving average (0.05), over all processes; in eval ranges stand still. ranges: to start from, with what they kept. keep:
+    modules left in floating point, by name or glob, or `first` and `last`, the first and last layer in the order of their
+    definition. gradients: 8-bit gradients too, rounded by torch's generator. products: who computes. Raises NormRewriteError
+    where there is no layer, or a name matches none.
     """
     mode = Int8(model, ranges, [*(ranges.kept if ranges else ()), *kept(model, keep)], gradients, products)
     handles = []
@@ -226,7 +227,7 @@ class Int8(TorchFunctionMode):
     @torch.no_grad()
     def _learned(self, x: Tensor, name: str, known: Tensor | None) -> Tensor:
         """What is not finite doesn't enter a range, but shows in the product."""
-        mine = reach(x).float()
+        mine = usual_reach(x).float()
         seen = mine
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             seen = mine.clone()

@@ -18,7 +18,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from normrewrite.nn.parts import statistics_dtype
+from normrewrite.quantise import PERCENTILE
 
+_SAMPLE = 1 << 20
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -125,6 +127,19 @@ def reach(x: Tensor) -> Tensor:
     """max |x|, (); NaN where x holds one."""
     low, high = x.detach().aminmax()
     return torch.maximum(-low, high)
+
+
+def usual_reach(x: Tensor) -> Tensor:
+    """What 99.99 % of |x| stay within, (), told by a million elements at most; NaN or infinity where x holds one.
+
+    A step that serves the last element in ten thousand is too coarse for all others: on MobileNetV2 the largest |x| gave one
+    and a half times the error of logits.
+    """
+    stride = x.numel() // _SAMPLE | 1  # odd, so as not to meet the same column of each image
+    sample = x.detach().flatten()[::stride].abs()
+    found = sample.topk(max(1, round(len(sample) * (1 - PERCENTILE / 100)))).values[-1]
+    largest = reach(x)
+    return torch.where(largest.isfinite(), found, largest)
 
 
 def by_channel(weight: Tensor, layer: Convolution | None) -> Tensor:

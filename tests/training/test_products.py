@@ -1,8 +1,10 @@
 """8-bit products against float64 layers of torch's on the numbers that the 8 bits stand for; rounding; gradients."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from normrewrite.training.products import (
     rounded,
     scale_of,
     stochastic,
+    usual_reach,
 )
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}  # float64 throughout
@@ -227,3 +230,16 @@ def test_functional_layers_of_torch_are_the_same_products() -> None:
     scale = scale_of(reach(x))
     a, w = nearest(x, scale).wide(), nearest(weight, scale_of(weight.abs().amax((1, 2, 3), True))).wide()
     torch.testing.assert_close(product(x, weight, None, layer, scale), F.conv2d(a, w, padding=1))
+
+
+def test_the_last_in_ten_thousand_does_not_set_the_step() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 50, 100, 200, generator=generator)  # four million
+    x[0, 0, 0, :40] = 1e4
+    expected = float(np.quantile(x.abs().numpy(), 0.9999))
+    assert math.isclose(float(usual_reach(x)), expected, rel_tol=0.02) and float(reach(x)) == 1e4
+    few = torch.randn(3, 40, generator=generator)
+    assert float(usual_reach(few)) == float(reach(few))  # the largest of few is within it
+    for value in (torch.nan, torch.inf):
+        x[3, 49, 99, 199] = value  # one in four million, which a sample may miss
+        assert not torch.isfinite(usual_reach(x))
