@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,14 @@ from torch import Tensor, nn
 import normrewrite as nr
 from normrewrite.data import Batch, Data
 from normrewrite.finetune import finetune
+from normrewrite.training.checkpoints import Checkpoints
+from normrewrite.training.machine import accelerator
+from normrewrite.training.recipe import Recipe
 from tests.conftest import ROOT
 from tests.ranks import Started, on_ranks, start_ranks
 
 ARCH = "--arch digits.py:digits_resnet"
-STEPS = "--batch-size 8 --accumulate 2 --epochs 10 --save-every 2 --flip --crop 1"
+STEPS = "--batch-size 8 --accumulate 2 --epochs 10 --save-every 2 --flip --crop 1 --timeout 120"
 PLAIN = f"finetune twin.pt {ARCH} --data few.npz {STEPS}"
 LINE = f"{PLAIN} --ema 0.9 --val-split 0.2 --clip 1"  # 3 steps an epoch in 2 processes
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # as accelerate launch says it
@@ -224,9 +228,20 @@ def _trained(model: nn.Module, batch_size: int, accumulate: int = 1) -> dict[str
     return twin.state_dict() | {"figures": torch.tensor(figures, dtype=torch.float64)}
 
 
-def _job() -> dict[str, dict[str, Tensor]]:
+def _refusal() -> str:
+    """Of a checkpoint that one machine has and the other has not."""
+    with tempfile.TemporaryDirectory() as folder, accelerator(_linear(), Recipe()) as machine:
+        if machine.is_main_process:
+            (Path(folder) / "step-00000004").mkdir()
+        with pytest.raises(nr.NormRewriteError) as error:
+            Checkpoints(Path(folder), machine).begin({}, resume=True)
+    return str(error.value).partition(": ")[2]
+
+
+def _job() -> dict[str, Any]:
     """24 inputs to validate on are three batches of eight: not the same number for each."""
     return {
+        "refusal": _refusal(),
         "joined": _trained(_network(), 8),
         "accumulated": _trained(_linear(), 4, 2),
         "spare": _trained(_spare(), 8),
@@ -236,6 +251,9 @@ def _job() -> dict[str, dict[str, Tensor]]:
 
 def test_two_processes_are_one_with_the_joined_batch(tmp_path: Path) -> None:
     first, second = on_ranks(2, _job, tmp_path / "job")
+    assert (
+        first["refusal"] == second["refusal"] and "there is step-00000004, nothing. Put the output" in first["refusal"]
+    )
     alone = {
         "joined": _trained(_network(), 16),
         "accumulated": _trained(_linear(), 16),

@@ -31,7 +31,7 @@ class Origin(nn.Module):
         self.gain = "exact"
         self.inexact = ""  # why eval can't be the same function, where it can't
         self.difference: float | None = None  # of the site in eval, as measured when it was rewritten
-        self.training = old.training  # it has no mode; tools that look for modules in eval are to find none of ours
+        self.training = old.training  # it has no mode, but some count the modules that are in eval
         self._buffers["trained"] = torch.zeros((), dtype=torch.bool)  # before its last calibration
         for name, (original, converted) in pairs.items():
             self.converted(name, converted, original)

@@ -29,6 +29,7 @@ class Checkpoints:
     def begin(self, run: Mapping[str, Any], resume: bool) -> None:
         """Go on from the newest checkpoint, where that is asked for and there is one; else start a new folder."""
         newest = newest_of(self.folder)
+        self._check_shared(newest)
         if newest is not None and resume:
             _check_same(self.folder, run)
             self._load(newest)
@@ -59,6 +60,17 @@ class Checkpoints:
                 _remove_others(self.folder, final)
         except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
             raise NormRewriteError(f"{final}: {first_line(error)}. The checkpoint before it is whole.") from error
+
+    def _check_shared(self, newest: Path | None) -> None:
+        """Raises on all processes where they would not begin at the same step."""
+        from accelerate.utils import gather_object
+
+        found = gather_object([newest.name if newest is not None else "nothing"])
+        if len(set(found)) > 1:
+            raise NormRewriteError(
+                f"{self.folder}: process by process there is {', '.join(found)}. Put the output where all machines see the same "
+                "files."
+            )
 
     def _load(self, newest: Path) -> None:
         try:
