@@ -16,6 +16,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -862,8 +863,14 @@ def test_help_and_version(run: Command, line: str) -> None:
 
 
 def started(folder: Path, *arguments: str, program: tuple[str, ...] = (str(SCRIPT),)) -> subprocess.Popen[str]:
+    """With Ctrl-C as in a terminal: what runs in a shell's background inherits that it is ignored."""
     return subprocess.Popen(
-        [*program, *arguments], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*program, *arguments],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
 
 
