@@ -4,7 +4,7 @@
 >>> twin = nr.convert(model, to="l1")
 """
 
-from normrewrite import nn, norms, passes
+from normrewrite import nn, norms, passes, weight_decay
 from normrewrite._version import __version__
 from normrewrite.advise import Advice, advise
 from normrewrite.arithmetic import half_arithmetic
@@ -54,4 +54,5 @@ __all__ = [
     "save",
     "scale_invariant",
     "verify",
+    "weight_decay",
 ]
