@@ -22,7 +22,7 @@ SIDES = ("+left", "+right")
 
 @dataclass(frozen=True)
 class LearnedRanges:
-    """amax: the largest |x| of each activation, by name; its 8 bits reach from -amax to amax. kept: modules that were left
+    """amax: how far |x| of each activation reaches, by name; its 8 bits reach from -amax to amax. kept: modules that were left
     in floating point on purpose."""
 
     amax: dict[str, float]

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from normrewrite.nn.parts import statistics_dtype
 from normrewrite.quantise import PERCENTILE
 
-_SAMPLE = 1 << 20
+_SAMPLE = 1 << 17  # eight times as many take a fifth of a training step, and the moving average evens out
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -130,7 +130,7 @@ def reach(x: Tensor) -> Tensor:
 
 
 def usual_reach(x: Tensor) -> Tensor:
-    """What 99.99 % of |x| stay within, (), told by a million elements at most; NaN or infinity where x holds one.
+    """What 99.99 % of |x| stay within, (), told by some hundred thousand elements; NaN or infinity where x holds one.
 
     A step that serves the last element in ten thousand is too coarse for all others: on MobileNetV2 the largest |x| gave one
     and a half times the error of logits.
