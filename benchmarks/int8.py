@@ -1,6 +1,6 @@
 """Int8: trained networks repaired on 8 bits and deployed, and a small one trained from scratch with 8-bit gradients.
 
-    python -m benchmarks.int8 ../shared/data             # on two cores; writes results/int8.json
+    python -m benchmarks.int8 ../shared/data             # on two cores; writes results/int8_PART.json
 
 The folder holds zoo.py, load.py and weights/ (see tests/conftest.py).
 
@@ -36,7 +36,7 @@ PARTS = ("cifar10_resnet20", "imagenet_mobilenet_v2", "scratch")
 ALLOWED = {"cifar10_resnet20": 0.5, "imagenet_mobilenet_v2": 1.0, "scratch": 1.0}  # points below fp32
 REPAIR: dict[str, dict[str, Any]] = {
     "cifar10_resnet20": {"epochs": 2, "lr": 1e-4, "flip": True, "crop": 4},
-    "imagenet_mobilenet_v2": {"epochs": 2, "lr": 5e-5, "flip": True, "batch_size": 16},
+    "imagenet_mobilenet_v2": {"epochs": 2, "lr": 1e-5, "flip": True, "batch_size": 16, "int8_ranges": "gradient"},
 }
 SEEDS = (0, 1, 2)
 SCRATCH: dict[str, Any] = {"epochs": 6, "lr": 2e-3, "warmup": 100, "batch_size": 64, "flip": True, "crop": 4}
@@ -155,20 +155,19 @@ def main() -> None:
     os.environ.setdefault("NORMREWRITE_TEST_THREADS", os.environ.get("OMP_NUM_THREADS", str(os.cpu_count())))
     from tests.conftest import NETWORKS
 
-    found: dict[str, Any] = {"threads": torch.get_num_threads(), "repaired": [], "scratch": []}
-    for network in NETWORKS:
-        if network.name in options.only:
-            found["repaired"].append(repaired(network, options.few))
-            print(" | ".join(row(found["repaired"][-1])), flush=True)
-    if "scratch" in options.only:
-        found["scratch_recipe"] = SCRATCH | {"images": options.few or SCRATCH_IMAGES}
-        found["scratch"] = list(scratch(options.few, lambda text: print(text, flush=True)))
-    if found["repaired"]:
-        print("\n" + markdown(HEAD, [row(result) for result in found["repaired"]]))
-    if found["scratch"]:
-        print("\n" + markdown(["ResNet-8, range", "mean top-1 (%)", "range"], summary(found["scratch"])))
-    if not options.few:
-        print(f"\nwrote {write('int8', found, 'accelerate', 'onnxruntime')}")
+    networks = {network.name: network for network in NETWORKS}
+    for part in options.only:
+        if part == "scratch":
+            runs = list(scratch(options.few, lambda text: print(text, flush=True)))
+            found = {"recipe": SCRATCH | {"images": options.few or SCRATCH_IMAGES}, "runs": runs}
+            table = markdown(["ResNet-8, range", "mean top-1 (%)", "range"], summary(runs))
+        else:
+            found = repaired(networks[part], options.few)
+            table = markdown(HEAD, [row(found)])
+        print("\n" + table, flush=True)
+        if not options.few:
+            found = {"threads": torch.get_num_threads(), **found}
+            print(f"\nwrote {write(f'int8_{part}', found, 'accelerate', 'onnxruntime')}", flush=True)
 
 
 if __name__ == "__main__":

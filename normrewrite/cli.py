@@ -325,6 +325,13 @@ def report(source: Any, as_json: bool, quiet: bool, **options: Any) -> None:
 )
 @click.option("--int8-gradients", is_flag=True, help="For int8: gradients on 8 bits too.")
 @click.option(
+    "--int8-ranges",
+    type=click.Choice(["percentile", "gradient"]),
+    default="percentile",
+    show_default=True,
+    help="For int8: what ranges of activations follow, the 99.99th percentile by moving average or the loss's gradient.",
+)
+@click.option(
     "--int8-keep",
     multiple=True,
     metavar="GLOB",
@@ -333,6 +340,7 @@ def report(source: Any, as_json: bool, quiet: bool, **options: Any) -> None:
 @click.option(
     "--freeze-statistics", is_flag=True, help="Batch norms run on their running statistics, and leave them as they are."
 )
+@click.option("--dropout/--no-dropout", default=None, help="Dropout in training.  [default: with --labels]")
 @click.option("--epochs", type=int, help="Times through the data.  [default: 6]")
 @click.option("--steps", type=int, help="Updates, instead of epochs.")
 @click.option("--lr", type=float, default=1e-3, show_default=True, help="Learning rate at its highest.")

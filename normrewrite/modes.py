@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from normrewrite import sites
 
@@ -25,6 +26,14 @@ def freeze_statistics(model: nn.Module) -> None:
     """Let batch norms in a model that trains run as in eval: on their running statistics, which stay as they are."""
     for site in sites.find(model):
         site.module.training = False
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Let dropout in a model that trains run as in eval: torch's, and what timm and torchvision call so."""
+    for module in model.modules():
+        name = type(module).__name__
+        if isinstance(module, _DropoutNd) or name.startswith("Drop") or name == "StochasticDepth":
+            module.training = False
 
 
 @contextmanager

@@ -172,6 +172,17 @@ def test_batch_norms_of_frozen_statistics(tiny: nn.Module, labelled: Data) -> No
     assert not torch.equal(finetune(tiny, labelled, labels=True, steps=1)[0][1].running_mean, tiny[1].running_mean)
 
 
+def test_dropout_is_off_where_a_teacher_is_matched(tiny: nn.Module, labelled: Data) -> None:
+    seen: list[bool] = []
+    teacher = copy.deepcopy(tiny)
+    tiny[3].register_forward_hook(lambda module, inputs, output: seen.append(module.training))
+    taught: dict[str, Any] = {"teacher": teacher.eval()}
+    for options, on in ((taught, False), (taught | {"dropout": True}, True), ({"labels": True}, True)):
+        seen.clear()
+        finetune_(tiny.train(), labelled, steps=1, **options)
+        assert on == any(seen) and seen and tiny[3].training
+
+
 # --- on 8 bits --------------------------------------------------------------------------------------------------------
 
 
@@ -258,16 +269,25 @@ def _stopping(at: int) -> Any:
     return each
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16-pure", "int8"])
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"precision": "fp32"},
+        {"precision": "bf16"},
+        {"precision": "fp16-pure", "accumulator": "half:16"},
+        {"precision": "int8", "int8_gradients": True},
+        {"precision": "int8", "int8_ranges": "gradient"},
+    ],
+    ids=lambda chosen: "-".join(map(str, chosen.values())),
+)
 def test_a_resumed_run_is_the_unbroken_one_to_the_bit(
-    precision: str, tiny: nn.Module, labelled: Data, tmp_path: Path
+    chosen: dict[str, Any], tiny: nn.Module, labelled: Data, tmp_path: Path
 ) -> None:
-    of_precision = {"fp16-pure": {"accumulator": "half:16"}, "int8": {"int8_gradients": True}}
-    settings = SETTINGS | {"precision": precision} | of_precision.get(precision, {})
+    settings = SETTINGS | chosen
     whole, expected = finetune(tiny, labelled, **settings)
     assert expected.steps == 15
     # before the first checkpoint, at the end of an epoch, within one, at the very end
-    for stop in (1, 5, 7, 15) if precision == "fp32" else (7,):
+    for stop in (1, 5, 7, 15) if chosen == {"precision": "fp32"} else (7,):
         folder = tmp_path / str(stop)
         run = settings | {"checkpoints": folder, "resume": True, "save_every": 3}
         with pytest.raises(Stopped):

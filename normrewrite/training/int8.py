@@ -10,13 +10,14 @@ forward that calls F.conv2d itself. Norms and parametrised weights are computed 
 weights, say) runs on the same ranges. Not caught: what torch runs as a whole, as its attention does.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +31,19 @@ from normrewrite import sites
 from normrewrite.errors import NormRewriteError, nearest
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.ranges import SIDES, LearnedRanges, called, check
-from normrewrite.training.products import SIMULATED, Convolution, Products, product, rounded, scale_of, usual_reach
+from normrewrite.training.descent import Descent
+from normrewrite.training.products import (
+    SIMULATED,
+    Convolution,
+    Products,
+    product,
+    reach,
+    rounded,
+    scale_of,
+    usual_reach,
+)
 
+RangesBy = Literal["percentile", "gradient"]
 MOMENTUM = 0.05  # of a batch in the range of an activation
 ENDS = ("first", "last")
 
@@ -43,6 +55,7 @@ def int8(
     ranges: LearnedRanges | None = None,
     keep: Sequence[str] = (),
     gradients: bool = False,
+    by: RangesBy = "percentile",
     products: Products = SIMULATED,
 ) -> Iterator["Int8"]:
     """`model` on 8 bits inside the `with`: weights by output channel, activations by tensor, all symmetric.
@@ -50,10 +63,11 @@ def int8(
     In training each range follows how far its activation reaches, the 99.99th percentile of |x| as in calibration, by a
     moving average (0.05), over all processes; in eval ranges stand still. ranges: to start from, with what they kept. keep:
     modules left in floating point, by name or glob, or `first` and `last`, the first and last layer in the order of their
-    definition. gradients: 8-bit gradients too, rounded by torch's generator. products: who computes. Raises NormRewriteError
-    where there is no layer, or a name matches none.
+    definition. gradients: 8-bit gradients too, rounded by torch's generator. by: `gradient` lets ranges follow the loss's
+    own gradient instead, from the first batch's percentile on; `quantised.step()` then stands beside `optimizer.step()`.
+    products: who computes. Raises NormRewriteError where there is no layer, or a name matches none.
     """
-    mode = Int8(model, ranges, [*(ranges.kept if ranges else ()), *kept(model, keep)], gradients, products)
+    mode = Int8(model, ranges, [*(ranges.kept if ranges else ()), *kept(model, keep)], gradients, by, products)
     handles = []
     for name, module in model.named_modules():
         handles += [
@@ -88,6 +102,7 @@ class Int8(TorchFunctionMode):
         ranges: LearnedRanges | None = None,
         kept: Sequence[str] = (),
         gradients: bool = False,
+        by: RangesBy = "percentile",
         products: Products = SIMULATED,
     ) -> None:
         super().__init__()
@@ -95,6 +110,7 @@ class Int8(TorchFunctionMode):
             check(ranges, model)
         self.kept, self.gradients, self.products, self.active = tuple(dict.fromkeys(kept)), gradients, products, True
         self.amax = {name: torch.tensor(value) for name, value in ranges.amax.items()} if ranges else {}
+        self.descent = Descent() if by == "gradient" else None
         aside = sites.find(
             model, lambda m: sites.is_norm(m) or sites.is_row_norm(m) or isinstance(m, ParametrizationList)
         )
@@ -110,11 +126,19 @@ class Int8(TorchFunctionMode):
         """The ranges as they are now. Raises NormRewriteError where one is not finite."""
         return LearnedRanges({name: float(value) for name, value in self.amax.items()}, self.kept)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return {name: value.clone() for name, value in self.amax.items()}
+    def step(self, factor: float = 1.0) -> None:
+        """One update of ranges that follow the gradient; of others nothing. factor: of their learning rate, as of a schedule."""
+        if self.descent is not None:
+            self.amax |= self.descent.step(factor)
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.amax = {name: value.clone() for name, value in state.items()}
+    def state_dict(self) -> dict[str, Any]:
+        amax = {name: value.clone() for name, value in self.amax.items()}
+        return {"amax": amax, "descent": None if self.descent is None else self.descent.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.amax = {name: value.clone() for name, value in state["amax"].items()}
+        if self.descent is not None:
+            self.descent.load_state_dict(state["descent"])
 
     # --- which module computes --------------------------------------------------------------------------------------------
 
@@ -217,7 +241,7 @@ class Int8(TorchFunctionMode):
     def _scale(self, x: Tensor, name: str) -> Tensor:
         known = self.amax.get(name)
         if self.calls[0].training:
-            return self._learned(x, name, known)
+            return self._learned(x, name, known) if self.descent is None else self._descending(x, name, self.descent)
         if known is None:
             raise NormRewriteError(
                 f"int8: {name or 'the model'} has no range yet. Run the model in training first, or give `ranges`."
@@ -236,6 +260,21 @@ class Int8(TorchFunctionMode):
         follows = torch.where(known.isfinite(), known + MOMENTUM * (seen - known), seen)
         self.amax[name] = torch.where(seen.isfinite(), follows, known)
         return scale_of(torch.where((mine + seen).isfinite(), self.amax[name], torch.nan))
+
+    def _descending(self, x: Tensor, name: str, descent: Descent) -> Tensor:
+        """Zeros tell no range: until there is one, it is looked for as ever."""
+        if name not in descent.logs:
+            if not _positive(self.amax.get(name)):
+                scale = self._learned(x, name, self.amax.get(name))
+            if not _positive(self.amax[name]):
+                return scale
+            descent.begin(name, self.amax[name])
+        bad = torch.where(reach(x).isfinite(), 1.0, torch.nan)  # multiplied in, so that the gradient shows it too
+        return bad * scale_of(descent.reach(name).to(x.device))
+
+
+def _positive(value: Tensor | None) -> bool:
+    return value is not None and 0 < float(value) < math.inf
 
 
 _CAUGHT: dict[Callable[..., Any], Callable[..., Any]] = {

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from normrewrite.data import Batch, Data
 from normrewrite.errors import NormRewriteError
-from normrewrite.modes import evaluating, freeze_statistics
+from normrewrite.modes import evaluating, freeze_statistics, without_dropout
 from normrewrite.training import optimise, randomness
 from normrewrite.training.augment import augmentation
 from normrewrite.training.checkpoints import Checkpoints
@@ -96,6 +96,8 @@ class Loop:
         self.network.train()
         if self.recipe.freeze_statistics:
             freeze_statistics(self.model)
+        if not self.recipe.drops:
+            without_dropout(self.model)
         while progress.step < self.total and not progress.stopped:
             epoch, done = divmod(progress.step, self.feed.steps)
             for batches in self._steps(epoch, done):
@@ -127,7 +129,7 @@ class Loop:
         started, progress = time.perf_counter(), self.progress
         randomness.seed(self.recipe.seed, progress.step, self.machine.process_index)
         before = [buffer.clone() for buffer in self.model.buffers()]
-        ranges = {} if self.quantised is None else self.quantised.state_dict()
+        ranges = None if self.quantised is None else self.quantised.state_dict()
         tally = self._learn(batches)
         progress.step += 1
         if tally is None:
@@ -167,6 +169,8 @@ class Loop:
         finite = math.isfinite(tally.loss) and (scaled or math.isfinite(norm))
         if finite:
             self.optimizer.step()
+            if self.quantised is not None:
+                self.quantised.step(optimise.factor(self.recipe, self.progress.step, self.total))
         self.weights.settle(finite)
         self.optimizer.zero_grad()
         return tally if finite and not self.machine.optimizer_step_was_skipped else None
@@ -180,9 +184,9 @@ class Loop:
         return Tally(loss, *map(int, counts))
 
     @torch.no_grad()
-    def _skip(self, before: list[Tensor], ranges: dict[str, Tensor]) -> None:
+    def _skip(self, before: list[Tensor], ranges: dict[str, Any] | None) -> None:
         """Running statistics and ranges come back too: what is not finite would stay in them for ever."""
-        if self.quantised is not None:
+        if self.quantised is not None and ranges is not None:
             self.quantised.load_state_dict(ranges)
         for buffer, value in zip(self.model.buffers(), before, strict=True):
             buffer.copy_(value)

@@ -50,15 +50,15 @@ def make_schedule(recipe: Recipe, optimizer: Optimizer, total: int) -> LRSchedul
     if recipe.warmup >= total:
         raise NormRewriteError(f"--warmup {recipe.warmup}: the whole training is {total} steps. Give fewer.")
 
-    def factor(step: int) -> float:
-        return _factor(recipe, step, total)
+    def by_step(step: int) -> float:
+        return factor(recipe, step, total)
 
     if recipe.weight_decay_as == "lr":
-        return ExponentialSchedule(optimizer, recipe.weight_decay, factor)
-    return LambdaLR(optimizer, factor)
+        return ExponentialSchedule(optimizer, recipe.weight_decay, by_step)
+    return LambdaLR(optimizer, by_step)
 
 
-def _factor(recipe: Recipe, step: int, total: int) -> float:
+def factor(recipe: Recipe, step: int, total: int) -> float:
     """What the learning rate is multiplied by at a step."""
     if step < recipe.warmup:
         return (step + 1) / (recipe.warmup + 1)

@@ -195,20 +195,21 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, values, scale, weights, scales = ctx.saved_tensors
-        of_x, of_weight, of_bias, *_ = ctx.needs_input_grad
+        of_x, of_weight, of_bias, _, of_scale, *_ = ctx.needs_input_grad
         layer, products, g = ctx.layer, ctx.products, g.to(scale.dtype)
-        dx = dweight = dbias = None
-        if of_x:
+        dx = dweight = dbias = dscale = None
+        if of_x or of_scale:
             small = stochastic(g, scale_of(reach(g))) if ctx.gradients else g
-            dx = products.input_gradient(layer, small, Quantised(weights, scales), x.shape)
-            dx = _unclipped(dx, x, scale)
+            back = products.input_gradient(layer, small, Quantised(weights, scales), x.shape)
+            dscale = _of_scale(back, x, values, scale) if of_scale else None
+            dx = _unclipped(back, x, scale) if of_x else None
         if of_weight:
             a = Quantised(values, scale)
             dweight = products.weight_gradient(layer, g, a, weights.shape).to(ctx.dtypes[0])
         if of_bias:
             dbias = g.flatten(0, -2).sum(0) if layer is None else g.sum([0, *range(2, g.dim())])
             dbias = dbias.to(ctx.dtypes[1])
-        return dx, dweight, dbias, None, None, None, None
+        return dx, dweight, dbias, None, dscale, None, None
 
 
 def rounded(x: Tensor, scale: Tensor) -> Tensor:
@@ -221,14 +222,15 @@ class _Rounded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
         dtype = statistics_dtype(x.dtype)
-        ctx.save_for_backward(x, scale)
-        return nearest(x.to(dtype), scale.to(dtype)).wide().to(x.dtype)
+        found = nearest(x.to(dtype), scale.to(dtype))
+        ctx.save_for_backward(x, scale, *([found.values] if ctx.needs_input_grad[1] else []))
+        return found.wide().to(x.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        x, scale = ctx.saved_tensors
-        return _unclipped(g, x, scale), None
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, scale, *values = ctx.saved_tensors
+        return _unclipped(g, x, scale), _of_scale(g, x, values[0], scale) if values else None
 
 
 def _unclipped(g: Tensor, x: Tensor, scale: Tensor) -> Tensor:
@@ -236,3 +238,14 @@ def _unclipped(g: Tensor, x: Tensor, scale: Tensor) -> Tensor:
     step = float(scale)
     found: Tensor = torch.ops.aten.hardtanh_backward(g.to(x.dtype), x, -128.5 * step, 127.5 * step)
     return found
+
+
+def _of_scale(g: Tensor, x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
+    """The gradient of the step: of what was rounded, how far rounding moved it; of what was clipped, where it was clipped.
+
+    Esser et al., Learned Step Size Quantization (arXiv:1902.08153), eq. 3.
+    """
+    steps = x.to(scale.dtype) / scale
+    inside = (steps >= -128.5) & (steps <= 127.5)
+    moved = values.to(scale.dtype).sub_(steps.mul_(inside))
+    return moved.mul_(g).sum()

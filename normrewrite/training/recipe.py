@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from normrewrite.errors import NormRewriteError, nearest
 from normrewrite.lower.accumulate import accumulator
+from normrewrite.training.int8 import RangesBy
 
 Precision = Literal["fp32", "bf16", "fp16", "fp16-pure", "int8"]
 Schedule = Literal["cosine", "linear", "constant"]
@@ -47,8 +48,10 @@ class Recipe:
     largest gradient norm; crop: pixels of zero padding to shift in. val_split: share held out; patience: epochs without
     progress there before it stops. save_every: steps between checkpoints, an epoch by default. timeout: seconds that one
     process waits for another before the run ends with an error.
-    int8_gradients: 8 bits for gradients too; int8_keep: modules that stay in floating point, as in training.int8.
+    int8_gradients: 8 bits for gradients too; int8_ranges: what ranges of activations follow; int8_keep: modules that stay in
+    floating point; as in training.int8.
     freeze_statistics: batch norms run on their running statistics, as in eval, and leave them as they are.
+    dropout: whether there is any; by default with labels alone: a teacher's outputs are matched best without noise.
     """
 
     precision: Precision = "fp32"
@@ -79,8 +82,10 @@ class Recipe:
     deterministic: bool = False
     save_every: int | None = None
     int8_gradients: bool = False
+    int8_ranges: RangesBy = "percentile"
     int8_keep: tuple[str, ...] = ()
     freeze_statistics: bool = False
+    dropout: bool | None = None
     timeout: float = 45.0
 
     def __post_init__(self) -> None:
@@ -115,9 +120,9 @@ class Recipe:
                 f"{self.weight_decay:g}. Give --optimizer sgd and the weight decay that it is to stand for."
             )
 
-        if self.precision != "int8" and (self.int8_gradients or self.int8_keep):
+        if self.precision != "int8" and (self.int8_gradients or self.int8_keep or self.int8_ranges != "percentile"):
             raise NormRewriteError(
-                "--int8-gradients and --int8-keep go with --precision int8: add that, or leave them out."
+                "--int8-gradients, --int8-ranges and --int8-keep go with --precision int8: add that, or leave them out."
             )
 
     def total(self, steps_an_epoch: int) -> int:
@@ -127,6 +132,11 @@ class Recipe:
     def identity(self) -> dict[str, Any]:
         """What the result depends on."""
         return {name: value for name, value in asdict(self).items() if name not in ("save_every", "timeout")}
+
+    @property
+    def drops(self) -> bool:
+        """Whether dropout is on."""
+        return self.labels if self.dropout is None else self.dropout
 
     @property
     def taught(self) -> bool:

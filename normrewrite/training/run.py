@@ -66,7 +66,9 @@ def run(
 
 def _on_8_bits(model: nn.Module, plan: Recipe) -> AbstractContextManager[Int8 | None]:
     return (
-        int8(model, keep=plan.int8_keep, gradients=plan.int8_gradients) if plan.precision == "int8" else nullcontext()
+        int8(model, keep=plan.int8_keep, gradients=plan.int8_gradients, by=plan.int8_ranges)
+        if plan.precision == "int8"
+        else nullcontext()
     )
 
 

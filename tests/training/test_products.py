@@ -216,6 +216,24 @@ def test_rounded_passes_the_gradient_of_what_is_not_clipped() -> None:
     torch.testing.assert_close(y.detach(), on_8_bits(x, 1.0).float())
 
 
+@pytest.mark.parametrize("case", ["product", "rounded"])
+def test_the_gradient_of_a_step_is_that_of_rounding_held_still(case: str) -> None:
+    """Against autograd through float64 sums, where rounding counts as a number that stays (straight through)."""
+    x, weight = torch.randn(6, 5), torch.eye(5)
+    step = torch.tensor(0.013, requires_grad=True)  # 127 of them clip |x| > 1.65
+    y = product(x, weight, None, None, step) if case == "product" else rounded(x, step)
+    g = torch.randn_like(y)
+    y.backward(g)
+    wide = step.detach().double().requires_grad_()
+    steps = x.double() / wide
+    held = (steps.round() - steps).detach() + steps
+    expected = (held.clamp(-128, 127) * wide * g.double()).sum()
+    expected.backward()
+    assert step.grad is not None and wide.grad is not None and (steps.abs() > 128).any()
+    torch.testing.assert_close(step.grad.double(), wide.grad, rtol=1e-4, atol=1e-5)
+    assert abs(1.01 * step.grad - wide.grad) > 1e-3 * abs(wide.grad)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_inputs_are_rounded_in_fp32(dtype: torch.dtype) -> None:
     layer, x = nn.Linear(8, 8).to(dtype), torch.randn(4, 8, dtype=dtype)
