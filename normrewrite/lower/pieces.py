@@ -26,12 +26,10 @@ def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     if x.device.type != "cpu" or x.numel() <= size:
         yield tensors
         return
-    for dim in [0, 2][: x.dim() - 1]:
-        step = size * x.shape[dim] // x.numel()
-        if step or dim:
-            break
-    for parts in zip(*(tensor.split(max(step, 1), dim) for tensor in tensors), strict=True):
-        yield from pieces(*parts) if not step and parts[0].numel() < x.numel() else [parts]
+    dim = 0 if len(x) > 1 or x.dim() == 2 else 2  # a sample is whole in memory, a line of each is not
+    step = max(size * x.shape[dim] // x.numel(), 1)
+    for parts in zip(*(tensor.split(step, dim) for tensor in tensors), strict=True):
+        yield from pieces(*parts) if parts[0].numel() < x.numel() else [parts]
 
 
 @dataclass
