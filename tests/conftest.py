@@ -9,6 +9,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+# Triton decides when it is imported whether its kernels are interpreted, and torch imports it on its own account. Tests run
+# them on the CPU; what is compiled ahead of time is compiled in a process of its own.
+os.environ["TRITON_INTERPRET"] = "1"
+
 import torch
 from torch import Tensor, nn
 

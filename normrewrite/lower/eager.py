@@ -35,6 +35,7 @@ from normrewrite.lower.families import (
     wide_dtype,
     within_half,
 )
+from normrewrite.lower.kernels import serving
 from normrewrite.lower.pieces import Cells, cut, pieces
 from normrewrite.norms import Gain, Metric
 from normrewrite.norms import metric as row_of
@@ -130,6 +131,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y, mean, C * S, and what a backward can't read from x: where sparse families read S, and which way."""
     row = row_of(metric)
+    kernels = serving(x, row)
+    if kernels is not None:
+        return kernels.forward(x, None, weight, bias, row, cast(Gain, gain), eps)[:5]  # type: ignore[no-any-return]
     constant = row.gain(x.numel() // x.shape[1], cast(Gain, gain))  # first, as it refuses rows that are too short
     mean, raw, kept = statistics(x, row)
     spread = raw * constant
@@ -172,6 +176,10 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx as x, dweight and dbias in the dtype of the statistics."""
     row, n = row_of(metric), x.numel() // x.shape[1]
+    kernels = serving(x, row)
+    if kernels is not None:
+        measured = mean, spread, indices, signs, None
+        return kernels.backward(g, x, weight, None, *measured, row, cast(Gain, gain), eps)[:3]  # type: ignore[no-any-return]
     constant = row.gain(n, cast(Gain, gain))
     dweight, dbias = sums(g, x, mean, spread + eps)
     total, kept = torch.stack([dweight, dbias, slope_sum(signs, row, constant, n)]), (indices, signs)

@@ -34,6 +34,7 @@ from normrewrite.lower.families import (
     wide_dtype,
     within_half,
 )
+from normrewrite.lower.kernels import serving
 from normrewrite.norms import Gain, Metric
 from normrewrite.norms import metric as row_of
 
@@ -73,7 +74,12 @@ def _forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, metric: str, gain: str, eps: float, centred: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y, mean, C * S, and where a sparse family read S (empty for dense ones)."""
-    row, values = row_of(metric), wide(x)
+    row = row_of(metric)
+    kernels = serving(x, row, sample=True)
+    if kernels is not None:
+        told = row, cast(Gain, gain), eps
+        return kernels.forward(x, None, weight, bias, *told, sample=True, centred=centred)[:5]  # type: ignore[no-any-return]
+    values = wide(x)
     constant = row.gain(_count(x), cast(Gain, gain))  # first, as it refuses rows that are too short
     mean = values.mean(_ROW) if centred else values.new_zeros(x.shape[:2])
     d = values - _by_row(mean)
@@ -113,6 +119,10 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx as x, dweight and dbias (G, K) in the dtype of the statistics."""
     row, constant = row_of(metric), row_of(metric).gain(_count(x), cast(Gain, gain))
+    kernels = serving(x, row, sample=True)
+    if kernels is not None:
+        kept = mean, spread, indices, signs, None, row, cast(Gain, gain), eps
+        return kernels.backward(g, x, weight, None, *kept, sample=True, centred=centred)[:3]  # type: ignore[no-any-return]
     scale = _by_row(spread + eps)
     d, g = wide(x) - _by_row(mean), wide(g)
     dweight, dbias = (g * d / scale).sum(_CHANNEL), g.sum(_CHANNEL)

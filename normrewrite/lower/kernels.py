@@ -1,0 +1,93 @@
+"""Which lowering computes a norm in training: torch's own operators, or the Triton kernels of lower/triton.
+
+>>> with kernels("torch"):              # or NORMREWRITE_KERNELS=torch in the environment
+...     model(x).sum().backward()       # a backward chooses when it runs
+
+    auto     the kernels where they serve a tensor: CUDA, compute capability 8.0 and newer, fp32, fp16 or bf16; else torch
+    torch    torch's operators everywhere
+    triton   the kernels, and an error with the reason where they can't serve; on a CPU through Triton's interpreter
+
+The operators `normrewrite::batch_norm` and `normrewrite::row_norm` ask at each call, so compiled and exported graphs, too,
+follow the switch. Statistics over several processes (lower/distributed.py) and eval are torch's.
+"""
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from normrewrite.errors import NormRewriteError, nearest
+from normrewrite.lower.triton import geometry
+from normrewrite.norms import Metric
+
+CHOICES = ("auto", "torch", "triton")
+VARIABLE = "NORMREWRITE_KERNELS"
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_choice: ContextVar[str | None] = ContextVar("kernels", default=None)
+
+
+@contextmanager
+def kernels(choice: str) -> Iterator[None]:
+    """Choose `auto`, `torch` or `triton` for the block, in this thread, whatever the environment says.
+
+    Autograd runs backwards of CUDA tensors in threads of its own: set NORMREWRITE_KERNELS to choose for those.
+    """
+    token = _choice.set(_checked(choice, "kernels()"))
+    try:
+        yield
+    finally:
+        _choice.reset(token)
+
+
+def serving(x: Tensor, row: Metric, *, sample: bool = False) -> ModuleType | None:
+    """lower/triton/launch.py where the kernels are to compute this norm of x, else None.
+
+    sample: x is (B, G, K, S) with statistics by (B, G); else (N, C, *), by channel.
+    """
+    choice = _choice.get() or _checked(os.environ.get(VARIABLE, "auto"), VARIABLE)
+    if choice == "torch" or (choice == "auto" and not x.is_cuda):
+        return None
+    reason = why_not(x, row, sample=sample)
+    if reason and choice == "triton":
+        raise NormRewriteError(f"{VARIABLE}=triton: {reason}. Choose auto to let torch compute what the kernels can't.")
+    return None if reason else _launch()
+
+
+def why_not(x: Tensor, row: Metric, *, sample: bool = False) -> str | None:
+    """Why the kernels can't compute this norm of x, or None if they can."""
+    return (
+        _why_not_here(x.device)
+        or (None if x.dtype in _DTYPES else f"the kernels take fp32, fp16 and bf16, got {x.dtype}")
+        or geometry.why_not(x.shape, row, sample)
+    )
+
+
+@cache
+def _why_not_here(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install normrewrite[triton])"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"the kernels are for CUDA, got a tensor on {device}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"the kernels are for compute capability 8.0 and newer, {device} has {torch.cuda.get_device_capability(device)}"
+    return None
+
+
+def _launch() -> ModuleType:
+    from normrewrite.lower.triton import launch  # triton takes half a second to import
+
+    return launch
+
+
+def _checked(choice: str, where: str) -> str:
+    if choice not in CHOICES:
+        raise NormRewriteError(f"{where}: unknown {choice!r}.{nearest(choice, CHOICES)} Known: {', '.join(CHOICES)}.")
+    return choice

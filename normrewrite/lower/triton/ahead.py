@@ -1,0 +1,76 @@
+"""Triton, ahead of time: the kernels of a norm as PTX and machine code, on any machine, without a GPU.
+
+>>> x = torch.empty(64, 256, 56, 56, dtype=torch.float16, device="meta")
+>>> with recorded() as launches:
+...     forward(x, None, None, None, metric("l1"), "exact", 1e-5)
+>>> [compiled(launch, 90).asm["ptx"] for launch in launches]
+
+A recorded launch is what would have run: the kernel, its grid and its arguments. Tensors may be on the meta device.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
+from normrewrite.lower.triton import launch as launching
+
+
+class Launch(NamedTuple):
+    """A kernel that would have run, with `programs` programs of `warps` warps."""
+
+    kernel: Any
+    programs: int
+    warps: int
+    arguments: dict[str, Any]
+    registers: int | None = None
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Note every launch in the block instead of running it; what the block computes is never written."""
+    launches: list[Launch] = []
+    run, launching.run = launching.run, lambda *parts: launches.append(Launch(*parts))
+    try:
+        yield launches
+    finally:
+        launching.run = run
+
+
+def compiled(launch: Launch, capability: int) -> CompiledKernel:
+    """The kernel compiled for the launch's types and constants, for a GPU of compute capability 80, 89, 90, 120, ..."""
+    signature, constants, aligned = {}, {}, {}
+    for place, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr or value is None:
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        else:
+            signature[parameter.name] = _type(value)
+            if isinstance(value, Tensor):
+                aligned[place,] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, aligned)
+    return triton.compile(
+        source, GPUTarget("cuda", capability, 32), {"num_warps": launch.warps, "maxnreg": launch.registers}
+    )
+
+
+_TYPES = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+}
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return _TYPES[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"

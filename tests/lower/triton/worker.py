@@ -1,0 +1,104 @@
+"""Compiles kernels ahead of time and tells of them as JSON; a process of its own, as the tests' interprets all kernels.
+
+python -m tests.lower.triton.worker NAME:CAPABILITY ...
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+import torch
+from triton import knobs
+
+from normrewrite.lower.triton import launch
+from normrewrite.lower.triton.ahead import Launch, compiled, recorded
+from normrewrite.norms import metric
+
+Told = dict[str, Any]
+_LAST: Told = {"shape": (64, 256, 56, 56), "dtype": torch.float16, "memory_format": torch.channels_last, "relu": True}
+_FIRST: Told = _LAST | {"memory_format": torch.contiguous_format, "relu": False}
+_ROWS: Told = _FIRST | {"shape": (8192, 1, 1024, 1), "sample": True}
+_GROUPS: Told = _FIRST | {"shape": (64, 32, 8, 3136), "sample": True}
+CASES: dict[str, Told] = {
+    "l1": _LAST | {"spec": "l1"},
+    "l1 add": _LAST | {"spec": "l1", "residual": True},
+    "linf": _LAST | {"spec": "linf"},
+    "topk": _FIRST | {"spec": "topk:10", "dtype": torch.bfloat16},
+    "topk of many": _LAST | {"spec": "topk:128"},
+    "l2": _FIRST | {"spec": "l2", "dtype": torch.float32},
+    "groups": _GROUPS | {"spec": "range"},
+    "rows": _ROWS | {"spec": "l1"},
+    "long rows": _ROWS | {"spec": "l1", "shape": (64, 1, 8192, 1)},
+    "rows of few": _ROWS | {"spec": "topk:10", "shape": (64, 1, 4096, 1)},
+}
+TOO_MUCH: dict[str, Told] = {"rows too long": _ROWS | {"spec": "topk:10", "shape": (64, 1, 8192, 1)}}
+
+
+def launches(
+    spec: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+    relu: bool,
+    residual: bool = False,
+    sample: bool = False,
+) -> list[Launch]:
+    """What a forward and a backward would run."""
+    x = torch.empty(shape, dtype=dtype, device="meta").to(memory_format=memory_format)
+    weight = torch.empty(shape[1:3] if sample else shape[1], device="meta")
+    told = (metric(spec), "exact", 1e-5)
+    added = torch.empty_like(x) if residual else None
+    with recorded() as found:
+        _, *kept = launch.forward(x, added, weight, weight, *told, sample=sample, relu=relu)
+        launch.backward(x, x, weight, weight, *kept, *told, sample=sample, relu=relu, residual=residual)
+    return found
+
+
+def told_of(launch: Launch, capability: int) -> Told:
+    """What the compiler and its code tell of a kernel."""
+    kernel = compiled(launch, capability)
+    ptx, ir = kernel.asm["ptx"], kernel.asm["ttir"]
+    report = _assembled(ptx, capability)
+    stack, stores, loads = map(
+        int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", report).groups()
+    )  # type: ignore[union-attr]
+    return {
+        "kernel": launch.kernel.__name__,
+        "capability": capability,
+        "ptx": re.search(r"\.version (\S+)", ptx)[1],  # type: ignore[index]
+        "target": re.search(r"\.target (\S+)", ptx)[1],  # type: ignore[index]
+        "registers": int(re.search(r"Used (\d+) registers", report)[1]),  # type: ignore[index]
+        "spilled": stack + stores + loads,
+        "atomics": len(re.findall(r"^\s*(atom|red)\.", ptx, re.MULTILINE)),
+        "wide loads": len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)),
+        "wide stores": len(re.findall(r"st\.global\S*\.v4\.b32", ptx)),
+        "narrow loads": len(re.findall(r"ld\.global\S*\.b16", ptx)),
+        "offsets of elements": sorted(set(re.findall(r"tt\.addptr .*ptr<(?:f16|bf16|i8)>>, tensor<\S*(i\d+)>", ir))),
+        "scratch": kernel.metadata.global_scratch_size + kernel.metadata.profile_scratch_size,
+    }
+
+
+def _assembled(ptx: str, capability: int) -> str:
+    """What ptxas reports; raises where it refuses."""
+    tool = knobs.nvidia.ptxas_blackwell if capability >= 100 else knobs.nvidia.ptxas
+    suffix = "a" if capability >= 90 else ""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [tool.path, "-v", f"--gpu-name=sm_{capability}{suffix}", file.name, "-o", "/dev/null"]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stderr
+
+
+def main() -> None:
+    found = {}
+    for asked in sys.argv[1:]:
+        name, _, capability = asked.partition(":")
+        found[asked] = [told_of(each, int(capability)) for each in launches(**(CASES | TOO_MUCH)[name])]
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
