@@ -7,6 +7,7 @@ from normrewrite.passes.base import Rewrite
 from normrewrite.passes.change_scope import ChangeScope
 from normrewrite.passes.fold_affine import FoldAffine
 from normrewrite.passes.freeze import Freeze
+from normrewrite.passes.fuse_activation import FuseActivation
 from normrewrite.passes.lift_functional import LiftFunctional
 from normrewrite.passes.normalise_weights import NormaliseWeights
 from normrewrite.passes.renormalise import Renormalise
@@ -14,6 +15,7 @@ from normrewrite.passes.restore_native import RestoreNative
 from normrewrite.passes.swap_metric import SwapMetric
 
 # Calls get a module first, so that the others find it; folding comes last, as it takes norms away.
+# FuseActivation is for a graph that is about to be trained or compiled, and stands in no pipeline.
 PIPELINE = (LiftFunctional, RestoreNative, SwapMetric, Renormalise, Freeze, ChangeScope, NormaliseWeights, FoldAffine)
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "ChangeScope",
     "FoldAffine",
     "Freeze",
+    "FuseActivation",
     "LiftFunctional",
     "NormaliseWeights",
     "Renormalise",

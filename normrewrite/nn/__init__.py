@@ -3,6 +3,7 @@
 from normrewrite.nn.affine import ChannelAffine
 from normrewrite.nn.batch import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from normrewrite.nn.mean_only import MeanOnlyBatchNorm
+from normrewrite.nn.rectify import norm_relu
 from normrewrite.nn.renorm import BatchRenorm
 from normrewrite.nn.rows import (
     GroupNorm,
@@ -35,6 +36,7 @@ __all__ = [
     "RMSNorm",
     "StandIn",
     "WeightNorm",
+    "norm_relu",
     "normalise_weight",
     "synchronise_",
 ]

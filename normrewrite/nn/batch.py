@@ -93,7 +93,12 @@ class BatchNorm(nn.Module):
         self._check_input(input)
         return through_tail(self, self._normalised(input, self.training))
 
-    def _normalised(self, input: Tensor, training: bool) -> Tensor:
+    def forward_relu(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """relu(norm(input) + residual), without hooks and tail: what `norm_relu` calls."""
+        self._check_input(input)
+        return self._normalised(input, self.training, relu=True, residual=residual)
+
+    def _normalised(self, input: Tensor, training: bool, relu: bool = False, residual: Tensor | None = None) -> Tensor:
         live = training or self.running_mean is None
         updating = training and self.track_running_stats
         group = group_of(self) if training else None
@@ -110,6 +115,8 @@ class BatchNorm(nn.Module):
                 self.metric,
                 self.gain,
                 group,
+                relu,
+                residual,
             )
         except NormRewriteError as error:
             if not self.site:
@@ -180,5 +187,5 @@ class FrozenBatchNorm(BatchNorm):
     What frozen batch norms of detection models become; made by conversion, not by hand.
     """
 
-    def _normalised(self, input: Tensor, training: bool) -> Tensor:
-        return super()._normalised(input, False)
+    def _normalised(self, input: Tensor, training: bool, relu: bool = False, residual: Tensor | None = None) -> Tensor:
+        return super()._normalised(input, False, relu, residual)

@@ -8,6 +8,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from normrewrite.errors import NormRewriteError
 from normrewrite.lower import distributed, eager, half
+from normrewrite.lower import relu as with_relu
 from normrewrite.lower.accumulate import Accumulator
 from normrewrite.lower.watch import tell
 from normrewrite.norms import Gain
@@ -26,6 +27,8 @@ def batch_norm(
     metric: str = "l1",
     gain: Gain = "exact",
     group: Any = None,
+    relu: bool = False,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Normalise each channel over the batch and all positions, its spread measured by `metric`.
 
@@ -35,12 +38,14 @@ def batch_norm(
     float64, updated in place in training as torch's: (1 - momentum) * running + momentum * batch. A channel whose
     batch statistics are not finite keeps its running ones. In eval: weight * (x - running_mean)/(running_scale + eps) + bias.
     group: a torch.distributed process group, whose ranks' inputs are measured as one batch; None: this process's own.
+    relu: relu(y), with a residual of input's shape relu(y + residual): on CUDA in the same pass over memory.
     Raises NormRewriteError where training sees fewer than two values a channel, or fewer than the metric reads.
     """
-    if has_torch_function((input, running_mean, running_scale, weight, bias)):  # one node under torch.fx
+    tensors = (input, running_mean, running_scale, weight, bias, residual)
+    if has_torch_function(tensors):  # one node under torch.fx
         return handle_torch_function(
             batch_norm,
-            (input, running_mean, running_scale, weight, bias),
+            tensors,
             input,
             running_mean,
             running_scale,
@@ -52,17 +57,32 @@ def batch_norm(
             metric=metric,
             gain=gain,
             group=group,
+            relu=relu,
+            residual=residual,
         )
     if not training:
         if running_mean is None or running_scale is None:
             raise NormRewriteError(
                 "batch_norm in eval needs running_mean and running_scale; pass training=True without them."
             )
-        return eager.affine(input, running_mean, running_scale + eps, weight, bias)
-    y, mean, spread = normalise(input, weight, bias, metric, gain, eps, group)
+        if relu and input.is_cuda:
+            return with_relu.affine(input, residual, running_mean, running_scale + eps, weight, bias)
+        y = eager.affine(input, running_mean, running_scale + eps, weight, bias)
+        return rectified(y, residual) if relu else y
+    together = relu and input.is_cuda and group is None and half.chosen(input) is None
+    if together:
+        check_trainable(input)
+        y, mean, spread = with_relu.normalise(input, residual, weight, bias, metric, gain, eps)
+    else:
+        y, mean, spread = normalise(input, weight, bias, metric, gain, eps, group)
     if running_mean is not None and running_scale is not None:
         average_in(momentum, (running_mean, mean), (running_scale, spread))
-    return y
+    return rectified(y, residual) if relu and not together else y
+
+
+def rectified(y: Tensor, residual: Tensor | None) -> Tensor:
+    """relu(y + residual), by torch."""
+    return torch.relu(y if residual is None else y + residual)
 
 
 def normalise(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from normrewrite.lower import eager
 from normrewrite.nn.batch import BatchNorm
-from normrewrite.nn.functional import average_in, averaging_factor, group_of, normalise
+from normrewrite.nn.functional import average_in, averaging_factor, group_of, normalise, rectified
 from normrewrite.norms import Gain
 
 # Steps of Ioffe 2017, section 4: all is batch norm until the first, r is free at the second, d at the third.
@@ -65,9 +65,9 @@ class BatchRenorm(BatchNorm):
         self.trained: Tensor
         self.register_buffer("trained", torch.tensor(False))
 
-    def _normalised(self, input: Tensor, training: bool) -> Tensor:
+    def _normalised(self, input: Tensor, training: bool, relu: bool = False, residual: Tensor | None = None) -> Tensor:
         if not training or self.running_mean is None or self.running_scale is None:
-            return super()._normalised(input, training)
+            return super()._normalised(input, training, relu, residual)
         group = group_of(self)
         y, mean, spread = normalise(input, None, None, self.metric, self.gain, self.eps, group)
         with torch.no_grad():
@@ -76,7 +76,8 @@ class BatchRenorm(BatchNorm):
             average_in(factor, (self.running_mean, mean), (self.running_scale, spread))
         r, d = (r, d) if self.weight is None else (self.weight * r, self.weight * d)
         d = d if self.bias is None else d + self.bias
-        return torch.addcmul(eager.per_channel(d, y.dim()), y, eager.per_channel(r, y.dim())).to(input.dtype)
+        y = torch.addcmul(eager.per_channel(d, y.dim()), y, eager.per_channel(r, y.dim())).to(input.dtype)
+        return rectified(y, residual) if relu else y
 
     def limits(self) -> tuple[Tensor, Tensor]:
         """(r_max, d_max) at this step."""

@@ -13,7 +13,8 @@ from torch.fx import Proxy
 
 from normrewrite.errors import NormRewriteError
 from normrewrite.lower import eager, half, rows
-from normrewrite.nn.functional import average_in
+from normrewrite.lower import relu as with_relu
+from normrewrite.nn.functional import average_in, rectified
 from normrewrite.nn.origin import Origin
 from normrewrite.nn.parts import keep_wide, statistics_dtype
 from normrewrite.nn.tracing import as_one_node
@@ -71,16 +72,21 @@ class RowNorm(nn.Module):
         self._check_input(input)
         return self.from_view(self._normalised(self.view(input))[0], input)
 
-    def _normalised(self, viewed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """y, mean and C * S of the rows of an input as viewed."""
+    def _normalised(
+        self, viewed: Tensor, relu: bool = False, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """y, mean and C * S of the rows of an input as viewed; with relu, y is relu(y + residual), by one operator."""
         weight, bias = (None if value is None else value.view(viewed.shape[1:3]) for value in (self.weight, self.bias))
         eps = torch.finfo(statistics_dtype(viewed.dtype)).eps if self.eps is None else self.eps
         accumulator = half.chosen(viewed)
         try:
+            told = self.metric, self.gain, eps
+            if relu:
+                return with_relu.normalise(viewed, residual, weight, bias, *told, sample=True, centred=self.centred)
             if accumulator is not None:
                 rule = half.Rule(row_of(self.metric), self.gain, eps, accumulator, self.centred)
                 return half.normalise(viewed, weight, bias, rule)
-            return rows.normalise(viewed, weight, bias, self.metric, self.gain, eps, self.centred)
+            return rows.normalise(viewed, weight, bias, *told, self.centred)
         except NormRewriteError as error:
             if not self.site:
                 raise
@@ -232,6 +238,14 @@ class GroupNorm(RowNorm):
 
     def view(self, x: Tensor) -> Tensor:
         return x.reshape(x.shape[0], self.num_groups, x.shape[1] // self.num_groups, math.prod(x.shape[2:]))
+
+    def forward_relu(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """relu(norm(input) + residual), without hooks: what `norm_relu` calls."""
+        self._check_input(input)
+        if not input.is_cuda or half.chosen(input) is not None:
+            return rectified(self.from_view(self._normalised(self.view(input))[0], input), residual)
+        added = None if residual is None else self.view(residual)
+        return self.from_view(self._normalised(self.view(input), relu=True, residual=added)[0], input)
 
     def _check_input(self, input: Tensor) -> None:
         if input.dim() < 2 or input.shape[1] != self.num_channels:

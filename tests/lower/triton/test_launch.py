@@ -470,6 +470,28 @@ def test_relu_and_residual(spec: str, with_residual: bool) -> None:
             assert dresidual.is_contiguous(memory_format=memory_format)
 
 
+@pytest.mark.parametrize("spec", ["l1", "l2", "topk:3"])
+@pytest.mark.parametrize(("shape", "within"), [((2, 5, 3, 7), False), (SCOPES["group"], True)], ids=["batch", "group"])
+def test_operators_with_relu_are_what_compilers_are_told(spec: str, shape: sample.Shape, within: bool) -> None:
+    """And what torch's form of them keeps, so that either backward may follow either forward."""
+    x, residual, g = (torch.randn(shape) for _ in range(3))
+    weight, bias = sample.affine_of(shape, torch.float32) if within else batch.affine_of(shape[1], torch.float32)
+    arguments, checks = (spec, "exact", EPS, within, True), ("test_schema", "test_faketensor")
+    forward, backward = torch.ops.normrewrite.norm_relu.default, torch.ops.normrewrite.norm_relu_backward.default
+    torch.library.opcheck(forward, (x, residual, weight, bias, *arguments), test_utils=checks)
+    found = {}
+    for choice in ("torch", "triton"):
+        with kernels(choice):
+            found[choice] = forward(x, residual, weight, bias, *arguments)
+    for ours, torchs in zip(found["triton"], found["torch"], strict=True):
+        assert (ours.shape, ours.dtype, ours.stride()) == (torchs.shape, torchs.dtype, torchs.stride())
+    assert torch.equal(found["triton"][-1], found["torch"][-1])  # bits of what ReLU let through
+    told = [(g, x, weight, bias, *kept[1:], *arguments, True) for kept in found.values()]
+    torch.library.opcheck(backward, told[0], test_utils=checks)
+    for a, b in zip(backward(*told[0]), backward(*told[1]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 @every_row
 @pytest.mark.parametrize("centred", [True, False], ids=["centred", "rms"])
 def test_relu_within_a_sample(spec: str, centred: bool) -> None:
