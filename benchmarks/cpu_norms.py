@@ -2,16 +2,19 @@
 
     python -m benchmarks.cpu_norms            # about three minutes on two cores; writes results/cpu_norms.json
 
-Both variants take turns, after a round that warms the allocator; a figure is the ratio of the medians. `naive` is the same
+Both variants take turns, after a round that warms the allocator, which then keeps its memory (glibc's would give tensors of
+this size back and have them zeroed again at every step); a figure is the ratio of the medians. `naive` is the same
 norm in plain torch operations with autograd's own backward. In tensors of x's size, held: what is kept for the backward;
 peak: the most that is allocated at one moment beside x and g, results y and dx included.
 """
 
 import argparse
+import ctypes
+import platform
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,20 +22,47 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.stamp import markdown, write
+from normrewrite.lower.kernels import kernels
 from normrewrite.nn.functional import batch_norm
 from normrewrite.norms import metric
 
 SHAPES = ((32, 64, 112, 112), (32, 256, 56, 56), (32, 512, 28, 28), (32, 1024, 14, 14), (32, 2048, 7, 7))
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 METRICS = ("l1", "linf", "topk:10", "range")
-GOALS = {  # ratio to torch's own batch norm, fp32
-    ("l1", "NCHW"): 1.3,
-    ("l1", "channels_last"): 2.5,
-    ("linf", "NCHW"): 0.8,
-    ("linf", "channels_last"): 1.8,
-    ("topk:10", "NCHW"): 1.0,
-}
+
+
+class Run(NamedTuple):
+    """goal: ratio to torch's own batch norm, at most."""
+
+    metric: str
+    layout: str
+    goal: float | None = None
+    dtype: torch.dtype = torch.float32
+    kernels: str = "auto"
+
+
+RUNS = (
+    Run("l1", "NCHW", 1.3),
+    Run("l1", "channels_last", 2.5),
+    Run("linf", "NCHW", 0.8),
+    Run("linf", "channels_last", 1.8),
+    Run("topk:10", "NCHW", 1.0),
+    Run("topk:10", "channels_last"),
+    Run("range", "NCHW"),
+    Run("range", "channels_last"),
+    Run("l1", "NCHW", 0.9, kernels="compiled"),
+    Run("l1", "NCHW", 1.5, torch.bfloat16, kernels="compiled"),
+)
+_MMAP_MAX, _TRIM_THRESHOLD = -4, -1  # of malloc.h
 Variant = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def keep_memory() -> None:
+    """glibc's malloc, told not to map large tensors by themselves and not to give anything back; no other allocator minds."""
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_MMAP_MAX, 0)
+        mallopt(_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def native(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -90,41 +120,42 @@ def memory(variant: Variant, x: Tensor, g: Tensor, parameters: tuple[Tensor, Ten
     return {"held": sum(held.values()) / size, "peak": peak / size}
 
 
-def measure(spec: str, shape: tuple[int, ...], layout: str, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+def measure(run: Run, shape: tuple[int, ...], rounds: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     x, g = (
-        torch.randn(shape, generator=generator).to(dtype).contiguous(memory_format=LAYOUTS[layout]) for _ in range(2)
+        torch.randn(shape, generator=generator).to(run.dtype).contiguous(memory_format=LAYOUTS[run.layout])
+        for _ in range(2)
     )
     x.requires_grad_()
     parameters = (torch.ones(shape[1], requires_grad=True), torch.zeros(shape[1], requires_grad=True))
-    variants = {"native": native, "ours": ours(spec), "naive": naive(spec)}
+    variants = {"native": native, "ours": ours(run.metric), "naive": naive(run.metric)}
     times: dict[str, list[float]] = {name: [] for name in variants}
-    for turn in range(rounds + 1):
-        for name, variant in variants.items():
-            seconds = step(variant, x, g, parameters)
-            times[name] += [seconds] * bool(turn)
+    with kernels(run.kernels):
+        for turn in range(rounds + 1):
+            for name, variant in variants.items():
+                seconds = step(variant, x, g, parameters)
+                times[name] += [seconds] * bool(turn)
+        used = memory(variants["ours"], x, g, parameters)
     medians = {name: statistics.median(found) for name, found in times.items()}
     return {
-        "metric": spec,
+        **run._asdict(),
+        "dtype": str(run.dtype).removeprefix("torch."),
         "shape": shape,
-        "layout": layout,
-        "dtype": str(dtype).removeprefix("torch."),
         "milliseconds": {name: 1e3 * seconds for name, seconds in medians.items()},
         "to_native": medians["ours"] / medians["native"],
         "to_naive": medians["ours"] / medians["naive"],
-        **memory(variants["ours"], x, g, parameters),
+        **used,
     }
 
 
-def row(spec: str, layout: str, results: list[dict[str, Any]]) -> list[str]:
-    found = [result for result in results if (result["metric"], result["layout"]) == (spec, layout)]
+def row(run: Run, found: list[dict[str, Any]]) -> list[str]:
     ratios = [result["to_native"] for result in found]
-    goal = GOALS.get((spec, layout))
+    form = f"{run.layout}{'' if run.dtype is torch.float32 else ', ' + found[0]['dtype']}"
     return [
-        f"`{spec}`",
-        layout,
+        f"`{run.metric}`",
+        form if run.kernels == "auto" else f"{form}, {run.kernels}",
         f"{statistics.geometric_mean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
-        "–" if goal is None else f"{goal}",
+        "–" if run.goal is None else f"{run.goal}",
         f"{max(result['to_naive'] for result in found):.2f}",
         f"{max(result['held'] for result in found):.2f}",
         f"{max(result['peak'] for result in found):.2f}",
@@ -136,12 +167,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=METRICS, help="these metrics")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
+    keep_memory()
     results: list[dict[str, Any]] = []
     lines = []
-    for spec in options.only:
-        for layout in LAYOUTS:
-            results += [measure(spec, shape, layout, torch.float32, options.rounds) for shape in SHAPES]
-            lines.append(row(spec, layout, results))
+    for run in RUNS:
+        if run.metric in options.only:
+            found = [measure(run, shape, options.rounds) for shape in SHAPES]
+            results += found
+            lines.append(row(run, found))
             print(" ".join(lines[-1]), flush=True)
     head = ["metric", "layout", "ours / torch's batch norm", "goal", "ours / naive, worst", "held", "peak"]
     path = write("cpu_norms", {"threads": torch.get_num_threads(), "rounds": options.rounds, "results": results})

@@ -21,6 +21,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from normrewrite.lower import compiled
 from normrewrite.lower.families import (
     Sparse,
     dense_slope,
@@ -35,7 +36,7 @@ from normrewrite.lower.families import (
     wide_dtype,
     within_half,
 )
-from normrewrite.lower.kernels import serving
+from normrewrite.lower.kernels import compiles, serving
 from normrewrite.lower.pieces import Cells, cut, pieces
 from normrewrite.norms import Gain, Metric
 from normrewrite.norms import metric as row_of
@@ -84,13 +85,13 @@ def measure(x: Tensor, mean: Tensor, row: Metric) -> tuple[Tensor, Sparse]:
 
 def power_sums(x: Tensor, mean: Tensor, power: int) -> Tensor:
     """sum |d|^power and sum sign(d) |d|^(power-1) of each channel, (2, C). x: (N, C, *)."""
-    total = mean.new_zeros(2, len(mean))
-    for (piece,) in pieces(x):
-        d = piece - per_channel(mean, x.dim())
-        inward = d.sign() if power == 1 else d.abs().pow_(power - 1).mul_(d.sign())
-        magnitude = d.abs_() if power == 1 else d.abs_().pow_(power)
-        total += torch.stack([magnitude.sum(over(x)), inward.sum(over(x))])
-    return total
+    total = mean.new_zeros(len(mean), 2, dtype=torch.float64)
+    for piece, middle, sums in pieces((x,), (mean, total)):
+        d = piece - per_channel(middle, x.dim())
+        magnitude = d.abs() if power == 1 else d.abs().pow_(power)
+        inward = d.sign_() if power == 1 else d.sign().mul_(d.abs_().pow_(power - 1))
+        sums += torch.stack([magnitude.sum(over(x)), inward.sum(over(x))], 1)
+    return total.T.to(mean.dtype).contiguous()
 
 
 def power_mean(sums: Tensor, n: int, power: int) -> tuple[Tensor, Sparse]:
@@ -135,6 +136,8 @@ def _forward(
     if kernels is not None:
         return kernels.forward(x, None, weight, bias, row, cast(Gain, gain), eps)[:5]  # type: ignore[no-any-return]
     constant = row.gain(x.numel() // x.shape[1], cast(Gain, gain))  # first, as it refuses rows that are too short
+    if compiles(x, row):
+        return compiled.forward(x, weight, bias, row, constant, eps)
     mean, raw, kept = statistics(x, row)
     spread = raw * constant
     y = affine(x, mean, spread + eps, weight, bias)
@@ -181,6 +184,8 @@ def _backward(
         measured = mean, spread, indices, signs, None
         return kernels.backward(g, x, weight, None, *measured, row, cast(Gain, gain), eps)[:3]  # type: ignore[no-any-return]
     constant = row.gain(n, cast(Gain, gain))
+    if compiles(x, row):
+        return compiled.backward(g, x, weight, mean, spread, signs, row, constant, eps)
     dweight, dbias = sums(g, x, mean, spread + eps)
     total, kept = torch.stack([dweight, dbias, slope_sum(signs, row, constant, n)]), (indices, signs)
     return input_gradient(g, x, weight, mean, spread, kept, total, row, constant, n, eps), dweight, dbias
@@ -238,19 +243,42 @@ def input_gradient(
     scale, middle = spread + eps, (dbias - dweight * slopes) / n
     inward = -dweight / scale if weight is None else -dweight * weight.to(scale.dtype) / scale
     # in half precision one sum of two roundings would not do, nor the sum of two infinities on a dead channel
-    dx = torch.empty_like(x, dtype=x.dtype if row.family == "mean" else wide_dtype(x))
-    for g_piece, x_piece, to in pieces(g, x, dx):
-        values = affine(wide(g_piece), middle, scale, weight, None)
-        if row.family == "mean":
-            d = x_piece - per_channel(mean, x.dim())
-            slope = dense_slope(d, per_channel(spread / constant, x.dim()), row)
-            values.addcmul_(slope, per_channel(inward * (constant / n), x.dim()))
-            values = within_half(values, per_channel(spread, x.dim()), eps, x.dtype)
-        to.copy_(values)
-    if row.family != "mean" and x.numel():
+    if row.family == "mean":
+        dx, factor = torch.empty_like(x), scale.reciprocal() if weight is None else weight.to(scale.dtype) / scale
+        per = mean, middle, factor, inward * (constant / n), spread, spread / constant
+        for parts in pieces((x, g, dx), per):
+            _dense_part(row, eps, *parts)
+        return dx
+    dx = affine(wide(g), middle, scale, weight, None)
+    if x.numel():
         _add_at(dx, indices, inward[:, None] * constant * sparse_slope(signs, row))
-        dx = within_half(dx, per_channel(spread, x.dim()), eps, x.dtype)
-    return laid_out_as(dx, x)
+    return laid_out_as(within_half(dx, per_channel(spread, x.dim()), eps, x.dtype), x)
+
+
+def _dense_part(
+    row: Metric,
+    eps: float,
+    x: Tensor,
+    g: Tensor,
+    dx: Tensor,
+    mean: Tensor,
+    middle: Tensor,
+    factor: Tensor,
+    inward: Tensor,
+    spread: Tensor,
+    raw: Tensor,
+) -> None:
+    """dx = factor * (g - middle) + inward * slope, of some elements; raw: S."""
+    rank = x.dim()
+    slope = dense_slope(x - per_channel(mean, rank), per_channel(raw, rank), row)
+    values = torch.batch_norm(
+        wide(g), factor, torch.zeros_like(mean), middle, torch.ones_like(mean), False, 0.0, 0.0, False
+    )
+    if dx.dtype == values.dtype:  # written at once
+        torch.addcmul(values, slope, per_channel(inward, rank), out=dx)
+    else:
+        values.addcmul_(slope, per_channel(inward, rank))
+        dx.copy_(within_half(values, per_channel(spread, rank), eps, x.dtype))
 
 
 def _add_at(dx: Tensor, indices: Tensor, values: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Which lowering computes a norm in training: torch's own operators, or the Triton kernels of lower/triton.
+"""Which lowering computes a norm in training: torch's own operators, the Triton kernels of lower/triton, or torch's compiler.
 
 >>> with kernels("torch"):              # or NORMREWRITE_KERNELS=torch in the environment
 ...     model(x).sum().backward()       # a backward chooses when it runs
@@ -6,6 +6,7 @@
     auto     the kernels where they serve a tensor: CUDA, compute capability 8.0 and newer, fp32, fp16 or bf16; else torch
     torch    torch's operators everywhere
     triton   the kernels, and an error with the reason where they can't serve; on a CPU through Triton's interpreter
+    compiled on a CPU, what torch's compiler makes of dense rows (lower/compiled.py); else as auto
 
 The operators `normrewrite::batch_norm` and `normrewrite::row_norm` ask at each call, so compiled and exported graphs, too,
 follow the switch. Statistics over several processes (lower/distributed.py) and eval are torch's.
@@ -23,10 +24,11 @@ import torch
 from torch import Tensor
 
 from normrewrite.errors import NormRewriteError, nearest
+from normrewrite.lower import compiled
 from normrewrite.lower.triton import geometry
 from normrewrite.norms import Metric
 
-CHOICES = ("auto", "torch", "triton")
+CHOICES = ("auto", "torch", "triton", "compiled")
 VARIABLE = "NORMREWRITE_KERNELS"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _choice: ContextVar[str | None] = ContextVar("kernels", default=None)
@@ -34,7 +36,7 @@ _choice: ContextVar[str | None] = ContextVar("kernels", default=None)
 
 @contextmanager
 def kernels(choice: str) -> Iterator[None]:
-    """Choose `auto`, `torch` or `triton` for the block, in this thread, whatever the environment says.
+    """Choose `auto`, `torch`, `triton` or `compiled` for the block, in this thread, whatever the environment says.
 
     Autograd runs backwards of CUDA tensors in threads of its own: set NORMREWRITE_KERNELS to choose for those.
     """
@@ -50,13 +52,22 @@ def serving(x: Tensor, row: Metric, *, sample: bool = False) -> ModuleType | Non
 
     sample: x is (B, G, K, S) with statistics by (B, G); else (N, C, *), by channel.
     """
-    choice = _choice.get() or _checked(os.environ.get(VARIABLE, "auto"), VARIABLE)
-    if choice == "torch" or (choice == "auto" and not x.is_cuda):
+    choice = chosen()
+    if choice == "torch" or (choice != "triton" and not x.is_cuda):
         return None
     reason = why_not(x, row, sample=sample)
     if reason and choice == "triton":
         raise NormRewriteError(f"{VARIABLE}=triton: {reason}. Choose auto to let torch compute what the kernels can't.")
     return None if reason else _launch()
+
+
+def chosen() -> str:
+    return _choice.get() or _checked(os.environ.get(VARIABLE, "auto"), VARIABLE)
+
+
+def compiles(x: Tensor, row: Metric) -> bool:
+    """Whether compiled.py is to compute this norm of x: (N, C, *), by channel."""
+    return chosen() == "compiled" and compiled.why_not(x, row) is None
 
 
 def why_not(x: Tensor, row: Metric, *, sample: bool = False) -> str | None:

@@ -1,6 +1,6 @@
 """Torch: large tensors in pieces that stay in a processor's cache, so that several small kernels read memory once.
 
->>> for x_piece, g_piece in pieces(x, g): ...              # (N, C, *) each, slices of the same places
+>>> for x_piece, g_piece, mine in pieces((x, g), (mean,)): ...         # (N, C, *) each, of the same places, and (C,)
 >>> cells = cut(x)                                         # sum, largest and smallest of every few hundred neighbours
 
 Pieces are views. A GPU gets everything as one piece: there a launch costs more than a read.
@@ -15,21 +15,29 @@ from torch import Tensor
 
 from normrewrite.lower.families import wide_dtype
 
-_ELEMENTS = 1 << 17  # of fp32 a thread: half a megabyte, beside which a second cache level has room for results
+# Of fp32 a thread: two megabytes, few of which fit into a shared cache; smaller ones cost more to start.
+_ELEMENTS = 1 << 19
 _LONGEST, _SHORTEST = 256, 8  # elements of a cell
 
 
-def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The tensors, all (N, C, *) of one shape, slice by slice along the batch, and along the first position if need be."""
-    x = tensors[0]
-    size = _ELEMENTS * torch.get_num_threads()
-    if x.device.type != "cpu" or x.numel() <= size:
-        yield tensors
+def pieces(tensors: tuple[Tensor, ...], of_channels: tuple[Tensor, ...] = ()) -> Iterator[tuple[Tensor, ...]]:
+    """Parts of `tensors`, all (N, C, *) of one shape, and behind them the parts of `of_channels`, (C, *), that go with them.
+
+    Cut along whatever is outermost in the first one's memory, so that its parts stay whole there: torch's kernels for batch
+    norms copy what is not.
+    """
+    x, size = tensors[0], _ELEMENTS * torch.get_num_threads()
+    outermost = sorted((dim for dim in range(x.dim()) if x.shape[dim] > 1), key=x.stride, reverse=True)
+    if x.device.type != "cpu" or x.numel() <= size or not outermost:
+        yield *tensors, *of_channels
         return
-    dim = 0 if len(x) > 1 or x.dim() == 2 else 2  # a sample is whole in memory, a line of each is not
+    dim = outermost[0]
     step = max(size * x.shape[dim] // x.numel(), 1)
-    for parts in zip(*(tensor.split(step, dim) for tensor in tensors), strict=True):
-        yield from pieces(*parts) if parts[0].numel() < x.numel() else [parts]
+    for start in range(0, x.shape[dim], step):
+        length = min(step, x.shape[dim] - start)
+        parts = tuple(tensor.narrow(dim, start, length) for tensor in tensors)
+        mine = tuple(values.narrow(0, start, length) for values in of_channels) if dim == 1 else of_channels
+        yield from pieces(parts, mine)
 
 
 @dataclass

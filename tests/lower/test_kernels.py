@@ -47,7 +47,7 @@ def test_the_environment_is_read_at_every_call_and_a_block_comes_first(monkeypat
 def test_a_wrong_word_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     with (
         pytest.raises(
-            NormRewriteError, match=r"kernels\(\): unknown 'tritn'\. .*'triton'.* Known: auto, torch, triton"
+            NormRewriteError, match=r"kernels\(\): unknown 'tritn'\. .*'triton'.* Known: auto, torch, triton, compiled"
         ),
         kernels("tritn"),
     ):

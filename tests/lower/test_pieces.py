@@ -30,19 +30,21 @@ def laid_out(shape: tuple[int, ...]) -> list[Tensor]:
 @every_shape
 def test_pieces_cover_everything_once(shape: tuple[int, ...]) -> None:
     for x in laid_out(shape):
-        counts, other = torch.zeros_like(x), torch.zeros(shape)
-        for a, b in pieces(counts, other):
+        counts, other, channels = torch.zeros_like(x), torch.zeros(shape), torch.zeros(shape[1])
+        for a, b, mine in pieces((counts, other), (channels,)):
             assert a.shape == b.shape and a.dim() == x.dim()
             a += 1
             b += 1
-        assert (counts == 1).all() and (other == 1).all()
+            mine += 1
+            assert a.shape[1] == len(mine)
+        assert (counts == 1).all() and (other == 1).all() and (channels >= 1).all()
 
 
 def test_pieces_are_small_where_there_is_something_to_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "_ELEMENTS", 64 // torch.get_num_threads())
-    assert max(piece.numel() for (piece,) in pieces(torch.zeros(9, 2, 16, 4))) <= 64
-    assert max(piece.numel() for (piece,) in pieces(torch.zeros(1, 2, 16, 4))) <= 64
-    assert len(list(pieces(torch.zeros(4, 2, 8)))) == 1  # as it is small
+    assert max(piece.numel() for (piece,) in pieces((torch.zeros(9, 2, 16, 4),))) <= 64
+    assert max(piece.numel() for (piece,) in pieces((torch.zeros(1, 2, 16, 4),))) <= 64
+    assert len(list(pieces((torch.zeros(4, 2, 8),)))) == 1  # as it is small
 
 
 @pytest.mark.usefixtures("elements")

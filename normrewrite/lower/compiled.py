@@ -1,0 +1,125 @@
+"""Torch's compiler on a CPU: batch norms of dense rows, forward and backward one compiled function each.
+
+>>> y, mean, spread, indices, signs = forward(x, weight, bias, metric("l1"), constant, eps=1e-5)       # as eager.py's operator
+
+Chosen by kernels("compiled"). The first call of a kind compiles for some seconds, whatever sizes come later, and needs the C++
+compiler that torch.compile needs. Only where channels come first in memory: with channels last eager.py's pieces are faster.
+"""
+
+from collections.abc import Callable
+from functools import cache, reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normrewrite.errors import NormRewriteError, first_line
+from normrewrite.lower.families import wide_dtype
+from normrewrite.norms import Metric
+
+_KINDS = 64  # dtypes, with and without weight and bias, sizes of one: torch gives up after eight
+
+
+def why_not(x: Tensor, row: Metric) -> str | None:
+    """Why torch's operators compute this norm of x, or None if the compiled functions do."""
+    if x.device.type != "cpu":
+        return f"they are for the CPU, got a tensor on {x.device}"
+    if row.family != "mean":
+        return f"they are for dense rows; {row} reads few elements, which eager kernels find as fast"
+    if not x.is_contiguous() or not x.numel():
+        return "they are for contiguous tensors with at least one element"
+    return None
+
+
+def forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, row: Metric, constant: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y, mean, C * S, no indices and n * sum dS/dd, as eager.py's operator gives them. x: (N, C, *)."""
+    y, mean, spread, inward = _called(_halves(row.power)[0], _flat(x), weight, bias, *_numbers(x, constant, eps))
+    return y.view(x.shape), mean, spread, mean.new_empty(0, dtype=torch.int64), inward[:, None]
+
+
+def backward(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    spread: Tensor,
+    signs: Tensor,
+    row: Metric,
+    constant: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx as x, dweight and dbias, as eager.py's operator gives them."""
+    g, measured = _flat(g.contiguous()), (mean, spread, signs[:, 0])
+    dx, dweight, dbias = _called(_halves(row.power)[1], g, _flat(x), weight, *measured, *_numbers(x, constant, eps))
+    return dx.view(x.shape), dweight, dbias
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.view(*x.shape[:2], -1)
+
+
+def _numbers(x: Tensor, *values: float) -> list[Tensor]:
+    """As tensors: another number is no other function."""
+    return [torch.tensor(value, dtype=wide_dtype(x)) for value in values]
+
+
+def _called(function: Callable[..., Any], *args: Any) -> Any:
+    try:
+        with torch._dynamo.config.patch(recompile_limit=_KINDS):
+            return function(*args)
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        raise NormRewriteError(
+            f"kernels: torch.compile fails: {first_line(error)}. It needs a C++ compiler; without one, choose auto or torch."
+        ) from error
+
+
+@cache
+def _halves(power: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Forward and backward of one dense row, for x of (N, C, P)."""
+
+    def channels(values: Tensor) -> Tensor:
+        return values[:, None]
+
+    def raised(values: Tensor, exponent: int) -> Tensor:
+        """By products, which a compiler's pow is not."""
+        return reduce(torch.mul, [values] * exponent) if exponent else torch.ones_like(values)
+
+    def half(x: Tensor, weight: Tensor | None, bias: Tensor | None, constant: Tensor, eps: Tensor) -> Any:
+        n, values = x.shape[0] * x.shape[2], x.to(constant.dtype)
+        mean = values.sum((0, 2)) / n
+        d = values - channels(mean)
+        raw = (raised(d.abs(), power).sum((0, 2)) / n).pow(1 / power)
+        inward = (raised(d.abs(), power - 1) * d.sign()).sum((0, 2))
+        inward = inward / raised(raw.clamp_min(torch.finfo(raw.dtype).tiny), power - 1)
+        scale = raw * constant + eps
+        factor = scale.reciprocal() if weight is None else weight.to(scale.dtype) / scale
+        y = d * channels(factor)
+        y = y if bias is None else y + channels(bias.to(scale.dtype))
+        return y.to(x.dtype), mean, raw * constant, inward
+
+    def other(
+        g: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        mean: Tensor,
+        spread: Tensor,
+        inward: Tensor,
+        constant: Tensor,
+        eps: Tensor,
+    ) -> Any:
+        n, wide = x.shape[0] * x.shape[2], g.to(mean.dtype)
+        d, scale, slope = x.to(mean.dtype) - channels(mean), spread + eps, constant / n
+        dbias, dweight = wide.sum((0, 2)), (wide * d).sum((0, 2)) / scale
+        factor = scale.reciprocal() if weight is None else weight.to(scale.dtype) / scale
+        ratio = d.abs() / channels((spread / constant).clamp_min(torch.finfo(mean.dtype).tiny))
+        w = slope * d.sign() * raised(ratio, power - 1)
+        middle = (dbias - dweight * slope * inward) / n
+        dx = channels(factor) * (wide - channels(middle) - channels(dweight) * w)
+        if x.dtype == torch.float16:  # as families.within_half
+            largest = torch.where(spread <= eps, torch.finfo(x.dtype).max, torch.inf)
+            dx = torch.maximum(torch.minimum(dx, channels(largest)), -channels(largest))
+        return dx.to(x.dtype), dweight, dbias
+
+    return torch.compile(half, dynamic=True, fullgraph=True), torch.compile(other, dynamic=True, fullgraph=True)

@@ -1,0 +1,80 @@
+"""Batch norms by torch's compiler, through the same checks as torch's own operators."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import normrewrite as nr
+from normrewrite.lower import compiled
+from normrewrite.lower.kernels import kernels
+from normrewrite.norms import metric
+from tests.lower.test_eager import (
+    EPS,
+    affine_of,
+    backward_case,
+    check_backward,
+    check_forward,
+    gradients,
+    normalise,
+    ours,
+    samples,
+)
+
+SHAPES = [(5, 3, 7), (2, 4, 16, 12), (33, 2)]
+
+
+@pytest.mark.slow  # a kind takes a compiler ten seconds
+@pytest.mark.parametrize(
+    ("spec", "dtype"), [("l1", torch.float32), ("l1", torch.bfloat16), ("l2", torch.float64)], ids=str
+)
+def test_forward_and_backward_are_right(spec: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    row, calls = metric(spec), []
+    called = compiled._called
+    monkeypatch.setattr(compiled, "_called", lambda *args: calls.append(1) or called(*args))
+    with kernels("compiled"):
+        for shape in SHAPES:
+            weight, bias = affine_of(shape[1], dtype)
+            x = samples("laplace", shape, dtype)
+            check_forward(normalise(x, weight, bias, row, "exact", EPS), x, weight, bias, row)
+            x, weight, bias, g = backward_case(shape, dtype)
+            found = gradients(ours(row), g, x, weight, bias)
+            check_backward(found, x, weight, bias, g, row)
+            with pytest.raises(AssertionError, match="off by"):
+                check_backward((1.01 * found[0].double(), *found[1:]), x, weight, bias, g, row)
+    assert len(calls) == 3 * len(SHAPES)
+
+
+@pytest.mark.slow
+def test_a_dead_channel_stays_finite_in_half_and_nothing_else_is_needed() -> None:
+    x = torch.ones(4, 2, 8, dtype=torch.float16, requires_grad=True)
+    with kernels("compiled"):
+        y, _, _ = normalise(x, None, None, "l1", "exact", 1e-7)
+        (dx,) = torch.autograd.grad(y, x, torch.randn(4, 2, 8).half())
+    assert (y == 0).all() and dx.isfinite().all()
+
+
+def test_what_it_does_not_serve_is_torchs() -> None:
+    def x(*shape: int) -> Tensor:
+        return torch.randn(*shape)
+
+    row = metric("l1")
+    assert compiled.why_not(x(4, 3, 8), row) is None
+    assert "dense rows; linf" in str(compiled.why_not(x(4, 3, 8), metric("linf")))
+    assert "contiguous" in str(compiled.why_not(x(4, 3, 8, 8).contiguous(memory_format=torch.channels_last), row))
+    assert "on meta" in str(compiled.why_not(x(4, 3).to("meta"), row))
+    inputs = x(4, 3, 8)
+    with kernels("compiled"):
+        found = normalise(inputs, None, None, "topk:4", "exact", EPS)
+    torch.testing.assert_close(found, normalise(inputs, None, None, "topk:4", "exact", EPS), rtol=0, atol=0)
+
+
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*args: object) -> None:
+        raise torch._dynamo.exc.BackendCompilerFailed(none, RuntimeError("no g++"), None)
+
+    monkeypatch.setattr(compiled, "_halves", lambda power: (none, none))
+    with (
+        kernels("compiled"),
+        pytest.raises(nr.NormRewriteError, match=r"torch.compile fails: .*needs a C\+\+ compiler"),
+    ):
+        normalise(torch.randn(4, 3), None, None, "l1", "exact", EPS)
