@@ -51,7 +51,9 @@ RUNS = (
     Run("range", "NCHW"),
     Run("range", "channels_last"),
     Run("l1", "NCHW", 0.9, kernels="compiled"),
+    Run("l1", "channels_last", 1.6, kernels="compiled"),
     Run("l1", "NCHW", 1.5, torch.bfloat16, kernels="compiled"),
+    Run("l1", "channels_last", 1.5, torch.bfloat16, kernels="compiled"),
 )
 _MMAP_MAX, _TRIM_THRESHOLD = -4, -1  # of malloc.h
 Variant = Callable[[Tensor, Tensor, Tensor], Tensor]

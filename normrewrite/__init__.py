@@ -17,6 +17,7 @@ from normrewrite.files import load, save
 from normrewrite.finetune import finetune, finetune_
 from normrewrite.initialise import initialise_
 from normrewrite.invariance import param_groups, scale_invariant
+from normrewrite.lower.kernels import kernels
 from normrewrite.ranges import LearnedRanges
 from normrewrite.report import Report
 from normrewrite.revert import revert, revert_
@@ -43,6 +44,7 @@ __all__ = [
     "half_arithmetic",
     "initialise_",
     "int8",
+    "kernels",
     "load",
     "nn",
     "norms",

@@ -3,7 +3,7 @@
 >>> y, mean, spread, indices, signs = forward(x, weight, bias, metric("l1"), constant, eps=1e-5)       # as eager.py's operator
 
 Chosen by kernels("compiled"). The first call of a kind compiles for some seconds, whatever sizes come later, and needs the C++
-compiler that torch.compile needs. Only where channels come first in memory: with channels last eager.py's pieces are faster.
+compiler that torch.compile needs.
 """
 
 from collections.abc import Callable
@@ -26,8 +26,8 @@ def why_not(x: Tensor, row: Metric) -> str | None:
         return f"they are for the CPU, got a tensor on {x.device}"
     if row.family != "mean":
         return f"they are for dense rows; {row} reads few elements, which eager kernels find as fast"
-    if not x.is_contiguous() or not x.numel():
-        return "they are for contiguous tensors with at least one element"
+    if not x.numel() or not (x.is_contiguous() or _rows(x).is_contiguous()):
+        return "they are for tensors without gaps, channels first or last, with at least one element"
     return None
 
 
@@ -35,8 +35,9 @@ def forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, row: Metric, constant: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y, mean, C * S, no indices and n * sum dS/dd, as eager.py's operator gives them. x: (N, C, *)."""
-    y, mean, spread, inward = _called(_halves(row.power)[0], _flat(x), weight, bias, *_numbers(x, constant, eps))
-    return y.view(x.shape), mean, spread, mean.new_empty(0, dtype=torch.int64), inward[:, None]
+    flat, last = _flat(x)
+    y, mean, spread, inward = _called(_halves(row.power, last)[0], flat, weight, bias, *_numbers(x, constant, eps))
+    return _as(y, x, last), mean, spread, mean.new_empty(0, dtype=torch.int64), inward[:, None]
 
 
 def backward(
@@ -51,13 +52,24 @@ def backward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx as x, dweight and dbias, as eager.py's operator gives them."""
-    g, measured = _flat(g.contiguous()), (mean, spread, signs[:, 0])
-    dx, dweight, dbias = _called(_halves(row.power)[1], g, _flat(x), weight, *measured, *_numbers(x, constant, eps))
-    return dx.view(x.shape), dweight, dbias
+    (flat, last), measured = _flat(x), (mean, spread, signs[:, 0])
+    g = torch.empty_like(x, dtype=g.dtype).copy_(g) if g.stride() != x.stride() else g
+    half = _halves(row.power, last)[1]
+    dx, dweight, dbias = _called(half, _flat(g)[0], flat, weight, *measured, *_numbers(x, constant, eps))
+    return _as(dx, x, last), dweight, dbias
 
 
-def _flat(x: Tensor) -> Tensor:
-    return x.view(*x.shape[:2], -1)
+def _rows(x: Tensor) -> Tensor:
+    return x.movedim(1, -1)
+
+
+def _flat(x: Tensor) -> tuple[Tensor, bool]:
+    """x as (N, C, P), or as (P, C) where channels are last in memory (True)."""
+    return (x.view(*x.shape[:2], -1), False) if x.is_contiguous() else (_rows(x).view(-1, x.shape[1]), True)
+
+
+def _as(flat: Tensor, x: Tensor, last: bool) -> Tensor:
+    return flat.view(_rows(x).shape).movedim(-1, 1) if last else flat.view(x.shape)
 
 
 def _numbers(x: Tensor, *values: float) -> list[Tensor]:
@@ -76,22 +88,23 @@ def _called(function: Callable[..., Any], *args: Any) -> Any:
 
 
 @cache
-def _halves(power: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Forward and backward of one dense row, for x of (N, C, P)."""
+def _halves(power: int, last: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Forward and backward of one dense row, for x of (N, C, P); last: of (P, C)."""
+    along = [0] if last else [0, 2]
 
     def channels(values: Tensor) -> Tensor:
-        return values[:, None]
+        return values if last else values[:, None]
 
     def raised(values: Tensor, exponent: int) -> Tensor:
         """By products, which a compiler's pow is not."""
         return reduce(torch.mul, [values] * exponent) if exponent else torch.ones_like(values)
 
     def half(x: Tensor, weight: Tensor | None, bias: Tensor | None, constant: Tensor, eps: Tensor) -> Any:
-        n, values = x.shape[0] * x.shape[2], x.to(constant.dtype)
-        mean = values.sum((0, 2)) / n
+        n, values = x.numel() // x.shape[1], x.to(constant.dtype)
+        mean = values.sum(along) / n
         d = values - channels(mean)
-        raw = (raised(d.abs(), power).sum((0, 2)) / n).pow(1 / power)
-        inward = (raised(d.abs(), power - 1) * d.sign()).sum((0, 2))
+        raw = (raised(d.abs(), power).sum(along) / n).pow(1 / power)
+        inward = (raised(d.abs(), power - 1) * d.sign()).sum(along)
         inward = inward / raised(raw.clamp_min(torch.finfo(raw.dtype).tiny), power - 1)
         scale = raw * constant + eps
         factor = scale.reciprocal() if weight is None else weight.to(scale.dtype) / scale
@@ -109,9 +122,9 @@ def _halves(power: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
         constant: Tensor,
         eps: Tensor,
     ) -> Any:
-        n, wide = x.shape[0] * x.shape[2], g.to(mean.dtype)
+        n, wide = x.numel() // x.shape[1], g.to(mean.dtype)
         d, scale, slope = x.to(mean.dtype) - channels(mean), spread + eps, constant / n
-        dbias, dweight = wide.sum((0, 2)), (wide * d).sum((0, 2)) / scale
+        dbias, dweight = wide.sum(along), (wide * d).sum(along) / scale
         factor = scale.reciprocal() if weight is None else weight.to(scale.dtype) / scale
         ratio = d.abs() / channels((spread / constant).clamp_min(torch.finfo(mean.dtype).tiny))
         w = slope * d.sign() * raised(ratio, power - 1)

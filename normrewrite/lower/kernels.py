@@ -1,6 +1,6 @@
 """Which lowering computes a norm in training: torch's own operators, the Triton kernels of lower/triton, or torch's compiler.
 
->>> with kernels("torch"):              # or NORMREWRITE_KERNELS=torch in the environment
+>>> with nr.kernels("torch"):           # or NORMREWRITE_KERNELS=torch in the environment
 ...     model(x).sum().backward()       # a backward chooses when it runs
 
     auto     the kernels where they serve a tensor: CUDA, compute capability 8.0 and newer, fp32, fp16 or bf16; else torch
