@@ -68,7 +68,8 @@ def affine(x: Tensor, mean: Tensor, scale: Tensor, weight: Tensor | None, bias: 
 def statistics(x: Tensor, row: Metric) -> tuple[Tensor, Tensor, Sparse]:
     """mean and S of each channel (C,), and what a backward can't read from x, (N, C, *); for few extremes in one read."""
     if row.family != "mean":
-        cells, k = cut(x), row.k(x.numel() // x.shape[1])
+        k = 1 if row.family == "span" else row.k(x.numel() // x.shape[1])
+        cells = cut(x, k)
         if cells is not None and 4 * k <= cells.high.shape[1]:
             return cells.mean, *extremes_in(cells, row, k)
     mean = x.mean(over(x), dtype=wide_dtype(x))

@@ -17,7 +17,7 @@ from normrewrite.lower.families import wide_dtype
 
 # Of fp32 a thread: two megabytes, few of which fit into a shared cache; smaller ones cost more to start.
 _ELEMENTS = 1 << 19
-_LONGEST, _SHORTEST = 256, 8  # elements of a cell
+_LONGEST, _SHORTEST = 256, 7  # elements of a cell
 
 
 def pieces(tensors: tuple[Tensor, ...], of_channels: tuple[Tensor, ...] = ()) -> Iterator[tuple[Tensor, ...]]:
@@ -68,9 +68,11 @@ class Cells:
         return cells.gather(1, within // self.length) * self.length + within % self.length
 
 
-def cut(x: Tensor) -> Cells | None:
-    """x: (N, C, *) cut into cells in one read; None where it has no length that cells could have."""
-    dtype, values = wide_dtype(x), _innermost(x)
+def cut(x: Tensor, k: int = 1) -> Cells | None:
+    """x: (N, C, *) cut into cells in one read, short enough that most of a channel's lie without its k extremes; None where
+    it has no length that cells could have."""
+    longest = min(x.numel() // max(x.shape[1], 1) // (8 * k), _LONGEST)
+    dtype, values = wide_dtype(x), _innermost(x, longest)
     if values is None:
         return None
     along = 1 if values.dim() == 3 else 3
@@ -93,19 +95,19 @@ def _by_channel(of_cells: Tensor) -> Tensor:
     return of_cells.transpose(0, 1).flatten(1)
 
 
-def _innermost(x: Tensor) -> Tensor | None:
+def _innermost(x: Tensor, longest: int) -> Tensor | None:
     """x as cells, in whichever of the two orders its memory has; neither: x is copied into the first."""
     n, channels = x.shape[:2]
     positions = math.prod(x.shape[2:])
     rows = x.movedim(1, -1)
     if rows.is_contiguous() and (positions == 1 or not x.is_contiguous()):
-        length = _length(n * positions)
+        length = _length(n * positions, longest)
         return None if length is None else rows.reshape(-1, length, channels)
-    length = _length(positions)
+    length = _length(positions, longest)
     return None if length is None else x.contiguous().view(n, channels, -1, length)
 
 
-def _length(elements: int) -> int | None:
+def _length(elements: int, longest: int) -> int | None:
     """The largest divisor that a cell may have."""
-    fitting = [length for length in range(_SHORTEST, _LONGEST + 1) if elements % length == 0]
+    fitting = [length for length in range(_SHORTEST, longest + 1) if elements % length == 0]
     return fitting[-1] if fitting else None
