@@ -1,2 +1,13 @@
-"""TensorRT plugins for norms whose statistics live at inference. None yet: every norm with running statistics is exported
-folded into its neighbours, and needs no plugin."""
+"""TensorRT plugins for norms whose statistics live at inference: one spec an operator, and what is made from it.
+
+spec.py       what a node takes, its attributes and their ranges, its reference
+compute.py    the project's Triton kernels on memory of TensorRT's
+v3.py         IPluginV3 in Python, for TensorRT and TensorRT-RTX
+registry.py   registered once, on request
+placed.py     which norm of a file a plugin takes, and which its function body
+"""
+
+from normrewrite.plugins.registry import KINDS, register
+from normrewrite.plugins.spec import OPS, Attribute, Op
+
+__all__ = ["KINDS", "OPS", "Attribute", "Op", "register"]

@@ -24,7 +24,7 @@ RMSNorm does), plugin_namespace and plugin_version, by which TensorRT finds a pl
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ from normrewrite.norms import Gain, Metric
 from normrewrite.norms import metric as row_of
 
 DOMAIN = "normrewrite"
-_PLUGIN = {"plugin_namespace": DOMAIN, "plugin_version": "1"}
+PLUGIN = {"plugin_namespace": DOMAIN, "plugin_version": "1"}
 _DEGREE = 4
 _SMALLEST, _LARGEST = 20, 4_000_000  # of n, in the fit of 1/C(n)
 
@@ -59,7 +59,7 @@ def attributes(row: Metric, n: int | None, *, gain: Gain = "exact", eps: float, 
     >>> attributes(metric("l2"), 64, eps=1e-5)["reads"]
     [1.0, 0.0, 0.0, 0.0, 0.0]
     """
-    known = {"reads": list(reads(row, n, gain)), "eps": eps, "centred": int(centred), **_PLUGIN}
+    known = {"reads": list(reads(row, n, gain)), "eps": eps, "centred": int(centred), **PLUGIN}
     if operator(row) == "NormRewritePower":
         return {"power": float(row.power), **known}
     if row.family != "top":
@@ -82,12 +82,12 @@ def reads(row: Metric, n: int | None, gain: Gain = "exact") -> tuple[float, ...]
     least = max(_SMALLEST, 4 * (row.count or 0))
     sizes = [round(size) for size in np.geomspace(least, max(_LARGEST, 8 * least), 80)]
     gains = np.array([row.gain(size, gain) for size in sizes])
-    powers = np.vander([_variable(row, size) for size in sizes], degree + 1, increasing=True)
+    powers = np.vander([variable(row, size) for size in sizes], degree + 1, increasing=True)
     fitted = np.linalg.lstsq(powers * gains[:, None], np.ones(len(sizes)), rcond=None)[0]  # the error is relative
     return tuple(float(value) for value in fitted) + (0.0,) * (_DEGREE - degree)
 
 
-def _variable(row: Metric, n: int) -> float:
+def variable(row: Metric, n: int) -> float:
     """t(n): means depend on n by the sample's own mean, extremes by the Gaussian's tail."""
     return math.sqrt(1 - 1 / n) if row.family == "mean" else math.sqrt(math.log(n))
 
@@ -296,13 +296,22 @@ def inlined(proto: Any) -> Any:
 
 # --- nodes of a file -------------------------------------------------------------------------------------------------
 
-_ALLOWED: dict[str, Callable[[Any], bool]] = {  # what the operators' attributes may be
-    "count": lambda value: value >= 0,
-    "percent": lambda value: 0 <= value <= 100,
-    "power": lambda value: value > 0,
-    "eps": lambda value: 0 <= value < math.inf,
-    "centred": lambda value: value in (0, 1),
-    "reads": lambda values: len(values) == _DEGREE + 1 and all(map(math.isfinite, values)),
+class Range(NamedTuple):
+    """What an attribute may be, in words and as a test."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+RANGES = {  # what the operators' attributes may be
+    "count": Range("a whole number from 0", lambda value: value >= 0),
+    "percent": Range("0 to 100", lambda value: 0 <= value <= 100),
+    "power": Range("above 0", lambda value: 0 < value < math.inf),
+    "eps": Range("a finite number from 0", lambda value: 0 <= value < math.inf),
+    "centred": Range("0 or 1", lambda value: value in (0, 1)),
+    "reads": Range(
+        f"{_DEGREE + 1} finite numbers", lambda values: len(values) == _DEGREE + 1 and all(map(math.isfinite, values))
+    ),
 }
 
 
@@ -313,10 +322,10 @@ def check(proto: Any) -> None:
     for node in proto.graph.node:
         for given in node.attribute if node.domain == DOMAIN else ():
             value = onnx.helper.get_attribute_value(given)
-            if given.name in _ALLOWED and not _ALLOWED[given.name](value):
+            if given.name in RANGES and not RANGES[given.name].holds(value):
                 raise NormRewriteError(
-                    f"node {node.name or node.op_type}: attribute {given.name} is {value}, out of range. Export the "
-                    "model again with normrewrite."
+                    f"node {node.name or node.op_type}: attribute {given.name} is {value}, out of range: it is "
+                    f"{RANGES[given.name].words}. Export the model again with normrewrite."
                 )
 
 

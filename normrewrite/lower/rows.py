@@ -79,8 +79,15 @@ def _forward(
     if kernels is not None:
         told = row, cast(Gain, gain), eps
         return kernels.forward(x, None, weight, bias, *told, sample=True, centred=centred)[:5]  # type: ignore[no-any-return]
+    return forward(x, weight, bias, row, cast(Gain, gain), eps, centred)
+
+
+def forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, row: Metric, gain: Gain, eps: float, centred: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The operator's results by torch, whatever the kernels could do."""
     values = wide(x)
-    constant = row.gain(_count(x), cast(Gain, gain))  # first, as it refuses rows that are too short
+    constant = row.gain(_count(x), gain)  # first, as it refuses rows that are too short
     mean = values.mean(_ROW) if centred else values.new_zeros(x.shape[:2])
     d = values - _by_row(mean)
     raw, sparse = measure(d, row)

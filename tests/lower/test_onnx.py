@@ -93,7 +93,7 @@ def test_the_fit_of_the_gain(spec: str, gain: Any) -> None:
     coefficients = lowering.reads(row, None, gain)
     least = max(20, 4 * (row.count or 0))
     for n in (least, 3 * least, 1000, 12_345, 10**6, 4 * 10**6):
-        t = lowering._variable(row, n)
+        t = lowering.variable(row, n)
         read = sum(value * t**power for power, value in enumerate(coefficients))
         assert abs(read * row.gain(n, gain) - 1) <= (2e-2 if gain == "paper" else FIT[row.family])
 

@@ -38,17 +38,23 @@ def forward(
     sample: bool = False,
     centred: bool = True,
     relu: bool = False,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """relu(norm(x) + residual), as x; what was measured; and bits of what ReLU let through, where there is a residual."""
+    """relu(norm(x) + residual), as x; what was measured; and bits of what ReLU let through, where there is a residual.
+
+    out: memory for the first where it has x's dtype and strides; it is left alone where they don't fit the kernels.
+    """
     like, x = x, shapes.laid_out(x, sample)
     norm = _Norm(x, row, gain, eps, sample, centred)
+    if out is None or out.stride() != x.stride():
+        out = torch.empty_like(x)
     live = x.new_empty(norm.geometry.bits if relu and residual is not None else 0, dtype=torch.uint8)
     if norm.resident and not relu:
-        y, measured = norm.rows(x, weight, bias)
+        y, measured = norm.rows(x, weight, bias, out)
     else:
         measured = norm.measure(x)
         residual = None if residual is None else laid_out_as(residual, x)
-        y = norm.apply(x, residual, weight, bias, measured, relu, live if live.numel() else None)
+        y = norm.apply(x, residual, weight, bias, measured, relu, live if live.numel() else None, out)
     mean, spread, indices, signs = measured
     shape = like.shape[:2] if sample else like.shape[1:2]
     return laid_out_as(y, like), mean.view(shape), spread.view(shape), indices, signs, live
@@ -137,8 +143,9 @@ def _apply(
     geometry: Geometry,
     relu: bool,
     live: Tensor | None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    y = torch.empty_like(x)
+    y = torch.empty_like(x) if out is None else out
     pieces = shapes.cut(geometry, x.element_size(), TUNING, TUNING.repeat)
     tensors = _pointers(x=x, residual=residual, weight=weight, bias=bias, mean=mean, scale=spread, y=y, live=live)
     told = tensors | _walk(geometry, pieces) | {"eps": eps, "RELU": relu}
@@ -227,9 +234,10 @@ class _Norm:
         measured: Measured,
         relu: bool,
         live: Tensor | None,
+        out: Tensor,
     ) -> Tensor:
-        """y from x and what was measured."""
-        return _apply(x, residual, weight, bias, *measured[:2], self.eps, self.geometry, relu, live)
+        """y from x and what was measured, written to out."""
+        return _apply(x, residual, weight, bias, *measured[:2], self.eps, self.geometry, relu, live, out)
 
     # --- backward ----------------------------------------------------------------------------------------------------
 
@@ -286,12 +294,14 @@ class _Norm:
 
     # --- rows in registers -------------------------------------------------------------------------------------------
 
-    def rows(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Measured]:
-        """y and what was measured, of rows that are kept in registers."""
+    def rows(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor
+    ) -> tuple[Tensor, Measured]:
+        """y, written as given, and what was measured, of rows that are kept in registers."""
         samples, groups, n, _ = x.shape
         mean, spread = (x.new_empty(samples * groups, dtype=torch.float32) for _ in range(2))
         indices, signs = self._taken(x, samples * groups, n)
-        y, sizes = torch.empty_like(x), self._row_sizes(x)
+        sizes = self._row_sizes(x)
         told = _pointers(x=x, weight=weight, bias=bias, y=y, mean=mean, spread=spread, indices=indices, signs=signs)
         programs = -(-samples // sizes["ROWS"]) * groups
         _launch(resident.row_forward, programs, _warps(sizes), told | self.constants | sizes)

@@ -1,0 +1,140 @@
+"""One spec an operator: what its node takes and gives, its attributes with types and ranges, and its reference.
+
+>>> op = OPS["NormRewriteTop"]
+>>> given = op.parse({"count": 10, "percent": 0.0, "reads": [1.9, 0, 0, 0, 0], "eps": 1e-5, "centred": 1})
+>>> y = op.reference(x, weight, bias, given)              # x: (B, G, K, S); weight, bias: (G, K, 1); float64
+
+Nothing is stated twice: operators follow from the rows of norms.METRICS, names, types and defaults of attributes from the
+operator's body in lower/onnx.py, ranges from the table there. Lowerings to plugins are functions of these specs.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from normrewrite.errors import NormRewriteError
+from normrewrite.lower import onnx as nodes
+from normrewrite.lower import reference
+from normrewrite.norms import METRICS, Metric
+
+NAMESPACE, VERSION = nodes.PLUGIN["plugin_namespace"], nodes.PLUGIN["plugin_version"]
+INPUTS, OUTPUTS = ("x", "weight", "bias"), ("y",)
+RANKS = (4, 3, 3)  # of the inputs: (B, G, K, S), (G, K, 1), (G, K, 1)
+DTYPES = ("float32", "float16")  # of all of them alike, and of y
+Kind = Literal["int", "float", "floats"]
+Given = Mapping[str, Any]
+_CASTS = {"int": int, "float": float}
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """A number, or several, that a node carries."""
+
+    name: str
+    kind: Kind
+    default: Any
+    range: nodes.Range
+
+    @property
+    def length(self) -> int:
+        """How many numbers it is."""
+        return len(self.default) if self.kind == "floats" else 1
+
+    def parse(self, value: Any, where: str) -> Any:
+        """The value as its kind has it, from one number or an array. Raises NormRewriteError beyond the range."""
+        values = np.asarray(value).reshape(-1).tolist()
+        cast = _CASTS.get(self.kind, float)
+        found = tuple(float(each) for each in values) if self.kind == "floats" else values[0] if len(values) == 1 else None
+        if found is None or (self.kind == "int" and cast(found) != found) or not self.range.holds(found):
+            raise NormRewriteError(f"{where}: attribute {self.name} is {value}, out of range: it is {self.range.words}.")
+        return found if self.kind == "floats" else cast(found)
+
+
+@dataclass(frozen=True)
+class Op:
+    """An operator of domain normrewrite. `base`: a row of its family, whose numbers a node's attributes replace."""
+
+    name: str
+    base: Metric
+    attributes: tuple[Attribute, ...]
+
+    def parse(self, given: Given, where: str = "") -> dict[str, Any]:
+        """All attributes in order, defaults for those that are missing. Raises NormRewriteError out of a range."""
+        where = where or self.name
+        parsed = {a.name: a.parse(given.get(a.name, a.default), where) for a in self.attributes}
+        if parsed.get("count") and parsed.get("percent"):
+            raise NormRewriteError(f"{where}: count {parsed['count']} and percent {parsed['percent']:g} exclude each other.")
+        if parsed.get("power", 1.0) % 1:
+            raise NormRewriteError(f"{where}: power {parsed['power']:g}: a plugin takes whole powers. Build with --plugins off.")
+        return parsed
+
+    def row(self, given: Given) -> Metric:
+        """The row of the table that a node describes; its C(n) is the node's `reads`."""
+
+        def gain(n: int, k: int) -> float:
+            t = nodes.variable(self.base, n)
+            read = math.fsum(value * t**power for power, value in enumerate(given["reads"]))
+            if read <= 0:
+                raise NormRewriteError(f"{self.name}: attribute reads gives {read:g} for {n} elements, and must be above 0.")
+            return 1 / read
+
+        row = replace(self.base, exact=gain, paper=gain, power=int(given.get("power", 1)))
+        if self.base.family != "top":
+            return row
+        if given["percent"]:
+            return replace(row, count=None, percent=given["percent"])
+        return replace(row, count=max(1, given["count"]), percent=None)
+
+    def reference(
+        self, x: npt.NDArray[Any], weight: npt.NDArray[Any], bias: npt.NDArray[Any], given: Given
+    ) -> npt.NDArray[Any]:
+        """y: (B, G, K, S), float64."""
+        parameters = (values.reshape(x.shape[1:3]) for values in (weight, bias))
+        return reference.row_norm(x, self.row(given), *parameters, given["eps"], centred=bool(given["centred"]))[0]
+
+    def why_not(self, shapes: Sequence[Sequence[int]], dtypes: Sequence[str], given: Given) -> str | None:
+        """Why a node can't take inputs of these shapes (-1: open) and dtypes, or None."""
+        if len(shapes) != len(INPUTS):
+            return f"takes {', '.join(INPUTS)}, got {len(shapes)} inputs"
+        for name, shape, rank in zip(INPUTS, shapes, RANKS, strict=True):
+            if len(shape) != rank:
+                return f"takes {name} of rank {rank}, got {'×'.join(map(str, shape))}"
+        if len(set(dtypes)) > 1 or dtypes[0] not in DTYPES:
+            return f"takes {' or '.join(DTYPES)} for all inputs alike, got {', '.join(dtypes)}"
+        return self._misfit(shapes) or self._too_few(shapes[0], given)
+
+    def _misfit(self, shapes: Sequence[Sequence[int]]) -> str | None:
+        wanted = (*shapes[0][1:3], 1)
+        for name, shape in zip(INPUTS[1:], shapes[1:], strict=True):
+            if any(a != b and -1 not in (a, b) for a, b in zip(shape, wanted, strict=True)):
+                return f"takes {name} {'×'.join(map(str, wanted))}, got {'×'.join(map(str, shape))}"
+        return None
+
+    def _too_few(self, shape: Sequence[int], given: Given) -> str | None:
+        n, row = shape[2] * shape[3], self.row(given)
+        least = max(2, (row.count or 2) if row.family == "top" else 2)
+        return f"needs {least} elements that share statistics, got {n}" if -1 not in shape[2:] and n < least else None
+
+
+@cache
+def _op(name: str) -> Op:
+    base = next(row for row in METRICS.values() if nodes.operator(row) == name)
+    return Op(name, base, tuple(_attributes(name)))
+
+
+def _attributes(name: str) -> list[Attribute]:
+    """As the body declares them; those that name the plugin are TensorRT's own."""
+    import onnx
+
+    kinds: dict[int, Kind] = {1: "float", 2: "int", 6: "floats"}  # onnx.AttributeProto's FLOAT, INT, FLOATS
+    declared = [given for given in nodes.body(name, 20).attribute_proto if given.name in nodes.RANGES]
+    values = {given.name: onnx.helper.get_attribute_value(given) for given in declared}
+    return [Attribute(given.name, kinds[given.type], values[given.name], nodes.RANGES[given.name]) for given in declared]
+
+
+OPS = {name: _op(name) for name in dict.fromkeys(nodes.operator(row) for row in METRICS.values())}
