@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from normrewrite import onnx_file, precision
 from normrewrite.errors import NormRewriteError
 from normrewrite.files import check_writable, write_atomically
 from normrewrite.lower import onnx as nodes
+from normrewrite.plugins import OPS, check_library, placed
 from normrewrite.runtimes import RUNTIMES, Runtime
 
 Shape = tuple[int, ...]
@@ -45,6 +46,8 @@ class Built:
     seconds: float
     honoured: int
     unchecked: list[str]
+    norms: dict[str, str] = field(default_factory=dict)  # those that measure at inference: `plugin` or `function`
+    attributes: dict[str, dict[str, Any]] = field(default_factory=dict)  # of those that plugins in Python took
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -56,6 +59,11 @@ class Built:
             *(f"{name}: {' to '.join('×'.join(map(str, shape)) for shape in s)}" for name, s in self.profile.items()),
             f"{self.precision}: {self.honoured} of {self.honoured + len(self.unchecked)} products compute as the file says",
         ]
+        for path, took in (("plugin", "a plugin"), ("function", "their function body")):
+            names = [name for name, taken in self.norms.items() if taken == path]
+            lines += [f"{len(names)} norms by {took}: {', '.join(names)}"] if names else []
+        if "plugin" in self.norms.values():
+            lines.append("this engine runs only where those plugins are registered")
         if self.unchecked:
             lines.append(f"the engine doesn't tell of {len(self.unchecked)}: {', '.join(self.unchecked[:6])}")
         return "\n".join([*lines, "not run: that needs the GPU"])
@@ -69,21 +77,26 @@ def build(
     gpus: Sequence[str] = (),
     shapes: Mapping[str, Sequence[str]] | None = None,
     timing_cache: Path | None = None,
+    plugins: str = "off",
     force: bool = False,
     each: Callable[[str], object] = lambda phase: None,
 ) -> Built:
     """Build an engine from an ONNX file; TensorRT-RTX does so without a GPU, for the ones named.
 
     gpus: `sm86`, `sm89`, ...; TensorRT takes none, it builds for the GPU it finds. shapes: `min`, `opt` and `max`, each
-    as in `1,3,32,32` or `input:1,3,32,32`; by default an open batch is 1 to 32, tuned for 8. each: called with TensorRT's
-    own progress. Raises NormRewriteError, with exit code 1 where the engine does not keep the file's precision or a
-    norm is left that should have been folded, with 2 for all that can't be built. Nothing is written then.
+    as in `1,3,32,32` or `input:1,3,32,32`; by default an open batch is 1 to 32, tuned for 8. plugins: `off`; `auto`: those
+    of normrewrite.plugins take the norms that ask for one, and the engine runs only where they are registered; or the path
+    of a library of plugins. each: called with TensorRT's own progress. Raises NormRewriteError, with exit code 1 where the
+    engine does not keep the file's precision, a norm is left that should have been folded or is not taken as the file asks,
+    with 2 for all that can't be built. Nothing is written then.
     """
     path, output = Path(model), Path(output)
     check_writable(output, force)
     proto = onnx_file.read(path)
     builder = _builder(runtime, gpus, timing_cache)
-    _check_nodes(proto, path)
+    asked = _plugins(plugins, runtime)
+    wanted = placed.expected(proto, OPS if asked else ())
+    _check_nodes(proto, path, wanted)
     profile = profile_of(proto, shapes or {})
     builder.require()
     start = time.perf_counter()
@@ -96,14 +109,26 @@ def build(
             "gpus": list(gpus),
             "profile": profile,
             "timing_cache": None if timing_cache is None else str(timing_cache),
+            "plugins": asked,
         }
         last = _run(request, builder, Path(folder), each)
+        norms = placed.check(wanted, placed.found(last["parsed"]))
         honoured, unchecked = check_precision(proto, last["layers"])
         write_atomically(output, lambda temporary: shutil.copyfile(engine, temporary), force)
         seconds = time.perf_counter() - start
     size, kind = output.stat().st_size, precision.of(proto)
     title, version = builder.title, str(last["version"])
-    return Built(str(output), title, version, list(gpus), kind, profile, size, seconds, honoured, unchecked)
+    told = str(output), title, version, list(gpus), kind, profile, size, seconds, honoured, unchecked
+    return Built(*told, dict(norms), last["attributes"])
+
+
+def _plugins(asked: str, runtime: str) -> dict[str, Any] | None:
+    """What is registered before a file is parsed, as arguments of plugins.register."""
+    if asked == "off":
+        return None
+    if asked == "auto":
+        return {"kind": "python", "runtime": runtime}
+    return {"kind": "library", "runtime": runtime, "library": str(check_library(Path(asked)))}
 
 
 def _builder(runtime: str, gpus: Sequence[str], timing_cache: Path | None) -> Runtime:
@@ -122,7 +147,7 @@ def _builder(runtime: str, gpus: Sequence[str], timing_cache: Path | None) -> Ru
 # --- what TensorRT can't do, told before it tries --------------------------------------------------------------------
 
 
-def _check_nodes(proto: Any, path: Path) -> None:
+def _check_nodes(proto: Any, path: Path, norms: Mapping[str, str]) -> None:
     left = [node.name for node in proto.graph.node if node.op_type == "BatchNormalization"]
     if left:
         raise NormRewriteError(
@@ -131,7 +156,7 @@ def _check_nodes(proto: Any, path: Path) -> None:
             exit_code=1,
         )
     for node in proto.graph.node:
-        if node.op_type == "NormRewriteTop":
+        if node.op_type == "NormRewriteTop" and norms.get(node.name) != "plugin":
             _check_k(node, nodes.attribute(node, "count", 0), nodes.attribute(node, "percent", 0.0))
     constants = {tensor.name: tensor for tensor in proto.graph.initializer}
     for node in proto.graph.node:
@@ -143,12 +168,12 @@ def _check_k(node: Any, count: int, percent: float) -> None:
     if count > _LARGEST_K:
         raise NormRewriteError(
             f"{node.name}: reads the {count} largest of its elements, TensorRT's TopK {_LARGEST_K} at most. Convert with "
-            f"--to topk:{_LARGEST_K} or less, a smaller percentage, or --to l1."
+            f"--to topk:{_LARGEST_K} or less, a smaller percentage, or --to l1; or build with --plugins auto."
         )
     if percent:
         raise NormRewriteError(
             f"{node.name}: reads {percent:g} % of as many elements as come, and TensorRT needs to know k. Export with "
-            "--static-batch and fixed sizes, or convert with a count, as --to topk:10."
+            "--static-batch and fixed sizes, or convert with a count, as --to topk:10; or build with --plugins auto."
         )
 
 

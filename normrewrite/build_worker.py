@@ -1,6 +1,7 @@
 """One engine built, in a process of its own: a fault in the library ends this process and no other.
 
-Run as a file, without normrewrite: reads one JSON request from stdin, writes one JSON event a line to stdout.
+Run as a file: reads one JSON request from stdin, writes one JSON event a line to stdout. normrewrite is imported only where its
+plugins are asked for.
 TensorRT-RTX and TensorRT share the API; what only one has is asked for by name.
 """
 
@@ -16,9 +17,26 @@ _LAYERS = "Layers:\nName:"  # how the builder's verbose log begins the list of t
 
 
 def build(request: dict[str, Any], tell: Any) -> None:
-    """request: module, onnx, engine (paths), gpus, profile {input: [min, opt, max]}, timing_cache (path or None)."""
+    """request: module, onnx, engine (paths), gpus, profile {input: [min, opt, max]}, timing_cache (path or None), and plugins
+    (arguments of normrewrite.plugins.register, or None)."""
     trt = importlib.import_module(request["module"])
+    creators = _registered(request["plugins"])
     log = _logger(trt)
+    try:
+        _build(trt, log, creators, request, tell)
+    except Exception as error:  # TensorRT doesn't tell what a plugin of ours had against a node
+        problems = [problem for creator in creators for problem in creator.problems]
+        if not problems:
+            raise
+        raise RuntimeError("; ".join(problems)) from error
+
+
+def _registered(asked: Any) -> list[Any]:
+    """The creators of normrewrite's plugins in Python, where those are asked for."""
+    return importlib.import_module("normrewrite.plugins").register(**asked) if asked else []
+
+
+def _build(trt: Any, log: Any, creators: list[Any], request: dict[str, Any], tell: Any) -> None:
     builder = trt.Builder(log)
     network, _parser = _parsed(trt, builder, log, request["onnx"])  # the parser owns the weights
     config = builder.create_builder_config()
@@ -33,7 +51,14 @@ def build(request: dict[str, Any], tell: Any) -> None:
     Path(request["engine"]).write_bytes(plan)
     if cache is not None:
         Path(request["timing_cache"]).write_bytes(cache.serialize())
-    tell(done=True, layers=log.layers or _inspected(trt, log, plan), version=trt.__version__)
+    parsed = [network.get_layer(i) for i in range(network.num_layers)]
+    tell(
+        done=True,
+        layers=log.layers or _inspected(trt, log, plan),
+        version=trt.__version__,
+        parsed=[(layer.type.name, layer.metadata) for layer in parsed],
+        attributes={name: given for creator in creators for name, given in creator.made.items()},
+    )
 
 
 def _logger(trt: Any) -> Any:

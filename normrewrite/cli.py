@@ -461,6 +461,13 @@ def export(source: Any, as_json: bool, quiet: bool, **options: Any) -> None:
 @click.option("--opt", "middle", metavar="SHAPE", multiple=True, help="The input to tune for.  [default: a batch of 8]")
 @click.option("--max", "high", metavar="SHAPE", multiple=True, help="Largest input.  [default: a batch of 32]")
 @click.option("--timing-cache", type=PATH, metavar="FILE", help="For tensorrt: measurements kept between builds.")
+@click.option(
+    "--plugins",
+    metavar="auto|off|PATH.so",
+    default="off",
+    show_default=True,
+    help="Who takes norms that measure at inference: normrewrite's plugins in Python, function bodies, or a library's plugins.",
+)
 @force
 @printed
 def build(
@@ -473,6 +480,20 @@ def build(
     with console.busy("building", quiet=quiet or as_json) as each:
         result = deploy.build(shapes=shapes, each=each, **options)
     console.show(result, as_json=as_json, quiet=quiet)
+
+
+@app.group()
+def plugins() -> None:
+    """TensorRT plugins for norms that measure at inference."""
+
+
+@plugins.command("list")
+@printed
+def plugins_list(as_json: bool, quiet: bool) -> None:
+    """List the operators that there are plugins for, and what their attributes may be."""
+    from normrewrite import console, deploy
+
+    console.show(deploy.plugins_list(), as_json=as_json, quiet=quiet)
 
 
 @app.command()

@@ -14,6 +14,7 @@ from normrewrite.data import example as example_input
 from normrewrite.errors import NormRewriteError
 from normrewrite.export import OPSET, Deploy, Exported
 from normrewrite.export import export as export_model
+from normrewrite.lower.onnx import DOMAIN
 from normrewrite.precision import Precision
 from normrewrite.quantise import Ranges
 from normrewrite.ranges import of_record
@@ -81,6 +82,7 @@ def build(
     gpu: str = "",
     shapes: dict[str, tuple[str, ...]] | None = None,
     timing_cache: Path | None = None,
+    plugins: str = "off",
     force: bool = False,
     each: Callable[..., object] = lambda phase, **_: None,
 ) -> Any:
@@ -89,8 +91,48 @@ def build(
 
     gpus = [name.strip() for name in gpu.split(",") if name.strip()]
     return build_engine(
-        model, output, runtime=runtime, gpus=gpus, shapes=shapes, timing_cache=timing_cache, force=force, each=each
+        model,
+        output,
+        runtime=runtime,
+        gpus=gpus,
+        shapes=shapes,
+        timing_cache=timing_cache,
+        plugins=plugins,
+        force=force,
+        each=each,
     )
+
+
+@dataclass
+class Listed:
+    """What `plugins list` found: operators with their attributes, and where each kind of plugin can be made here."""
+
+    operators: dict[str, dict[str, str]]
+    runtimes: dict[str, bool]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"operators": self.operators, "runtimes": self.runtimes}
+
+    def __str__(self) -> str:
+        lines = []
+        for name, attributes in self.operators.items():
+            lines += [f"{DOMAIN}::{name}", *(f"  {key}: {words}" for key, words in attributes.items())]
+        here = [f"{name} ({'installed' if there else 'not installed'})" for name, there in self.runtimes.items()]
+        return "\n".join([*lines, f"as IPluginV3 in Python, for {', '.join(here)}; enqueue has not been run on a GPU"])
+
+
+def plugins_list() -> Listed:
+    """The operators that there are plugins for."""
+    from importlib.util import find_spec
+
+    from normrewrite.plugins import OPS
+    from normrewrite.runtimes import RUNTIMES
+
+    operators = {
+        op.name: {"computes": ", ".join(op.metrics)} | {a.name: f"{a.kind}, {a.range.words}" for a in op.attributes}
+        for op in OPS.values()
+    }
+    return Listed(operators, {name: find_spec(runtime.module) is not None for name, runtime in RUNTIMES.items()})
 
 
 @dataclass

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from normrewrite.data import Batch
 from normrewrite.errors import NormRewriteError
+from normrewrite.plugins.registry import known, register
 from normrewrite.runtimes import RUNTIMES
 
 _TYPES = {
@@ -33,12 +34,15 @@ def runner(path: Path) -> Callable[[Batch], dict[str, Tensor]]:
         raise NormRewriteError(
             f"{path}: an engine runs only on the GPU it was built for, and torch sees none here. Verify its ONNX file instead."
         )
-    module = next((r.module for r in RUNTIMES.values() if find_spec(r.module)), None)
-    if module is None:
+    runtime = next((r for r in RUNTIMES.values() if find_spec(r.module)), None)
+    if runtime is None:
         raise NormRewriteError(
             f"{path}: no TensorRT is installed: pip install 'normrewrite[rtx]' or 'normrewrite[tensorrt]'."
         )
+    module = runtime.module
     trt: Any = importlib.import_module(module)
+    if not known(trt.get_plugin_registry()):  # the engine may have been built with them
+        register("python", runtime.name)
     engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(path.read_bytes())
     if engine is None:
         raise NormRewriteError(f"{path}: {module} can't load it: built by another version, or for another GPU.")

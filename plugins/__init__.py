@@ -7,7 +7,7 @@ registry.py   registered once, on request
 placed.py     which norm of a file a plugin takes, and which its function body
 """
 
-from normrewrite.plugins.registry import KINDS, register
+from normrewrite.plugins.registry import KINDS, check_library, register
 from normrewrite.plugins.spec import OPS, Attribute, Op
 
-__all__ = ["KINDS", "OPS", "Attribute", "Op", "register"]
+__all__ = ["KINDS", "OPS", "Attribute", "Op", "check_library", "register"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from normrewrite.lower import kernels, rows
-from normrewrite.norms import Metric
+from normrewrite.norms import Gain, Metric
 
 
 def compute(row: Metric, given: Mapping[str, Any], x: Tensor, weight: Tensor, bias: Tensor, y: Tensor) -> None:
@@ -21,7 +21,7 @@ def compute(row: Metric, given: Mapping[str, Any], x: Tensor, weight: Tensor, bi
     They refuse rows of more than 8192 elements at one position, or of 4096 that are searched, and powers above 2.
     """
     weight, bias = weight.flatten(1), bias.flatten(1)
-    told = row, "exact", given["eps"]
+    told: tuple[Metric, Gain, float] = row, "exact", given["eps"]
     if kernels.why_not(x, row, sample=True) is None:
         from normrewrite.lower.triton import launch
 

@@ -21,20 +21,22 @@ _ELF = b"\x7fELF"
 _kept: list[Any] = []  # the registry holds creators by address alone
 
 
-def register(kind: str = "python", runtime: str = "rtx", library: Path | None = None) -> list[Any]:
+def register(kind: str = "python", runtime: str = "rtx", library: str | Path | None = None) -> list[Any]:
     """Make the norm operators' plugins known to `rtx` or `tensorrt` in this process; the creators of kind `python`.
 
     kind: `python`, or `library`: a shared library of plugins for these operators, at that path. Raises NormRewriteError
     where one is registered already, where the runtime isn't installed or too old, and for a file that is no such library.
     """
     if kind not in KINDS:
-        raise NormRewriteError(f"plugins of kind {kind!r} are unknown.{nearest(kind, KINDS)} Known: {', '.join(KINDS)}.")
+        raise NormRewriteError(
+            f"plugins of kind {kind!r} are unknown.{nearest(kind, KINDS)} Known: {', '.join(KINDS)}."
+        )
     if (kind == "library") != (library is not None):
         raise NormRewriteError("a path goes with plugins of kind library, and with no other.")
     trt = _module(runtime)
     registry = trt.get_plugin_registry()
     if library is not None:
-        _load(registry, check_library(library))
+        _load(registry, check_library(Path(library)))
         return []
     _refuse_second(registry)
     from normrewrite.plugins.v3 import creator
@@ -77,7 +79,9 @@ def check_library(path: Path) -> Path:
         raise NormRewriteError(f"{path}: there is no such library of plugins. Give auto, off, or the path of one.")
     with path.open("rb") as file:
         if file.read(4) != _ELF:
-            raise NormRewriteError(f"{path}: is no shared library. Give auto, off, or the path of a library of plugins.")
+            raise NormRewriteError(
+                f"{path}: is no shared library. Give auto, off, or the path of a library of plugins."
+            )
     return path.resolve()
 
 
@@ -88,4 +92,6 @@ def _load(registry: Any, path: Path) -> None:
             f"{path}: TensorRT finds no plugins in it (no getCreators, or a library that it needs is missing)."
         )
     if not known(registry):
-        raise NormRewriteError(f"{path}: has no plugin for {', '.join(OPS)} in namespace {NAMESPACE}, version {VERSION}.")
+        raise NormRewriteError(
+            f"{path}: has no plugin for {', '.join(OPS)} in namespace {NAMESPACE}, version {VERSION}."
+        )

@@ -49,9 +49,13 @@ class Attribute:
         """The value as its kind has it, from one number or an array. Raises NormRewriteError beyond the range."""
         values = np.asarray(value).reshape(-1).tolist()
         cast = _CASTS.get(self.kind, float)
-        found = tuple(float(each) for each in values) if self.kind == "floats" else values[0] if len(values) == 1 else None
+        found = (
+            tuple(float(each) for each in values) if self.kind == "floats" else values[0] if len(values) == 1 else None
+        )
         if found is None or (self.kind == "int" and cast(found) != found) or not self.range.holds(found):
-            raise NormRewriteError(f"{where}: attribute {self.name} is {value}, out of range: it is {self.range.words}.")
+            raise NormRewriteError(
+                f"{where}: attribute {self.name} is {value}, out of range: it is {self.range.words}."
+            )
         return found if self.kind == "floats" else cast(found)
 
 
@@ -63,14 +67,23 @@ class Op:
     base: Metric
     attributes: tuple[Attribute, ...]
 
+    @property
+    def metrics(self) -> list[str]:
+        """Those of the table that it computes."""
+        return [row.name for row in METRICS.values() if nodes.operator(row) == self.name]
+
     def parse(self, given: Given, where: str = "") -> dict[str, Any]:
         """All attributes in order, defaults for those that are missing. Raises NormRewriteError out of a range."""
         where = where or self.name
         parsed = {a.name: a.parse(given.get(a.name, a.default), where) for a in self.attributes}
         if parsed.get("count") and parsed.get("percent"):
-            raise NormRewriteError(f"{where}: count {parsed['count']} and percent {parsed['percent']:g} exclude each other.")
+            raise NormRewriteError(
+                f"{where}: count {parsed['count']} and percent {parsed['percent']:g} exclude each other."
+            )
         if parsed.get("power", 1.0) % 1:
-            raise NormRewriteError(f"{where}: power {parsed['power']:g}: a plugin takes whole powers. Build with --plugins off.")
+            raise NormRewriteError(
+                f"{where}: power {parsed['power']:g}: a plugin takes whole powers. Build with --plugins off."
+            )
         return parsed
 
     def row(self, given: Given) -> Metric:
@@ -80,7 +93,9 @@ class Op:
             t = nodes.variable(self.base, n)
             read = math.fsum(value * t**power for power, value in enumerate(given["reads"]))
             if read <= 0:
-                raise NormRewriteError(f"{self.name}: attribute reads gives {read:g} for {n} elements, and must be above 0.")
+                raise NormRewriteError(
+                    f"{self.name}: attribute reads gives {read:g} for {n} elements, and must be above 0."
+                )
             return 1 / read
 
         row = replace(self.base, exact=gain, paper=gain, power=int(given.get("power", 1)))
@@ -94,19 +109,27 @@ class Op:
         self, x: npt.NDArray[Any], weight: npt.NDArray[Any], bias: npt.NDArray[Any], given: Given
     ) -> npt.NDArray[Any]:
         """y: (B, G, K, S), float64."""
-        parameters = (values.reshape(x.shape[1:3]) for values in (weight, bias))
-        return reference.row_norm(x, self.row(given), *parameters, given["eps"], centred=bool(given["centred"]))[0]
+        weight, bias = (values.reshape(x.shape[1:3]) for values in (weight, bias))
+        centred = bool(given["centred"])
+        return reference.row_norm(x, self.row(given), weight, bias, given["eps"], centred=centred)[0]
 
     def why_not(self, shapes: Sequence[Sequence[int]], dtypes: Sequence[str], given: Given) -> str | None:
         """Why a node can't take inputs of these shapes (-1: open) and dtypes, or None."""
-        if len(shapes) != len(INPUTS):
-            return f"takes {', '.join(INPUTS)}, got {len(shapes)} inputs"
+        return self.why_not_dtypes(dtypes) or self._why_not_ranks(shapes) or self._too_few(shapes[0], given)
+
+    def why_not_dtypes(self, dtypes: Sequence[str]) -> str | None:
+        """The same of the dtypes alone, which are known first."""
+        if len(dtypes) != len(INPUTS):
+            return f"takes {', '.join(INPUTS)}, got {len(dtypes)} inputs"
+        if len(set(dtypes)) > 1 or dtypes[0] not in DTYPES:
+            return f"takes {' or '.join(DTYPES)} for all inputs alike, got {', '.join(dtypes)}"
+        return None
+
+    def _why_not_ranks(self, shapes: Sequence[Sequence[int]]) -> str | None:
         for name, shape, rank in zip(INPUTS, shapes, RANKS, strict=True):
             if len(shape) != rank:
                 return f"takes {name} of rank {rank}, got {'×'.join(map(str, shape))}"
-        if len(set(dtypes)) > 1 or dtypes[0] not in DTYPES:
-            return f"takes {' or '.join(DTYPES)} for all inputs alike, got {', '.join(dtypes)}"
-        return self._misfit(shapes) or self._too_few(shapes[0], given)
+        return self._misfit(shapes)
 
     def _misfit(self, shapes: Sequence[Sequence[int]]) -> str | None:
         wanted = (*shapes[0][1:3], 1)
@@ -134,7 +157,9 @@ def _attributes(name: str) -> list[Attribute]:
     kinds: dict[int, Kind] = {1: "float", 2: "int", 6: "floats"}  # onnx.AttributeProto's FLOAT, INT, FLOATS
     declared = [given for given in nodes.body(name, 20).attribute_proto if given.name in nodes.RANGES]
     values = {given.name: onnx.helper.get_attribute_value(given) for given in declared}
-    return [Attribute(given.name, kinds[given.type], values[given.name], nodes.RANGES[given.name]) for given in declared]
+    return [
+        Attribute(given.name, kinds[given.type], values[given.name], nodes.RANGES[given.name]) for given in declared
+    ]
 
 
 OPS = {name: _op(name) for name in dict.fromkeys(nodes.operator(row) for row in METRICS.values())}

@@ -14,42 +14,41 @@ import numpy as np
 
 from normrewrite.errors import NormRewriteError
 from normrewrite.plugins import compute as memory
-from normrewrite.plugins.spec import INPUTS, NAMESPACE, VERSION, Attribute, Given, Op
+from normrewrite.plugins.spec import DTYPES, INPUTS, NAMESPACE, RANKS, VERSION, Attribute, Given, Op
 
-_NAMES = {"FLOAT": "float32", "HALF": "float16"}  # TensorRT's of the dtypes that a spec has
+_NAMES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
 _MULTIPLES = {"LINEAR": 0, "HWC": 1, "HWC8": 8}  # of channels, see compute.strides
 _CHANNELS_LAST = {"float32": "HWC", "float16": "HWC8"}
 
 
 def creator(trt: Any, op: Op) -> Any:
     """What makes the operator's plugins from a node's attributes, and from those that an engine holds. trt: the module."""
+    problems: list[str] = []  # TensorRT passes no message of ours on
+    plugin = _plugin(trt, op, problems)
 
     class Creator(trt.IPluginCreatorV3One):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.IPluginCreatorV3One.__init__(self)
             self.name, self.plugin_namespace, self.plugin_version = op.name, NAMESPACE, VERSION
-            self.field_names = trt.PluginFieldCollection(
-                [_field(trt, attribute, attribute.default) for attribute in op.attributes]
-            )
+            fields = [_field(trt, attribute, attribute.default) for attribute in op.attributes]
+            self.field_names = trt.PluginFieldCollection(fields)
             self.made: dict[str, dict[str, Any]] = {}
-            self.problems: list[str] = []  # TensorRT passes no message of ours on
+            self.problems = problems
 
-        def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:
+        def create_plugin(self, name: str, fields: Any, _phase: Any) -> Any:
             try:
                 given = op.parse({field.name: field.data for field in fields}, f"node {name or op.name}")
             except NormRewriteError as error:
-                self.problems.append(str(error))
+                problems.append(str(error))
                 return None
             self.made[name] = given
             return plugin(given, name)
 
-    plugin = _plugin(trt, op, lambda problem: created.problems.append(problem))
-    created = Creator()
-    return created
+    return Creator()
 
 
-def _plugin(trt: Any, op: Op, refuse: Any) -> Any:
-    """The class of the operator's plugins."""
+def _plugin(trt: Any, op: Op, problems: list[str]) -> Any:
+    """The class of the operator's plugins. problems: where what one has against its inputs is noted."""
     bases = trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime
 
     class Plugin(*bases):  # type: ignore[misc]
@@ -71,6 +70,7 @@ def _plugin(trt: Any, op: Op, refuse: Any) -> Any:
         # --- while an engine is built ---
 
         def get_output_data_types(self, types: Sequence[Any]) -> list[Any]:
+            self._refuse(op.why_not_dtypes([_dtype(each) for each in types]))
             return [types[0]]
 
         def get_output_shapes(self, inputs: Sequence[Any], _shape_inputs: Any, _expressions: Any) -> list[Any]:
@@ -104,18 +104,26 @@ def _plugin(trt: Any, op: Op, refuse: Any) -> Any:
             self._check(inputs)
 
         def enqueue(
-            self, inputs: Sequence[Any], outputs: Sequence[Any], sources: Any, targets: Any, _workspace: int, stream: int
+            self,
+            inputs: Sequence[Any],
+            outputs: Sequence[Any],
+            sources: Any,
+            targets: Any,
+            _workspace: int,
+            stream: int,
         ) -> None:
             with memory.on_stream(stream):
                 x, weight, bias = (_tensor(*pair) for pair in zip(sources, inputs, strict=True))
                 memory.compute(self.row, self.given, x, weight, bias, _tensor(targets[0], outputs[0]))
 
         def _check(self, inputs: Sequence[Any]) -> None:
-            shapes, dtypes = [tuple(tensor.dims) for tensor in inputs], [_dtype(tensor) for tensor in inputs]
-            problem = op.why_not(shapes, dtypes, self.given)
+            dtypes = [_dtype(tensor.type) for tensor in inputs]
+            self._refuse(op.why_not([tuple(tensor.dims) for tensor in inputs], dtypes, self.given))
+
+        def _refuse(self, problem: str | None) -> None:
             if problem:
-                refuse(f"node {self.node or op.name} {problem}.")
-                raise NormRewriteError(f"node {self.node or op.name} {problem}.")
+                problems.append(f"node {self.node or op.name} {problem}.")
+                raise NormRewriteError(problems[-1])
 
     return Plugin
 
@@ -123,26 +131,28 @@ def _plugin(trt: Any, op: Op, refuse: Any) -> Any:
 def supported(place: int, described: Sequence[Any]) -> bool:
     """Whether the tensor at a place, the last that is described, may be as it is; those before it may."""
     x, tensor = described[0], described[place]
-    if _dtype(tensor) != _dtype(x) or _dtype(x) not in _NAMES.values():
+    if _dtype(tensor.type) != _dtype(x.type) or _dtype(x.type) not in DTYPES:
         return False
-    layout = tensor.format.name
-    if 0 < place < len(INPUTS):
-        return bool(layout == "LINEAR")
     if place:
-        return bool(layout == x.format.name)
-    groups, each = (tuple(x.dims)[1:3]) if len(tuple(x.dims)) == 4 else (1, 0)
-    return bool(layout == "LINEAR" or (each == 1 and groups > 1 and layout == _CHANNELS_LAST[_dtype(x)]))
+        return bool(tensor.format.name == ("LINEAR" if place < len(INPUTS) else x.format.name))
+    return x.format.name == "LINEAR" or (_one_channel_each(x) and x.format.name == _CHANNELS_LAST[_dtype(x.type)])
 
 
-def _dtype(tensor: Any) -> str:
-    name: str = tensor.type.name
-    return _NAMES.get(name, name.lower())
+def _one_channel_each(x: Any) -> bool:
+    """Whether groups are channels, so that TensorRT's channels-last is that of the kernels."""
+    shape = tuple(x.dims)
+    return len(shape) == RANKS[0] and shape[2] == 1 and shape[1] > 1
+
+
+def _dtype(kind: Any) -> str:
+    """torch's and numpy's name of TensorRT's dtype."""
+    return _NAMES.get(kind.name, kind.name.lower())
 
 
 def _tensor(address: int, described: Any) -> Any:
     shape = tuple(described.dims)
     laid_out = memory.strides(shape, multiple=_MULTIPLES[described.format.name])
-    return memory.tensor_at(address, shape, laid_out, _dtype(described))
+    return memory.tensor_at(address, shape, laid_out, _dtype(described.type))
 
 
 def _field(trt: Any, attribute: Attribute, value: Any) -> Any:

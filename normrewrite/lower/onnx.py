@@ -296,6 +296,7 @@ def inlined(proto: Any) -> Any:
 
 # --- nodes of a file -------------------------------------------------------------------------------------------------
 
+
 class Range(NamedTuple):
     """What an attribute may be, in words and as a test."""
 

@@ -294,9 +294,7 @@ class _Norm:
 
     # --- rows in registers -------------------------------------------------------------------------------------------
 
-    def rows(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor
-    ) -> tuple[Tensor, Measured]:
+    def rows(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor) -> tuple[Tensor, Measured]:
         """y, written as given, and what was measured, of rows that are kept in registers."""
         samples, groups, n, _ = x.shape
         mean, spread = (x.new_empty(samples * groups, dtype=torch.float32) for _ in range(2))
