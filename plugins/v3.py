@@ -57,7 +57,7 @@ def _plugin(trt: Any, op: Op, problems: list[str]) -> Any:
                 base.__init__(self)
             self.plugin_name, self.plugin_namespace, self.plugin_version = op.name, NAMESPACE, VERSION
             self.num_outputs = 1
-            self.given, self.node, self.row = given, name, op.row(given)
+            self.op, self.given, self.node, self.row = op, given, name, op.row(given)
 
         def get_capability_interface(self, _kind: Any) -> Any:
             return self

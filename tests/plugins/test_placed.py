@@ -1,0 +1,198 @@
+"""Who takes a norm: TensorRT-RTX's real parser against the table, plugins' attributes as they came, and networks whole."""
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+import normrewrite as nr
+from benchmarks.networks import convnext, transformer_encoder
+from normrewrite.build import build
+from normrewrite.errors import NormRewriteError
+from normrewrite.lower import onnx as nodes
+from normrewrite.plugins import OPS, placed
+from tests.conftest import RealNetwork
+from tests.lower.test_onnx import SPECS, node_model
+from tests.plugins.rtx import OPEN, built, needs_rtx, without
+from tests.plugins.test_spec import given_of
+
+SHAPE = (2, 4, 1, 256)
+
+
+def node(name: str = "l1", dtype: Any = np.float32, **changed: Any) -> onnx.ModelProto:
+    return node_model(name, SHAPE, dtype, 256, **changed)
+
+
+def bare(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Without its bodies."""
+    del proto.functions[:]
+    return proto
+
+
+TABLE: dict[str, tuple[Callable[[], onnx.ModelProto], str, str | None]] = {  # the node, with plugins, without
+    "function alone": (lambda: without(node(), "plugin_namespace"), "function", "function"),
+    "function and namespace": (node, "plugin", "function"),
+    "no body": (lambda: bare(node()), "plugin", None),
+}
+
+
+@pytest.mark.parametrize("kind", TABLE)
+def test_what_the_table_says(kind: str) -> None:
+    make, with_plugins, alone = TABLE[kind]
+    assert placed.expected(make(), set(OPS)) == {"norm": with_plugins}
+    if alone is not None:
+        assert placed.expected(make(), ()) == {"norm": alone}
+    else:
+        with pytest.raises(NormRewriteError, match=r"node norm: NormRewriteMean has no function body .*--plugins auto"):
+            placed.expected(make(), ())
+
+
+@needs_rtx
+@pytest.mark.parametrize("plugins", ["auto", "off"])
+@pytest.mark.parametrize("kind", TABLE)
+def test_what_the_parser_does(kind: str, plugins: str, tmp_path: Path) -> None:
+    make, with_plugins, alone = TABLE[kind]
+    wanted = with_plugins if plugins == "auto" else alone
+    if wanted is None:
+        with pytest.raises(NormRewriteError, match="no function body"):
+            built(make(), tmp_path, plugins)
+        assert not (tmp_path / "model.engine").exists()
+        return
+    result = built(make(), tmp_path, plugins)
+    assert result.norms == {"norm": wanted} and set(result.attributes) == {
+        n for n, p in result.norms.items() if p == "plugin"
+    }
+    assert ("runs only where those plugins are registered" in str(result)) == (wanted == "plugin")
+
+
+@needs_rtx
+def test_the_parser_itself_refuses_what_nobody_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is said beforehand."""
+    monkeypatch.setattr(placed, "expected", lambda *_: {})
+    with pytest.raises(NormRewriteError, match=r"can't build .*node norm: .*Plugin not found"):
+        built(bare(node()), tmp_path, "off")
+
+
+@needs_rtx
+@pytest.mark.parametrize("dtype", [np.float32, np.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("name", SPECS)
+def test_attributes_arrive_as_they_were_given(name: str, dtype: Any, tmp_path: Path) -> None:
+    """Every metric, with K * S open in fp16."""
+    proto = node_model(name, SHAPE, dtype, 256 if dtype is np.float32 else None, eps=3e-4, centred=0)
+    result = built(proto, tmp_path, shapes={} if dtype is np.float32 else OPEN)
+    given = given_of(proto)
+    assert result.norms == {"norm": "plugin"} and set(result.attributes["norm"]) == set(given)
+    for key, value in given.items():
+        assert result.attributes["norm"][key] == pytest.approx(value, rel=1e-6)
+    assert result.attributes["norm"]["eps"] != pytest.approx(1.01 * given["eps"], rel=1e-6)  # it can fail
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+def _weight_of(size: int) -> onnx.ModelProto:
+    proto = node()
+    proto.graph.input[1].type.tensor_type.shape.dim[0].dim_value = size
+    return proto
+
+
+def _fp16_weight() -> onnx.ModelProto:
+    proto = node()
+    proto.graph.input[1].type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    return proto
+
+
+def _rank_three() -> onnx.ModelProto:
+    proto = bare(node())
+    for value in (proto.graph.input[0], proto.graph.output[0]):
+        del value.type.tensor_type.shape.dim[3]
+    return proto
+
+
+@needs_rtx
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: node("topk:10", count=300), "needs 300 elements that share statistics, got 256"),
+        (lambda: _weight_of(5), "takes weight 4×1×1, got 5×1×1"),
+        (_fp16_weight, "for all inputs alike, got float32, float16, float32"),
+        (_rank_three, "takes x of rank 4, got -1×4×1"),
+        (lambda: node("l2", power=2.5), "power 2.5: a plugin takes whole powers"),
+        (lambda: node(eps=-1.0), "attribute eps is -1.0, out of range"),
+    ],
+)
+def test_what_no_plugin_takes_is_told(make: Callable[[], onnx.ModelProto], said: str, tmp_path: Path) -> None:
+    with pytest.raises(NormRewriteError, match=f"node norm:? .*{said}|node norm.*{said}") as caught:
+        built(make(), tmp_path)
+    assert caught.value.exit_code == 2 and not (tmp_path / "model.engine").exists()
+
+
+@needs_rtx
+@pytest.mark.parametrize(
+    ("library", "said"),
+    [
+        ("nothing.so", "there is no such library of plugins. Give auto, off, or the path of one"),
+        ("text.so", "is no shared library"),
+        ("other.so", "TensorRT finds no plugins in it"),
+    ],
+)
+def test_libraries_that_are_none(library: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "text.so").write_text("not one at all")
+    spec = importlib.util.find_spec("_ctypes")
+    assert spec is not None and spec.origin is not None
+    (tmp_path / "other.so").write_bytes(Path(spec.origin).read_bytes())
+    with pytest.raises(NormRewriteError, match=f"{library}: {said}"):
+        built(node(), tmp_path, str(tmp_path / library))
+
+
+def test_a_norm_in_the_wrong_place_fails() -> None:
+    with pytest.raises(
+        NormRewriteError, match=r"node norm was to be a plugin, and is function\. .*--no-bodies"
+    ) as caught:
+        placed.check({"norm": "plugin"}, {"norm": "function"})
+    assert caught.value.exit_code == 1
+    with pytest.raises(NormRewriteError, match="and is nowhere"):
+        placed.check({"norm": "plugin"}, {"other": "plugin"})
+
+
+# --- networks --------------------------------------------------------------------------------------------------------
+
+
+def _both(model: nn.Module, x: torch.Tensor, folder: Path, **options: Any) -> int:
+    """How many norms the file has; each is checked to be where the table says, by plugin and by function."""
+    nr.export(model, x, folder / "model.onnx", deploy="op", **options)
+    names = {n.name for n in onnx.load(folder / "model.onnx").graph.node if n.domain == nodes.DOMAIN}
+    for plugins, path in (("auto", "plugin"), ("off", "function")):
+        result = build(folder / "model.onnx", folder / f"{path}.engine", gpus=["sm89"], plugins=plugins)
+        assert result.norms == dict.fromkeys(names, path)
+        assert set(result.attributes) == (names if path == "plugin" else set())
+        assert all(name in str(result) for name in names)
+    return len(names)
+
+
+@needs_rtx
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", ["l1", "topk:10"])
+def test_a_transformer_encoder(spec: str, tmp_path: Path) -> None:
+    assert _both(transformer_encoder(spec), torch.randn(2, 16, 64), tmp_path) == 5
+
+
+@needs_rtx
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", ["l1", "topk:10"])
+def test_a_convnext_like_net(spec: str, tmp_path: Path) -> None:
+    assert _both(convnext(spec), torch.randn(2, 3, 32, 32), tmp_path, precision="fp16") == 5
+
+
+@needs_rtx
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", ["l1", "topk:10"])
+def test_a_trained_network_with_live_statistics(resnet20: RealNetwork, spec: str, tmp_path: Path) -> None:
+    twin, (x, _) = nr.convert(resnet20.make(), spec), resnet20.inputs(2)
+    assert _both(twin, x, tmp_path, live_stats=True) == resnet20.sites
