@@ -146,7 +146,7 @@ def _one_channel_each(x: Any) -> bool:
 
 def _dtype(kind: Any) -> str:
     """torch's and numpy's name of TensorRT's dtype."""
-    return _NAMES.get(kind.name, kind.name.lower())
+    return _NAMES.get(str(kind.name), str(kind.name).lower())
 
 
 def _tensor(address: int, described: Any) -> Any:

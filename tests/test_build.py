@@ -118,6 +118,14 @@ def test_what_topk_cannot_do_is_refused_by_name(tmp_path: Path, spec: str, n: in
     refused(tmp_path / "top.onnx", tmp_path, said)
 
 
+@rtx
+def test_a_plugin_reads_more_than_topk(tmp_path: Path) -> None:
+    onnx.save(node_model("topk:4000", (1, 1, 5000, 1), "float32", 5000), tmp_path / "top.onnx")
+    assert build(tmp_path / "top.onnx", tmp_path / "e.engine", gpus=["sm89"], plugins="auto").norms == {
+        "norm": "plugin"
+    }
+
+
 def test_norms_that_should_have_been_folded(tmp_path: Path) -> None:
     value, tensor = onnx.helper.make_tensor_value_info, onnx.numpy_helper.from_array
     names = ("scale", "bias", "mean", "var")
@@ -245,12 +253,13 @@ def test_bodies_build(tmp_path: Path, spec: str) -> None:
         assert built.size > 10_000
 
 
-@rtx
 def test_a_node_without_body_and_plugin_is_told_by_name(tmp_path: Path) -> None:
     proto = node_model("l1", (2, 4, 1, 256), "float32", 256)
     del proto.functions[:]
     onnx.save(proto, tmp_path / "bare.onnx")
-    refused(tmp_path / "bare.onnx", tmp_path, "can't build .*node norm: .*Plugin not found")
+    refused(
+        tmp_path / "bare.onnx", tmp_path, "node norm: NormRewriteMean has no function body .*Build with --plugins auto"
+    )
 
 
 @rtx

@@ -74,6 +74,14 @@ BAD = {
     "build, exists": ("build digits.onnx -o digits.pt --gpu sm89", "exists already"),
     "build, shape": ("build digits.onnx -o x.engine --gpu sm89 --max 4,3,8,8", "--max 4,3,8,8"),
     "build, profile": ("build digits.onnx -o x.engine --gpu sm89 --min 8,1,8,8 --opt 4,1,8,8", "lies outside"),
+    "build, no library": (
+        "build digits.onnx -o x.engine --gpu sm89 --plugins nosuch.so",
+        "nosuch.so: there is no such library of plugins. Give auto, off, or the path of one",
+    ),
+    "build, text as library": (
+        "build digits.onnx -o x.engine --gpu sm89 --plugins text.onnx",
+        "text.onnx: is no shared library",
+    ),
     "export, opset": (f"export {DIGITS} -o x.onnx --input-shape 2,1,8,8 --opset 9", "--opset 9"),
     "export, int8": (f"export {DIGITS} -o x.onnx --input-shape 2,1,8,8 --precision int8", "--calibrate"),
     "verify, engine": (
@@ -138,3 +146,34 @@ def test_build(run: Command) -> None:
     found = json.loads(outcome.out)
     assert found["gpus"] == ["sm86", "sm89"] and found["profile"]["images"][2] == [16, 1, 8, 8]
     assert found["honoured"] == 10 and not found["unchecked"] and Path("digits.engine").stat().st_size == found["size"]
+
+
+@rtx
+@pytest.mark.parametrize(("plugins", "path"), [("", "function"), ("--plugins auto", "plugin")])
+def test_build_with_plugins(run: Command, plugins: str, path: str) -> None:
+    assert (
+        run(f"export {DIGITS} -o live.onnx --input-shape 2,1,8,8 --deploy op --live-stats").code == 2
+    )  # torch's own norms
+    assert run(f"convert {DIGITS} --to topk:5 -o twin.pt").code == 0
+    line = "export twin.pt --arch digits.py:digits_resnet -o live.onnx --input-shape 2,1,8,8 --deploy op --live-stats"
+    assert run(line).code == 0
+    text = run(f"build live.onnx -o first.engine --gpu sm89 {plugins}")
+    assert text.code == 0 and ("only where those plugins are registered" in text.out) == (path == "plugin"), text
+    found = json.loads(run(f"build live.onnx -o live.engine --gpu sm89 {plugins} --json").out)
+    assert set(found["norms"].values()) == {path} and all(name in text.out for name in found["norms"])
+    assert {given["count"] for given in found["attributes"].values()} == ({5} if path == "plugin" else set())
+
+
+def test_plugins_are_listed(run: Command) -> None:
+    found = json.loads(run("plugins list --json").out)
+    assert found["operators"]["NormRewriteTop"] == {
+        "computes": "linf, topk",
+        "count": "int, a whole number from 0",
+        "percent": "float, 0 to 100",
+        "reads": "floats, 5 finite numbers",
+        "eps": "float, a finite number from 0",
+        "centred": "int, 0 or 1",
+    }
+    text = run("plugins list")
+    assert text.code == 0 and all(f"normrewrite::{name}" in text.out for name in found["operators"])
+    assert "enqueue has not been run on a GPU" in text.out and run("plugins lst").code == 2
