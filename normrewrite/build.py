@@ -95,8 +95,7 @@ def build(
     proto = onnx_file.read(path)
     builder = _builder(runtime, gpus, timing_cache)
     asked = _plugins(plugins, runtime)
-    wanted = placed.expected(proto, OPS if asked else ())
-    _check_nodes(proto, path, wanted)
+    _check_nodes(proto, path, placed.expected(proto, OPS if asked else ()))
     profile = profile_of(proto, shapes or {})
     builder.require()
     start = time.perf_counter()
@@ -112,7 +111,7 @@ def build(
             "plugins": asked,
         }
         last = _run(request, builder, Path(folder), each)
-        norms = placed.check(wanted, placed.found(last["parsed"]))
+        norms = placed.check(placed.expected(proto, last["registered"]), placed.found(last["parsed"]))
         honoured, unchecked = check_precision(proto, last["layers"])
         write_atomically(output, lambda temporary: shutil.copyfile(engine, temporary), force)
         seconds = time.perf_counter() - start

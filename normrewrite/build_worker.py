@@ -20,10 +20,10 @@ def build(request: dict[str, Any], tell: Any) -> None:
     """request: module, onnx, engine (paths), gpus, profile {input: [min, opt, max]}, timing_cache (path or None), and plugins
     (arguments of normrewrite.plugins.register, or None)."""
     trt = importlib.import_module(request["module"])
-    creators = _registered(request["plugins"])
+    creators, registered = _registered(trt, request["plugins"])
     log = _logger(trt)
     try:
-        _build(trt, log, creators, request, tell)
+        _build(trt, log, creators, request, tell, registered)
     except Exception as error:  # TensorRT doesn't tell what a plugin of ours had against a node
         problems = [problem for creator in creators for problem in creator.problems]
         if not problems:
@@ -31,12 +31,15 @@ def build(request: dict[str, Any], tell: Any) -> None:
         raise RuntimeError("; ".join(problems)) from error
 
 
-def _registered(asked: Any) -> list[Any]:
-    """The creators of normrewrite's plugins in Python, where those are asked for."""
-    return importlib.import_module("normrewrite.plugins").register(**asked) if asked else []
+def _registered(trt: Any, asked: Any) -> tuple[list[Any], list[str]]:
+    """The creators of normrewrite's plugins in Python, and the operators that there are plugins for, of whichever kind."""
+    if not asked:
+        return [], []
+    registry = importlib.import_module("normrewrite.plugins.registry")
+    return registry.register(**asked), registry.known(trt.get_plugin_registry())
 
 
-def _build(trt: Any, log: Any, creators: list[Any], request: dict[str, Any], tell: Any) -> None:
+def _build(trt: Any, log: Any, creators: list[Any], request: dict[str, Any], tell: Any, registered: list[str]) -> None:
     builder = trt.Builder(log)
     network, _parser = _parsed(trt, builder, log, request["onnx"])  # the parser owns the weights
     config = builder.create_builder_config()
@@ -56,6 +59,7 @@ def _build(trt: Any, log: Any, creators: list[Any], request: dict[str, Any], tel
         done=True,
         layers=log.layers or _inspected(trt, log, plan),
         version=trt.__version__,
+        registered=registered,
         parsed=[(layer.type.name, layer.metadata) for layer in parsed],
         attributes={name: given for creator in creators for name, given in creator.made.items()},
     )
