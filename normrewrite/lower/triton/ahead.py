@@ -18,7 +18,11 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
+from normrewrite.errors import NormRewriteError
 from normrewrite.lower.triton import launch as launching
+from normrewrite.lower.triton.geometry import why_not
+from normrewrite.lower.triton.rows import row_once
+from normrewrite.norms import Metric
 
 
 class Launch(NamedTuple):
@@ -42,8 +46,35 @@ def recorded() -> Iterator[list[Launch]]:
         launching.run = run
 
 
-def compiled(launch: Launch, capability: int) -> CompiledKernel:
-    """The kernel compiled for the launch's types and constants, for a GPU of compute capability 80, 89, 90, 120, ..."""
+def once(x: Tensor, weight: Tensor, bias: Tensor, row: Metric, eps: float, centred: bool) -> Launch:
+    """The launch that writes a norm's y and keeps nothing: x, weight, bias, samples, y. All other numbers are compiled in.
+
+    x: (B, G, K, S), weight and bias: (G, K), on the meta device. Raises NormRewriteError for rows that registers can't hold.
+    """
+    rows = x.reshape(*x.shape[:2], -1, 1)
+    problem = why_not(rows.shape, row, True)
+    if problem:
+        raise NormRewriteError(f"one launch can't compute {row} on {'×'.join(map(str, x.shape))}: {problem}.")
+    with recorded() as launches:
+        launching.forward(rows, None, None, None, row, "exact", eps, sample=True, centred=centred)
+    told = launches[0].arguments
+    given = {
+        "x_ptr": x,
+        "weight_ptr": weight,
+        "bias_ptr": bias,
+        "samples": told["samples"],
+        "y_ptr": torch.empty_like(x),
+    }
+    numbers = {"GAIN": told["gain"], "EPS": eps, "GROUPS": told["groups"], "N": told["n"], "COUNT": told["k"]}
+    kept = {name: told[name] for name in ("FAMILY", "CENTRED", "ROWS", "WIDTH", "VEC")}
+    return launches[0]._replace(kernel=row_once, arguments=given | numbers | kept | {"POSITIONS": x.shape[3]})
+
+
+def compiled(launch: Launch, capability: int, ptx: int | None = None) -> CompiledKernel:
+    """The kernel compiled for the launch's types and constants, for a GPU of compute capability 80, 89, 90, 120, ...
+
+    ptx: its version, 86 for 8.6; None: the newest that the compiler knows.
+    """
     signature, constants, aligned = {}, {}, {}
     for place, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
@@ -55,7 +86,9 @@ def compiled(launch: Launch, capability: int) -> CompiledKernel:
                 aligned[place,] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, aligned)
     return triton.compile(
-        source, GPUTarget("cuda", capability, 32), {"num_warps": launch.warps, "maxnreg": launch.registers}
+        source,
+        GPUTarget("cuda", capability, 32),
+        {"num_warps": launch.warps, "maxnreg": launch.registers} | ({} if ptx is None else {"ptx_version": ptx}),
     )
 
 

@@ -302,7 +302,7 @@ class _Norm:
         sizes = self._row_sizes(x)
         told = _pointers(x=x, weight=weight, bias=bias, y=y, mean=mean, spread=spread, indices=indices, signs=signs)
         programs = -(-samples // sizes["ROWS"]) * groups
-        _launch(resident.row_forward, programs, _warps(sizes), told | self.constants | sizes)
+        _launch(resident.row_forward, programs, _warps(sizes), told | self.constants | sizes | {"POSITIONS": 1})
         return y, (mean, spread, indices, signs)
 
     def rows_backward(

@@ -1,6 +1,7 @@
 """Triton, rows that fit into registers: layer and RMS norms, forward and backward, each in one read.
 
     row_forward   x -> y, mean, C * S, and where the sparse families read them
+    row_once      x -> y: the first with its numbers compiled in, as a plugin ahead of time wants them
     row_backward  g, x -> dx, and sums of g and g*d/scale by column over the rows of a program
 
 x: (samples * groups, n), row b * groups + g; weight and bias: (groups, n). A program keeps to one g, so that its columns are
@@ -31,10 +32,10 @@ def row_forward(
     weight_ptr,  # (groups, n), any float, or None
     bias_ptr,  # (groups, n), any float, or None
     y_ptr,  # as x
-    mean_ptr,  # (samples * groups,), fp32
-    spread_ptr,  # (samples * groups,), fp32: C * S
-    indices_ptr,  # (samples * groups, k), int64: (…, 2) of a span
-    signs_ptr,  # the same, fp32
+    mean_ptr,  # (samples * groups,), fp32, or None: what was measured is not kept
+    spread_ptr,  # (samples * groups,), fp32: C * S, or None
+    indices_ptr,  # (samples * groups, k), int64: (…, 2) of a span; or None
+    signs_ptr,  # the same, fp32; or None
     gain,
     eps,
     samples,
@@ -46,6 +47,7 @@ def row_forward(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     VEC: tl.constexpr,
+    POSITIONS: tl.constexpr = 1,  # elements side by side that share a weight
 ):
     group = tl.program_id(0) % groups
     row, at, real = rows_of(tl.program_id(0) // groups, group, samples, groups, n, ROWS, WIDTH, VEC)
@@ -73,10 +75,11 @@ def row_forward(
             low, low_at = following(tl.where(real, -d, float("-inf")), column, value, place, 1)
             spread = high + low
             out = row[:, None] * 2 + one
-            tl.store(indices_ptr + out, tl.minimum(high_at, last), mask=exists[:, None])
-            tl.store(indices_ptr + out + 1, tl.minimum(low_at, last), mask=exists[:, None])
-            tl.store(signs_ptr + out, tl.full((ROWS, 1), 1.0, tl.float32), mask=exists[:, None])
-            tl.store(signs_ptr + out + 1, tl.full((ROWS, 1), -1.0, tl.float32), mask=exists[:, None])
+            if indices_ptr is not None:
+                tl.store(indices_ptr + out, tl.minimum(high_at, last), mask=exists[:, None])
+                tl.store(indices_ptr + out + 1, tl.minimum(low_at, last), mask=exists[:, None])
+                tl.store(signs_ptr + out, tl.full((ROWS, 1), 1.0, tl.float32), mask=exists[:, None])
+                tl.store(signs_ptr + out + 1, tl.full((ROWS, 1), -1.0, tl.float32), mask=exists[:, None])
         else:
             values = tl.where(real, tl.abs(d), float("-inf"))
             spread = tl.zeros((ROWS, 1), tl.float32)
@@ -86,16 +89,44 @@ def row_forward(
                 sign = tl.sum(tl.where(column == place, d, 0.0), 1, keep_dims=True)
                 sign = tl.where(sign > 0, 1.0, tl.where(sign < 0, -1.0, 0.0))
                 out = row[:, None] * k + t + one
-                tl.store(indices_ptr + out, tl.minimum(place, last), mask=exists[:, None])
-                tl.store(signs_ptr + out, sign, mask=exists[:, None])
+                if indices_ptr is not None:
+                    tl.store(indices_ptr + out, tl.minimum(place, last), mask=exists[:, None])
+                    tl.store(signs_ptr + out, sign, mask=exists[:, None])
     spread = gain * spread + poison
-    channel = group.to(tl.int64) * n + tl.arange(0, WIDTH)
+    channel = group.to(tl.int64) * (n // POSITIONS) + tl.arange(0, WIDTH) // POSITIONS
     there = tl.arange(0, WIDTH) < n
     factor = parameter(weight_ptr, channel, there, 1.0)[None, :] / (spread + eps)
     y = affine(x, mean, factor, parameter(bias_ptr, channel, there, 0.0)[None, :])
     tl.store(y_ptr + at, y, mask=real)
-    tl.store(mean_ptr + row, tl.sum(mean, 1), mask=exists)
-    tl.store(spread_ptr + row, tl.sum(spread, 1), mask=exists)
+    if mean_ptr is not None:
+        tl.store(mean_ptr + row, tl.sum(mean, 1), mask=exists)
+        tl.store(spread_ptr + row, tl.sum(spread, 1), mask=exists)
+
+
+@triton.jit
+def row_once(
+    x_ptr,  # as row_forward's, whose y it writes and nothing else
+    weight_ptr,  # (groups, n / POSITIONS)
+    bias_ptr,  # the same
+    samples,
+    y_ptr,
+    GAIN: tl.constexpr,
+    EPS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    N: tl.constexpr,
+    COUNT: tl.constexpr,  # k
+    FAMILY: tl.constexpr,
+    CENTRED: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    VEC: tl.constexpr,
+    POSITIONS: tl.constexpr,
+):
+    n = tl.full((), N, tl.int32)
+    row_forward(
+        x_ptr, weight_ptr, bias_ptr, y_ptr, None, None, None, None, GAIN, EPS, samples, GROUPS, n, COUNT,
+        FAMILY, CENTRED, ROWS, WIDTH, VEC, POSITIONS,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=ROW_SIZES)
