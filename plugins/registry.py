@@ -15,8 +15,8 @@ from normrewrite.errors import NormRewriteError, nearest
 from normrewrite.plugins.spec import NAMESPACE, OPS, VERSION
 from normrewrite.runtimes import RUNTIMES
 
-Kind = Literal["python", "library"]
-KINDS: tuple[Kind, ...] = ("python", "library")
+Kind = Literal["python", "ahead", "library"]
+KINDS: tuple[Kind, ...] = ("python", "ahead", "library")
 _ELF = b"\x7fELF"
 _kept: list[Any] = []  # the registry holds creators by address alone
 
@@ -24,8 +24,9 @@ _kept: list[Any] = []  # the registry holds creators by address alone
 def register(kind: str = "python", runtime: str = "rtx", library: str | Path | None = None) -> list[Any]:
     """Make the norm operators' plugins known to `rtx` or `tensorrt` in this process; the creators of kind `python`.
 
-    kind: `python`, or `library`: a shared library of plugins for these operators, at that path. Raises NormRewriteError
-    where one is registered already, where the runtime isn't installed or too old, and for a file that is no such library.
+    kind: `python`; `ahead`: kernels inside the engine, for the GPU of this machine, by full TensorRT alone; or `library`: a
+    shared library of plugins for these operators, at that path. Raises NormRewriteError where one is registered already, where
+    the runtime isn't installed, too old or can't have the kind, and for a file that is no such library.
     """
     if kind not in KINDS:
         raise NormRewriteError(
@@ -39,6 +40,9 @@ def register(kind: str = "python", runtime: str = "rtx", library: str | Path | N
         _load(registry, check_library(Path(library)))
         return []
     _refuse_second(registry)
+    if kind == "ahead":
+        _define_ahead(trt, RUNTIMES[runtime].title)
+        return []
     from normrewrite.plugins.v3 import creator
 
     made = [creator(trt, op) for op in OPS.values()]
@@ -57,6 +61,23 @@ def _module(runtime: str) -> Any:
     if not hasattr(trt, "IPluginCreatorV3One"):
         raise NormRewriteError(f"{RUNTIMES[runtime].title} {trt.__version__} has no IPluginV3 in Python; 10.6 has it.")
     return trt
+
+
+def _define_ahead(trt: Any, title: str) -> None:
+    import torch
+
+    from normrewrite.plugins.quick import define
+
+    if not hasattr(trt, "QuickPluginCreationRequest"):
+        raise NormRewriteError(
+            f"{title} {trt.__version__} has no plugins ahead of time; TensorRT has them. Use kind python."
+        )
+    if not torch.cuda.is_available():
+        raise NormRewriteError(
+            "plugins ahead of time are compiled for the GPU that the engine is built on; torch sees none."
+        )
+    major, minor = torch.cuda.get_device_capability()
+    define(importlib.import_module(f"{trt.__name__}.plugin"), 10 * major + minor)
 
 
 def known(registry: Any) -> list[str]:
