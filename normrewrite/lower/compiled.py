@@ -54,8 +54,8 @@ def backward(
     """dx as x, dweight and dbias, as eager.py's operator gives them."""
     (flat, last), measured = _flat(x), (mean, spread, signs[:, 0])
     g = torch.empty_like(x, dtype=g.dtype).copy_(g) if g.stride() != x.stride() else g
-    half = _halves(row.power, last)[1]
-    dx, dweight, dbias = _called(half, _flat(g)[0], flat, weight, *measured, *_numbers(x, constant, eps))
+    back = _halves(row.power, last)[1]
+    dx, dweight, dbias = _called(back, _flat(g)[0], flat, weight, *measured, *_numbers(x, constant, eps))
     return _as(dx, x, last), dweight, dbias
 
 
@@ -104,7 +104,7 @@ def _halves(power: int, last: bool) -> tuple[Callable[..., Any], Callable[..., A
         """By products, which a compiler's pow is not."""
         return reduce(torch.mul, [values] * exponent) if exponent else torch.ones_like(values)
 
-    def half(x: Tensor, weight: Tensor | None, bias: Tensor | None, constant: Tensor, eps: Tensor) -> Any:
+    def forth(x: Tensor, weight: Tensor | None, bias: Tensor | None, constant: Tensor, eps: Tensor) -> Any:
         n, values = x.numel() // x.shape[2 if last else 1], x.to(constant.dtype)
         mean = summed(values) / n
         d = values - channels(mean)
@@ -117,7 +117,7 @@ def _halves(power: int, last: bool) -> tuple[Callable[..., Any], Callable[..., A
         y = y if bias is None else y + channels(bias.to(scale.dtype))
         return y.to(x.dtype), mean, raw * constant, inward
 
-    def other(
+    def back(
         g: Tensor,
         x: Tensor,
         weight: Tensor | None,
@@ -140,4 +140,4 @@ def _halves(power: int, last: bool) -> tuple[Callable[..., Any], Callable[..., A
             dx = torch.maximum(torch.minimum(dx, channels(largest)), -channels(largest))
         return dx.to(x.dtype), dweight, dbias
 
-    return torch.compile(half, dynamic=True, fullgraph=True), torch.compile(other, dynamic=True, fullgraph=True)
+    return torch.compile(forth, dynamic=True, fullgraph=True), torch.compile(back, dynamic=True, fullgraph=True)

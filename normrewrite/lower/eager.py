@@ -57,8 +57,15 @@ def affine(x: Tensor, mean: Tensor, scale: Tensor, weight: Tensor | None, bias: 
 
     Torch's inference batch norm with unit variance *is* that affine: it reads x once, in any dtype and memory format.
     """
-    factor = torch.reciprocal(scale) if weight is None else weight.to(scale.dtype) / scale
-    offset = torch.zeros_like(mean) if bias is None else bias.to(mean.dtype)
+    return _scaled(x, mean, _factor(scale, weight), None if bias is None else bias.to(mean.dtype))
+
+
+def _factor(scale: Tensor, weight: Tensor | None) -> Tensor:
+    return scale.reciprocal() if weight is None else weight.to(scale.dtype) / scale
+
+
+def _scaled(x: Tensor, mean: Tensor, factor: Tensor, offset: Tensor | None = None) -> Tensor:
+    offset = torch.zeros_like(mean) if offset is None else offset
     return torch.batch_norm(x, factor, offset, mean, torch.ones_like(mean), False, 0.0, 0.0, False)
 
 
@@ -245,8 +252,10 @@ def input_gradient(
     inward = -dweight / scale if weight is None else -dweight * weight.to(scale.dtype) / scale
     # in half precision one sum of two roundings would not do, nor the sum of two infinities on a dead channel
     if row.family == "mean":
-        dx, factor = torch.empty_like(x), scale.reciprocal() if weight is None else weight.to(scale.dtype) / scale
-        per = mean, middle, factor, inward * (constant / n), spread, spread / constant
+        dx, per = (
+            torch.empty_like(x),
+            (mean, middle, _factor(scale, weight), inward * (constant / n), spread, spread / constant),
+        )
         for parts in pieces((x, g, dx), per):
             _dense_part(row, eps, *parts)
         return dx
@@ -272,9 +281,7 @@ def _dense_part(
     """dx = factor * (g - middle) + inward * slope, of some elements; raw: S."""
     rank = x.dim()
     slope = dense_slope(x - per_channel(mean, rank), per_channel(raw, rank), row)
-    values = torch.batch_norm(
-        wide(g), factor, torch.zeros_like(mean), middle, torch.ones_like(mean), False, 0.0, 0.0, False
-    )
+    values = _scaled(wide(g), middle, factor)
     if dx.dtype == values.dtype:  # written at once
         torch.addcmul(values, slope, per_channel(inward, rank), out=dx)
     else:

@@ -34,7 +34,10 @@ CASES: dict[str, Told] = {
     "long rows": _ROWS | {"spec": "l1", "shape": (64, 1, 8192, 1)},
     "rows of few": _ROWS | {"spec": "topk:10", "shape": (64, 1, 4096, 1)},
 }
-TOO_MUCH: dict[str, Told] = {"rows too long": _ROWS | {"spec": "topk:10", "shape": (64, 1, 8192, 1)}}
+TOO_MUCH: dict[str, Told] = {
+    "rows too long": _ROWS | {"spec": "topk:10", "shape": (64, 1, 8192, 1)},
+    "long l2 rows": _ROWS | {"spec": "l2", "shape": (64, 1, 8192, 1)},
+}
 
 
 def launches(
