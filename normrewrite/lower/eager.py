@@ -291,9 +291,9 @@ def _dense_part(
 
 def _add_at(dx: Tensor, indices: Tensor, values: Tensor) -> None:
     """dx: (N, C, *) += values at `indices`, (C, k) positions in each channel's own (N, *) order."""
-    channels = torch.arange(dx.shape[1], device=dx.device)[:, None].expand_as(indices)
-    first, *rest = torch.unravel_index(indices, (dx.shape[0], *dx.shape[2:]))
-    dx.index_put_((first, channels, *rest), values, accumulate=True)
+    samples = dx.view(*dx.shape[:2], -1)
+    channels, positions = torch.arange(dx.shape[1], device=dx.device)[:, None].expand_as(indices), samples.shape[2]
+    samples.index_put_((indices // positions, channels, indices % positions), values, accumulate=True)
 
 
 def normalise(
