@@ -41,6 +41,11 @@ def pieces(tensors: tuple[Tensor, ...], of_channels: tuple[Tensor, ...] = ()) ->
         yield from pieces(parts, mine)
 
 
+def backwards(parts: Iterator[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
+    """The last pieces first: after one pass over a tensor, its end is what the cache still holds."""
+    return reversed(list(parts))
+
+
 @dataclass
 class Cells:
     """A channel's elements cut into P cells of L: neighbours, or where neighbours are few, what stands at one position of L
