@@ -592,6 +592,18 @@ def main() -> None:
     except OSError as error:  # stdout is full, or nobody reads it any more
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 (what is buffered goes nowhere)
         _report(f"stdout: {error.strerror}. Nothing else is wrong; files were written as asked.", 2)
+    except Exception as error:
+        if os.environ.get("NORMREWRITE_TRACEBACK"):
+            raise
+        _report(_unexpected(error), 70)
+
+
+def _unexpected(error: Exception) -> str:
+    first = str(error).strip().partition("\n")[0][:200]
+    return (
+        f"{type(error).__name__}: {first}. This was not foreseen: an input is damaged in a way that is not recognised, or "
+        "normrewrite is at fault. Nothing was written. With NORMREWRITE_TRACEBACK=1 it tells where; please report that."
+    )
 
 
 def _report(message: str, exit_code: int, show: Callable[[], None] | None = None) -> None:

@@ -261,10 +261,10 @@ def _checked(model: nn.Module, report: Report) -> nn.Module:
 def _measured(site: Site, before: nn.Module | None, new: nn.Module, choice: Choice, probe: Probe) -> SiteResult:
     assert choice.rewrite is not None
     reason = choice.rewrite.inexact(site)
-    layer = None if before is None or site.before is None else site.before.module
-    gap, error = measured((layer, site.module), (before, new), reason, probe)
+    halves = choice.rewrite.halves(site, before, new)
+    gap, error = (None, None) if halves is None else measured(*halves, reason, probe)
     origin = sites.origin_of(new)
     if origin is not None:
         origin.difference, origin.error = gap, error
-    limit = None if reason else tolerance(site.module)
+    limit = None if reason or halves is None else tolerance(halves[0][0] or site.module)
     return SiteResult(site.names, site.kind, site.channels, choice.target, gap, limit, None, choice.note, error)

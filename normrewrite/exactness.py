@@ -15,10 +15,9 @@ from normrewrite.modes import evaluating
 from normrewrite.neighbours import is_layer
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.parts import deepcopy, statistics_dtype
+from normrewrite.passes.base import Pair
 from normrewrite.passes.fold_affine import affine_of, tail_of
 from normrewrite.tolerances import SAME_FUNCTION, worst
-
-Pair = tuple[nn.Module | None, nn.Module]  # the layer in front, where the rewrite changed that too, and the norm
 
 _RANKS = {nn.BatchNorm1d: 2, nn.BatchNorm3d: 5, nn.InstanceNorm1d: 3, nn.InstanceNorm3d: 5}
 

@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 from torch.nn.utils.parametrize import is_parametrized
 
 from normrewrite import arch as arch_
-from normrewrite import manifest, unpickle
+from normrewrite import manifest, soundness, unpickle
 from normrewrite.errors import NormRewriteError, first_line, nearest, possible
 from normrewrite.history import History
 from normrewrite.ranges import LearnedRanges
@@ -101,7 +101,9 @@ def look(path: Path, *, key: str | None = None, allow: Sequence[str] = (), trust
     record = content.get(manifest.KEY) if isinstance(content, Mapping) else None
     checked = None if record is None else manifest.check(record, str(path))
     if isinstance(found, nn.Module):
-        _check_sound(found, path)
+        wrong = soundness.check(found)
+        if wrong is not None:
+            raise NormRewriteError(f"{path}: the module in it is damaged: {wrong}. Save it again.")
         form = "module"
     return Content(found, form, checked)
 
@@ -159,28 +161,11 @@ def recognise(path: Path) -> None:
         )
 
 
-def _check_sound(model: nn.Module, path: Path) -> None:
-    """A pickled module is whatever its file says; one that is not put together as modules are can't be walked."""
-    waiting, seen = [(model, 0)], set()
-    while waiting:
-        module, depth = waiting.pop()
-        parts = (
-            [vars(module).get(name) for name in ("_modules", "_parameters", "_buffers")]
-            if isinstance(module, nn.Module)
-            else []
-        )
-        if len(parts) != 3 or not all(isinstance(part, dict) for part in parts) or depth > 200:
-            raise NormRewriteError(f"{path}: the module in it is damaged ({type(module).__name__}). Save it again.")
-        if id(module) not in seen:
-            seen.add(id(module))
-            waiting += [(child, depth + 1) for child in parts[0].values() if child is not None]  # type: ignore[union-attr]
-
-
 def _zip_names(path: Path) -> list[str]:
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.namelist()
-    except (zipfile.BadZipFile, OSError):
+    except (zipfile.BadZipFile, OSError, ValueError):  # ValueError: names in no encoding
         return []
 
 

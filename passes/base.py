@@ -24,6 +24,8 @@ from normrewrite.norms import Gain
 from normrewrite.passes.lift_functional import LiftFunctional
 from normrewrite.sites import Site
 
+Pair = tuple[nn.Module | None, nn.Module]  # the layer in front, where the rewrite changed that too, and the norm
+
 
 class Rewrite(ABC):
     """One rewrite of a model, usable alone, in a Plan, or in torch.fx's PassManager."""
@@ -53,6 +55,12 @@ class Rewrite(ABC):
         where = where if site.before is None else f"folded into {site.before.name}"
         reason = self.inexact(site)
         return "; ".join(part for part in (where, f"not exact: {reason}" if reason else "") if part)
+
+    def halves(self, site: Site, before: nn.Module | None, new: nn.Module) -> tuple[Pair, Pair] | None:
+        """What has to compute the same in eval: the layer in front, if it changes too, and the module, as they were and as they
+        are; None where another site tells."""
+        layer = None if before is None or site.before is None else site.before.module
+        return (layer, site.module), (before, new)
 
     @abstractmethod
     def rewrite(self, site: Site) -> nn.Module:

@@ -11,6 +11,7 @@ running_var = (running_scale + eps')^2 - eps, the nearest: the same function in 
 class of its rank.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from normrewrite.nn.parts import assemble, shallow
 from normrewrite.nn.rows import RowNorm
 from normrewrite.nn.weights import original, unchanged, weight_norm_of
 from normrewrite.passes import restore_rows
-from normrewrite.passes.base import Rewrite
+from normrewrite.passes.base import Pair, Rewrite
 from normrewrite.sites import Site
 
 _NATIVE: dict[type[BatchNorm], type[nn.Module]] = {
@@ -48,6 +49,7 @@ class RestoreNative(Rewrite):
 
     def __init__(self) -> None:
         self.trained: list[str] = []
+        self._with_a_norm: set[int] = set()
 
     def wants(self, module: nn.Module) -> bool:
         return sites.is_norm(module) or self.gives_back(module)
@@ -68,6 +70,21 @@ class RestoreNative(Rewrite):
         if old.origin is None and type(old) not in _NATIVE:
             return f"{site.kind} takes any rank, and torch has no such batch norm; use BatchNorm1d, 2d or 3d"
         return None
+
+    def look(self, model: nn.Module, found: Sequence[Site]) -> list[Site]:
+        """A layer with a norm in its weight has no function of its own to keep: the place of that norm stands for both."""
+        self._with_a_norm = {id(layer) for site in found for layer in getattr(site.module, "layer", ())}
+        return list(found)
+
+    def inexact(self, site: Site) -> str:
+        origin = sites.origin_of(site.module)
+        return f"neither was the way here: {origin.inexact}" if origin is not None and origin.inexact else ""
+
+    def halves(self, site: Site, before: nn.Module | None, new: nn.Module) -> tuple[Pair, Pair] | None:
+        if id(site.module) in self._with_a_norm:
+            return None
+        layer = next(iter(getattr(site.module, "layer", ())), None)
+        return (layer, site.module), (None if layer is None else _layer(layer)[0], new)
 
     def rewrite(self, site: Site) -> nn.Module:
         old = site.module
