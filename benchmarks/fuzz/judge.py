@@ -136,9 +136,7 @@ def _faults(code: int, output: str, before: set[str], after: set[str]) -> Iterat
         yield f"exit code {code}"
     if "Traceback (most recent call last)" in output:
         yield "a traceback"
-    elif (code == 1 and not output.strip()) or (
-        code == 2 and not re.search(r"^error: |^Error: ", output, re.MULTILINE)
-    ):
+    elif code in (2, UNFORESEEN) and not re.search("^(error|Error|Usage): ", output, re.MULTILINE):
         yield "no message"
     if any(line.startswith("pwned ") for line in after):
         yield "code out of a file was run"
