@@ -62,7 +62,9 @@ def _constants(cls: type) -> list[str]:
 
 
 def _hints(cls: type) -> dict[str, Any]:
-    """The types that a class declares for its attributes; none where they can't be told."""
+    """The types that a class declares for its attributes, of torch's and ours: others declare what they don't keep to."""
+    if not cls.__module__.startswith(("torch.nn.", "normrewrite.")):
+        return {}
     try:
         return get_type_hints(cls)
     except (NameError, TypeError, AttributeError):
@@ -76,6 +78,8 @@ def _fits(value: object, hint: Any) -> bool:
         return any(_fits(value, each) for each in arguments)
     if origin is tuple:
         return isinstance(value, tuple | list) and all(_fits(each, arguments[0]) for each in value)
+    if hint in (int, float) and isinstance(value, Tensor):  # some compute sizes so
+        return value.dim() == 0
     if hint is float:
         return isinstance(value, int | float)
     return hint is Any or not isinstance(hint, type) or isinstance(value, hint)
