@@ -163,10 +163,10 @@ def undisturbed(name: str, at: Path) -> Trial:
             raise SystemExit(f"{name} fails without any fault: {said}")
     size = output.stat().st_size
     shutil.rmtree(folder)
-    return Trial(at, name, partial(_is_whole, size=size), min(seconds))
+    return Trial(at, name, partial(is_whole, size=size), min(seconds))
 
 
-def _is_whole(path: Path, size: int) -> bool:
+def is_whole(path: Path, size: int) -> bool:
     """By the reader of its kind; an engine, which only a GPU reads, by its size."""
     if path.suffix == ".pt":
         command = [sys.executable, "-m", "normrewrite", "verify", "--manifest", str(path), "--quiet"]

@@ -1,41 +1,35 @@
 """A command that is broken off leaves the old file or the new one; the whole table is `python -m benchmarks.faults`."""
 
-from collections.abc import Iterator
+import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from benchmarks import faults
-from benchmarks.faults import Outcome, Trial
+from benchmarks.faults import EXAMPLES, Outcome, Trial
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def convert(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trial]:
-    at = tmp_path_factory.mktemp("faults")
-    faults.prepared(at)
-    yield faults.undisturbed("convert", at)
+@pytest.fixture
+def convert(tmp_path: Path) -> Trial:
+    shutil.copy(EXAMPLES / "digits.pt", tmp_path)
+    return Trial(tmp_path, "convert", partial(faults.is_whole, size=0), 0.0)
 
 
-@pytest.mark.parametrize("existed", [True, False])
 @pytest.mark.parametrize("fault", ["full disk", "files limited", "no permission"])
-def test_nothing_is_lost_and_nothing_is_left(fault: str, existed: bool, convert: Trial) -> None:
+def test_the_old_file_stays_and_nothing_is_left(fault: str, convert: Trial) -> None:
     if fault == "full disk" and not faults.mounts():
         pytest.skip("no right to mount a tmpfs")
-    outcome = faults.tried(convert, fault, existed)
-    assert outcome.ok, outcome
-    assert outcome.file == ("old" if existed else "absent")
+    outcome = faults.tried(convert, fault, existed=True)
+    assert outcome.ok and outcome.file == "old", outcome
 
 
-def test_killed_while_it_writes(convert: Trial) -> None:
-    outcome = faults.tried(convert, "SIGKILL", True, 0.9 * convert.seconds)
-    assert outcome.ok, outcome
-
-
-def test_damage_is_told(tmp_path: Path, convert: Trial) -> None:
-    half = tmp_path / "twin.pt"
-    half.write_bytes((convert.at / "digits.l1.pt").read_bytes()[:-100])
-    assert not convert.whole(half) and convert.whole(convert.at / "digits.l1.pt")
+def test_damage_is_told(tmp_path: Path) -> None:
+    whole, half = EXAMPLES / "digits.npz", tmp_path / "half.html"
+    half.write_text("<html>")
+    assert not faults.is_whole(half, 6) and faults.is_whole(whole, whole.stat().st_size)
     assert not Outcome("convert", "SIGKILL", True, -9, "damaged", [], "").ok
     assert not Outcome("convert", "full disk", True, 2, "old", [".twin.pt.x.tmp"], "error: no room").ok
+    assert not Outcome("convert", "full disk", True, 2, "absent", [], "error: no room").ok
