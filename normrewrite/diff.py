@@ -155,7 +155,7 @@ def _amount(a: Tensor | None, b: Tensor | None) -> tuple[int | None, float | Non
     """(elements that differ, largest |a - b|, that over the largest |b|), where both have the same shape and values."""
     if a is None or b is None or a.shape != b.shape or a.is_meta or b.is_meta or a.is_complex() or b.is_complex():
         return None, None, None
-    left, right = a.detach().cpu().double(), b.detach().cpu().double()
+    left, right = (digests.plain(each).double() for each in (a, b))
     apart = ~((left == right) | (left.isnan() & right.isnan()))
     gap = torch.where(apart, (left - right).abs(), 0.0).nan_to_num(nan=math.inf)
     largest = float(gap.max()) if gap.numel() else 0.0

@@ -33,17 +33,18 @@ def of_tensor(tensor: Tensor) -> str:
     """The SHA-256 of a tensor's dtype, shape and values in row-major order, whatever its strides and device."""
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
     if not tensor.is_meta:
-        digest.update(_bytes(tensor.detach()))
+        digest.update(_bytes(tensor))
     return digest.hexdigest()
 
 
 def _bytes(tensor: Tensor) -> Any:
-    if tensor.layout is not torch.strided:
-        tensor = tensor.to_dense()
-    if tensor.is_quantized:
-        tensor = tensor.dequantize()
-    flat = tensor.cpu().contiguous().resolve_conj().resolve_neg().reshape(-1)
-    return flat.view(torch.uint8).numpy()
+    return plain(tensor).contiguous().resolve_conj().resolve_neg().reshape(-1).view(torch.uint8).numpy()
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The values of any tensor, dense and on the CPU."""
+    dense = tensor.detach().cpu() if tensor.layout is torch.strided else tensor.detach().cpu().to_dense()
+    return dense.dequantize() if dense.is_quantized else dense
 
 
 def of_record(record: Mapping[str, Any]) -> str:

@@ -165,7 +165,7 @@ def _zip_names(path: Path) -> list[str]:
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError):  # ValueError: names in no encoding
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):  # the last two: names and versions of no zip
         return []
 
 

@@ -51,7 +51,12 @@ def unreadable(module: nn.Module) -> str | None:
     tensors = [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
     if any(is_lazy(tensor) for tensor in tensors):
         return "is lazy and has no size yet; run the model on one batch first"
-    odd = [t.dtype for t in tensors if t.dtype.is_floating_point and t.dtype not in SAME_FUNCTION]
+    dtypes = {
+        str(tensor.dtype).removeprefix("torch."): tensor.dtype for tensor in tensors if tensor.is_floating_point()
+    }
+    odd = [name for name, dtype in dtypes.items() if dtype not in SAME_FUNCTION]
+    if isinstance(module, _BatchNorm) and len(dtypes) > 1:
+        odd = [" and ".join(sorted(dtypes))]
     return f"keeps {odd[0]}, which no norm can compute in" if odd else None
 
 

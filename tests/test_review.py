@@ -191,6 +191,9 @@ def test_a_dtype_that_batch_norm_cannot_compute_in_is_refused() -> None:
     norm = nn.BatchNorm2d(4)
     norm.weight.data = norm.weight.data.to(torch.float8_e4m3fn)
     assert "float8" in str(nr.plan(nn.Sequential(norm)))
+    mixed = nn.BatchNorm2d(4)
+    mixed.running_mean = mixed.running_mean.bfloat16()  # type: ignore[union-attr]
+    assert "bfloat16 and float32" in str(nr.plan(nn.Sequential(mixed)))
 
 
 def test_what_an_origin_keeps_is_no_norm_of_the_model() -> None:
