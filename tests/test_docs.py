@@ -23,6 +23,7 @@ NOT_RUN = {
     "docs/index.md": ["installs; the tests run in what it makes"],
     "docs/kernels.md": ["train.py is yours"],
     "docs/machines.md": ["several processes; tests/test_launch.py runs such", "several machines"],
+    "docs/migrate.md": ["shown as py", "shown as py"],  # Composer's and Opacus's own
     "docs/plugins.md": ["shown as py"],  # registers plugins where an engine runs, which needs a GPU
 }
 
