@@ -26,7 +26,8 @@ test: install lint
 	$(BIN)/pytest -q -n 2 -m 'not slow'
 	$(BIN)/pytest -q -n 2 -m slow
 
-# The pages, to be opened as site/index.html. A warning is an error; the variable keeps the theme from advertising.
+# The pages, to be opened as site/index.html; served (python -m http.server -d site) they can be searched, too.
+# A warning is an error; the variable keeps the theme from advertising.
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 

@@ -5,38 +5,39 @@ from typing import Any
 
 from griffe import Extension, Object
 
-ARGUMENTS = re.compile(r"(?:[a-z_][\w.]*(?:, [a-z_][\w.]*)*): \S")  # `x: (N, ...)`, `include, exclude: globs`
-SENTENCE = re.compile(r"(\. |; )(?=[a-z_]\w*(?:, [a-z_]\w*)*: )")  # `labels: (N,). tolerance: ...` on one line
+NAMES = r"[a-z_][\w.]*(?:, [a-z_][\w.]*)*:\s(?=\S)"  # `x: (N, ...)`, `include, exclude: globs`
+_FIRST = re.compile(NAMES)
+_NEXT = re.compile(rf"(?:\. |; |\.\n|;\n)(?={NAMES})")  # `labels: (N,). tolerance: ...` on one line
+_RAISES = re.compile(r"(?:\n|(?<=\.) )(?=Raises )")
+_OUTSIDE_CODE = re.compile(r"(`[^`]*`)|\*")
 
 
 def markdown(text: str) -> str:
-    """`>>>` lines fenced; `name: ...` and what is indented or runs on below it as one item of a list."""
-    out: list[str] = []
-    kind = ""
-    for line in text.splitlines():
-        before, kind = kind, _kind(line, kind)
-        if before == "code" and kind != "code":
-            out += ["```", ""]
-        if kind == "code" and before != "code":
-            out += ["", "```pycon"]
-        if kind == "item":
-            out += [""] if before != "item" else []
-            line = _item(line) if ARGUMENTS.match(line) else f"    {line.strip()}"
-        out.append(line)
-    return "\n".join([*out, *(["```"] if kind == "code" else [])])
+    """A docstring's text, paragraph by paragraph."""
+    return "\n\n".join(_paragraph(part) for part in re.split(r"\n\s*\n", _RAISES.sub("\n\n", text)))
 
 
-def _kind(line: str, before: str) -> str:
-    if line.startswith((">>>", "...")) or (before == "code" and line.strip()):
-        return "code"
-    if not line.strip() or line.startswith("Raises "):
-        return ""
-    return "item" if ARGUMENTS.match(line) or before == "item" else "prose"
+def _paragraph(part: str) -> str:
+    if part.startswith(">>>"):
+        return f"```pycon\n{part}\n```"
+    if part.startswith("    "):  # formulas
+        return part
+    lines = _OUTSIDE_CODE.sub(lambda found: found[1] or r"\*", part).split("\n")
+    start = next((i for i, line in enumerate(lines) if _FIRST.match(line)), None)
+    if start is None:
+        return "\n".join(lines)
+    items = _NEXT.split(_next_lines("\n".join(lines[start:])))
+    return "\n".join([*lines[:start], "", *map(_item, items)])
 
 
-def _item(line: str) -> str:
-    parts = SENTENCE.sub(".\n", line).split("\n")
-    return "\n".join("- **{}**: {}".format(*part.partition(": ")[::2]) for part in parts)
+def _next_lines(text: str) -> str:
+    """Where a line begins with names, the one before ends a sentence, whether it has a full stop or not."""
+    return re.sub(rf"(?<![.;])\n(?={NAMES})", ".\n", text)
+
+
+def _item(text: str) -> str:
+    names, rest = re.split(r":\s", text, maxsplit=1)
+    return f"- **{names}**: {' '.join(rest.split())}"
 
 
 class Docstrings(Extension):

@@ -15,6 +15,7 @@ import pytest
 
 import normrewrite as nr
 from normrewrite import cli, norms, targets
+from tests import browser
 from tests.conftest import ROOT
 from tests.pages import PAGES, Block, blocks, furnish, unsaid
 
@@ -135,6 +136,20 @@ def test_a_page_that_is_wrong_fails(
             reader.follow(block)
 
 
+def test_docstrings_become_markdown() -> None:
+    pytest.importorskip("griffe", reason="MkDocs is not installed: pip install normrewrite[docs]")
+    specification = importlib.util.spec_from_file_location("docstrings", ROOT / "docs" / "docstrings.py")
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    text = "What it does.\n\n>>> f(x)\n1\n\nx, y: (N, C), of the\nsame size. z: a number.\nRaises NormRewriteError."
+    lines = module.markdown(text).splitlines()
+    assert [line for line in lines if line] == [
+        *("What it does.", "```pycon", ">>> f(x)", "1", "```"),
+        *("- **x, y**: (N, C), of the same size", "- **z**: a number.", "Raises NormRewriteError."),
+    ]
+
+
 # --- links, and the site ----------------------------------------------------------------------------------------------
 
 _LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
@@ -168,9 +183,16 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_site_has_every_page_and_reads_nothing_from_elsewhere(site: Path) -> None:
     for page in PAGES[1:]:
         html = (site / page.relative_to(ROOT / "docs").with_suffix(".html")).read_text()
-        fetched = re.findall(r'(?:src|href)="(https?://[^"]+)"[^>]*', html)
-        assert not [link for link in fetched if re.search(r"\.(js|css|woff2?|png|svg)$", link)], page
-        assert "fonts.g" not in html and "--8<--" not in html, page
+        assert not re.findall(r'<(?:script|link|img|iframe)[^>]*(?:src|href)="https?:[^>]*', html), page
+        assert "--8<--" not in html, page
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(browser.found() is None, reason=f"no browser is here: one of {', '.join(browser.NAMES)}")
+def test_pages_open_from_files_without_a_complaint(site: Path) -> None:
+    with browser.Browser() as opened:
+        page = opened.open(site / "reference" / "python.html", width=1280)
+        assert not page.complaints and all(request.startswith(("file:", "data:")) for request in page.requests)
 
 
 @pytest.mark.slow
