@@ -204,7 +204,7 @@ def test_round_trip(argument: int | str) -> None:
 @pytest.mark.parametrize(
     ("spec", "parts"),
     [
-        ("l3", ["unknown metric 'l3'", "Did you mean 'l"]),
+        ("l9", ["unknown metric 'l9'", "Did you mean 'l"]),
         ("lnf", ["unknown metric 'lnf'", "Did you mean 'linf'?"]),
         ("tpok:3", ["unknown metric 'tpok:3'", "Did you mean 'topk'?", *spellings()]),
         ("ranges", ["Did you mean 'range'?"]),
