@@ -38,6 +38,9 @@ _PR_CAPBSET_DROP, _CAP_DAC_OVERRIDE = 24, 1
 _SMALL = 16 << 10  # bytes of a full disk
 
 
+HEAD = ["command", "fault", "runs", "the file afterwards", "temporary files left", "not as it should be"]
+
+
 @dataclass(frozen=True)
 class Command:
     """A command that writes one file; beside: what else it may leave, which people know of."""
@@ -222,17 +225,14 @@ def all_of(trial: Trial, signals: int, faults: list[str]) -> Iterator[Outcome]:
             yield tried(trial, fault, number % 4 < 2, trial.seconds * draw.uniform(0.8 if late else 0.1, 1.02))
 
 
-def row(name: str, fault: str, found: list[Outcome]) -> list[str]:
-    files = Counter(each.file for each in found)
-    told = ", ".join(f"{state} {count}" for state, count in sorted(files.items()))
-    return [
-        name,
-        fault,
-        str(len(found)),
-        told,
-        str(sum(bool(each.left) for each in found)),
-        str(sum(not each.ok for each in found)),
-    ]
+def rows(outcomes: list[dict[str, Any]]) -> Iterator[list[str]]:
+    """A line a command and fault, in the order of their first outcome."""
+    for pair in dict.fromkeys((each["command"], each["fault"]) for each in outcomes):
+        found = [each for each in outcomes if (each["command"], each["fault"]) == pair]
+        files = Counter(each["file"] for each in found)
+        told = ", ".join(f"{state} {count}" for state, count in sorted(files.items()))
+        left, wrong = sum(bool(each["left"]) for each in found), sum(not each["ok"] for each in found)
+        yield [f"`{pair[0]}`", pair[1], str(len(found)), told, str(left), str(wrong)]
 
 
 def main() -> None:
@@ -248,11 +248,8 @@ def main() -> None:
             for outcome in all_of(undisturbed(name, Path(place)), options.signals, faults):
                 found.append(outcome)
                 print("." if outcome.ok else json.dumps(asdict(outcome)), end="" if outcome.ok else "\n", flush=True)
-    names = [(name, fault) for name in options.only for fault in [*faults, "SIGINT", "SIGKILL"]]
-    rows = [row(*pair, [each for each in found if (each.command, each.fault) == pair]) for pair in names]
-    head = ["command", "fault", "runs", "the file afterwards", "temporary files left", "not as it should be"]
-    print(f"\n{markdown(head, rows)}")
     result: dict[str, Any] = {"runs": len(found), "outcomes": [asdict(each) | {"ok": each.ok} for each in found]}
+    print(f"\n{markdown(HEAD, list(rows(result['outcomes'])))}")
     print(f"wrote {write('faults', result)}")
     sys.exit(not all(each.ok for each in found))
 

@@ -1,4 +1,4 @@
-"""The tables of docs/figures.md are what benchmarks/results hold, cell by cell, and README's figures are among them."""
+"""The tables of docs/figures.md and docs/trust.md are what benchmarks/results hold, cell by cell; README's figures are among them."""
 
 import json
 import re
@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks import calibrate, convert, cpu_norms, deploy, fp16_pure, int8, repair, scopes, targets
+import benchmarks.fuzz.__main__ as fuzz
+from benchmarks import calibrate, convert, cpu_norms, deploy, faults, fp16_pure, int8, repair, scopes, targets
 from tests.conftest import ROOT
 
-PAGE = (ROOT / "docs" / "figures.md").read_text()
+PAGE = "".join((ROOT / "docs" / name).read_text() for name in ("figures.md", "trust.md"))
 README = (ROOT / "README.md").read_text()
 Rows = Iterator[list[str]]
 
@@ -104,7 +105,16 @@ def large() -> Rows:
         yield [each["form"], *megabytes, f"{each['peak_to_file']:.2f}", f"{each['seconds']:.1f}"]
 
 
-TABLES = (converted, calibrated, changed, repaired, layer_norms, trained_on_8_bits, half_alone, deployed, cpu, large)
+def fuzzed() -> Rows:
+    yield from fuzz.rows(result("fuzz"))
+
+
+def broken_off() -> Rows:
+    yield from faults.rows(result("faults")["outcomes"])
+
+
+FIGURES = (converted, calibrated, changed, repaired, layer_norms, trained_on_8_bits, half_alone, deployed, cpu, large)
+TABLES = (*FIGURES, fuzzed, broken_off)
 
 
 def absent(rows: Rows, page: str) -> list[str]:

@@ -23,6 +23,18 @@ from benchmarks.fuzz.judge import CODES, LIMIT, MEMORY, UNFORESEEN, Verdict, jud
 from benchmarks.stamp import markdown, write
 from normrewrite import commands, deploy  # noqa: F401
 
+HEAD = [
+    "input",
+    "number",
+    "done (0)",
+    "check failed (1)",
+    "refused (2)",
+    "not foreseen (70)",
+    "faults",
+    "longest, s",
+    "memory, MB",
+]
+
 
 def run(seeds: list[int], workers: int) -> Iterator[Verdict]:
     torch.set_num_threads(1)
@@ -38,16 +50,13 @@ def run(seeds: list[int], workers: int) -> Iterator[Verdict]:
             yield from pool.map(partial(judge, material=sound, scratch=scratch), seeds, chunksize=8)
 
 
-def row(name: str, found: list[Verdict]) -> list[str]:
-    codes = Counter(each.code for each in found)
-    return [
-        name,
-        f"{len(found):,}",
-        *(f"{codes[code]:,}" for code in (*CODES, UNFORESEEN)),
-        str(sum(bool(each.faults) for each in found)),
-        f"{max(each.seconds for each in found):.1f}",
-        f"{max(each.memory for each in found) / 1e6:.0f}",
-    ]
+def rows(result: dict[str, Any]) -> Iterator[list[str]]:
+    """A line a kind, of a summary."""
+    for name, of in result["kinds"].items():
+        faults = sum(each["kind"] == name for each in result["faults"])
+        counts = (of["codes"].get(str(code), 0) for code in (*CODES, UNFORESEEN))
+        numbers = (f"{count:,}" for count in (of["inputs"], *counts, faults))
+        yield [name, *numbers, f"{of['seconds']:.1f}", f"{of['bytes'] / 1e6:.0f}"]
 
 
 def summary(found: list[Verdict]) -> dict[str, Any]:
@@ -101,20 +110,10 @@ def main() -> None:
                     f"  code {verdict.code}, {verdict.seconds:.1f} s; {'; '.join(verdict.faults) or 'as it should be'}"
                 )
                 print(f"  {verdict.output if options.show else verdict.message[:300]}", flush=True)
-    head = [
-        "input",
-        "number",
-        "done (0)",
-        "a check failed (1)",
-        "refused (2)",
-        "not foreseen (70)",
-        "faults",
-        "longest, s",
-        "memory, MB",
-    ]
-    print(markdown(head, [row(name, of) for name in KINDS if (of := [each for each in found if each.kind == name])]))
+    result = summary(found)
+    print(markdown(HEAD, list(rows(result))))
     if not options.only:
-        print(f"wrote {write('fuzz', summary(found), 'onnx', 'onnxruntime', 'safetensors')}")
+        print(f"wrote {write('fuzz', result, 'onnx', 'onnxruntime', 'safetensors')}")
     sys.exit(any(verdict.faults for verdict in found))
 
 
