@@ -22,7 +22,6 @@ RMSNorm does), plugin_namespace and plugin_version, by which TensorRT finds a pl
 """
 
 import math
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
@@ -298,21 +297,32 @@ def inlined(proto: Any) -> Any:
 
 
 class Range(NamedTuple):
-    """What an attribute may be, in words and as a test."""
+    """What an attribute may be, in words and numbers; all of them finite."""
 
     words: str
-    holds: Callable[[Any], bool]
+    least: float = -math.inf
+    most: float = math.inf
+    above: bool = False  # whether the least is itself too little
+    whole: bool = False
+    length: int = 1
+
+    def holds(self, value: Any) -> bool:
+        """Whether a number, or a sequence of them where the length is not 1, lies within."""
+        numbers = [value] if self.length == 1 else list(value)
+        return len(numbers) == self.length and all(map(self._holds, numbers))
+
+    def _holds(self, number: float) -> bool:
+        fits = self.least <= number <= self.most and not (self.above and number == self.least)
+        return fits and math.isfinite(number) and not (self.whole and number % 1)
 
 
 RANGES = {  # what the operators' attributes may be
-    "count": Range("a whole number from 0", lambda value: value >= 0),
-    "percent": Range("0 to 100", lambda value: 0 <= value <= 100),
-    "power": Range("above 0", lambda value: 0 < value < math.inf),
-    "eps": Range("a finite number from 0", lambda value: 0 <= value < math.inf),
-    "centred": Range("0 or 1", lambda value: value in (0, 1)),
-    "reads": Range(
-        f"{_DEGREE + 1} finite numbers", lambda values: len(values) == _DEGREE + 1 and all(map(math.isfinite, values))
-    ),
+    "count": Range("a whole number from 0", least=0, whole=True),
+    "percent": Range("0 to 100", least=0, most=100),
+    "power": Range("above 0", least=0, above=True),
+    "eps": Range("a finite number from 0", least=0),
+    "centred": Range("0 or 1", least=0, most=1, whole=True),
+    "reads": Range(f"{_DEGREE + 1} finite numbers", length=_DEGREE + 1),
 }
 
 
