@@ -156,7 +156,7 @@ def _check_nodes(proto: Any, path: Path, norms: Mapping[str, str]) -> None:
             exit_code=1,
         )
     for node in proto.graph.node:
-        if node.op_type == "NormRewriteTop" and norms.get(node.name) != "plugin":
+        if node.op_type.removesuffix(nodes.INT8) == "NormRewriteTop" and norms.get(node.name) != "plugin":
             _check_k(node, nodes.attribute(node, "count", 0), nodes.attribute(node, "percent", 0.0))
     constants = {tensor.name: tensor for tensor in proto.graph.initializer}
     for node in proto.graph.node:

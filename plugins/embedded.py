@@ -30,9 +30,10 @@ from normrewrite.lower.triton.fixed import Fixed, using
 from normrewrite.lower.triton.geometry import why_not
 from normrewrite.norms import METRICS, Metric, metric
 from normrewrite.plugins.compute import strides
-from normrewrite.plugins.spec import DTYPES, NAMESPACE, OPS, VERSION, Op
+from normrewrite.plugins.spec import DTYPES, INT8, NAMESPACE, OPS, VERSION, Op
 
 FIXED = Fixed()
+EVERY = (*DTYPES, INT8[0])
 LEAST = 80  # compute capability of the PTX
 PTX = 80  # its version, 8.0: what drivers of CUDA 12.0 take
 _KEPT = ("mean_ptr", "spread_ptr", "indices_ptr", "signs_ptr")  # what row_forward writes for a backward
@@ -43,7 +44,7 @@ _KEPT = ("mean_ptr", "spread_ptr", "indices_ptr", "signs_ptr")  # what row_forwa
 
 def launches(row: Metric, eps: float, centred: bool, x: Tensor) -> list[Launch]:
     """What the library launches for a norm of x: (B, G, K, S), on the meta device, linear or channels-last."""
-    weight = torch.empty(x.shape[1:3], dtype=x.dtype, device=x.device)
+    weight = torch.empty(x.shape[1:3], dtype=torch.float32 if x.dtype is torch.int8 else x.dtype, device=x.device)
     with using(FIXED), recorded() as found:
         launching.forward(x, None, weight, weight, row, "exact", eps, sample=True, centred=centred)
     return [_y_alone(each) for each in found]
@@ -61,7 +62,7 @@ def recorded_kernels(dtypes: tuple[str, ...], operators: tuple[str, ...]) -> dic
     """By its key, one launch of every kernel that norms of these dtypes by these operators need, whatever their sizes."""
     found: dict[str, Launch] = {}
     for x in (x for dtype in dtypes for x in _samples(dtype)):
-        for row in (row for name in operators for row in _rows(OPS[name])):
+        for row in (row for name in operators for row in _rows(OPS[name]) if _dtype(x) in OPS[name].dtypes):
             for centred in (True, False) if _fits(x, row) else ():
                 found |= {key(each): each for each in launches(row, 1e-5, centred, x)}
     return found
@@ -86,7 +87,9 @@ def _samples(dtype: str) -> Iterator[Tensor]:
     for shape in ((2, 2, FIXED.extremes[-1], run - short) for run in FIXED.runs for short in (0, 1)):
         yield empty(shape, strides(shape))
     for shape in ((2, side - short, 1, FIXED.extremes[-1]) for side in FIXED.sides for short in (0, 1)):
-        if dtype == "float32" or shape[1] % 8 == 0:  # HWC8 pads channels, which the kernels don't
+        if dtype == "float32" or (
+            dtype == "float16" and shape[1] % 8 == 0
+        ):  # HWC8 pads channels, which the kernels don't
             yield empty(shape, strides(shape, multiple=1))
     for shape in ((2, 2, width - short, 1) for width in FIXED.widths for short in (0, 1)):
         yield empty(shape, strides(shape))
@@ -95,9 +98,11 @@ def _samples(dtype: str) -> Iterator[Tensor]:
 def key(launch: Launch) -> str:
     """What tells a kernel from others: `apply float16 SAMPLE=1 RELU=0 LANES=8 ...`, constants in the kernel's own order."""
     x = launch.arguments.get("x_ptr")
-    return " ".join(
-        [launch.kernel.__name__, "-" if x is None else str(x.dtype).removeprefix("torch."), *_constants(launch)]
-    )
+    return " ".join([launch.kernel.__name__, "-" if x is None else _dtype(x), *_constants(launch)])
+
+
+def _dtype(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
 
 
 def _constants(launch: Launch) -> list[str]:
@@ -205,7 +210,7 @@ def _constants_of_tables() -> dict[str, str]:
 
 def _operator(op: Op) -> str:
     attributes = ",\n".join(f"        {_attribute(a)}" for a in op.attributes)
-    return f'    {{"{op.name}", "{op.base.family}", {{\n{attributes}}}}},'
+    return f'    {{"{op.name}", "{op.base.family}", {_bool(op.int8)}, {{\n{attributes}}}}},'
 
 
 def _attribute(attribute: Any) -> str:
@@ -235,13 +240,13 @@ def _bool(value: bool) -> str:
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--dtypes", default=",".join(DTYPES), show_default=True)
-@click.option("--operators", default=",".join(OPS), show_default=True)
+@click.option("--dtypes", default=",".join(EVERY), show_default=True)
+@click.option("--operators", default="all", show_default=True)
 @click.option("--capabilities", default=str(LEAST), show_default=True, help=f"{LEAST} is PTX, others are machine code.")
 @click.option("--processes", default=2, show_default=True)
 def main(folder: Path, dtypes: str, operators: str, capabilities: str, processes: int) -> None:
     """Compile the kernels of the C++ library and write kernels.bin and tables.cpp into FOLDER."""
-    asked = _asked("--dtypes", dtypes, DTYPES), _asked("--operators", operators, list(OPS))
+    asked = _asked("--dtypes", dtypes, EVERY), _asked("--operators", operators, list(OPS))
     numbers = [int(number) for number in _asked("--capabilities", capabilities, [str(n) for n in range(LEAST, 130)])]
     with ProcessPoolExecutor(processes) as pool:
         made = list(pool.map(partial(_compiled, *asked, numbers), recorded_kernels(*asked), chunksize=8))
@@ -255,6 +260,8 @@ def _compiled(dtypes: tuple[str, ...], operators: tuple[str, ...], capabilities:
 
 
 def _asked(option: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
+    if text == "all":
+        return tuple(known)
     given = tuple(each.strip() for each in text.split(","))
     for each in given:
         if each not in known:

@@ -25,7 +25,7 @@ struct Tensor {
     bool last;
     std::string dtype;
 
-    Int bytes() const { return dtype == "float32" ? 4 : 2; }
+    Int bytes() const { return dtype == "float32" ? 4 : dtype == "float16" ? 2 : 1; }
     Int n() const { return each * positions; }
     Int lanes() const { return samples * groups * each; }
     Int channels() const { return groups * each; }

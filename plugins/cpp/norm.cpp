@@ -145,6 +145,10 @@ double Norm::gain(Int n) const {
 
 void Norm::check(std::vector<std::string> const& dtypes) const {
     if (dtypes.size() != 3) refuse(" takes x, weight, bias, got " + std::to_string(dtypes.size()) + " inputs");
+    if (op_->int8) {
+        if (dtypes != std::vector<std::string>{"int8", "float32", "float32"}) refuse(" takes int8, float32, float32, got " + joined(dtypes));
+        return;
+    }
     bool const alike = dtypes[0] == dtypes[1] && dtypes[0] == dtypes[2];
     if (!alike || (dtypes[0] != "float32" && dtypes[0] != "float16"))
         refuse(" takes float32 or float16 for all inputs alike, got " + joined(dtypes));

@@ -56,7 +56,7 @@ bool embedded(std::string const& dtype) {
 bool fits_last(PluginTensorDesc const& x) {
     bool const one_each = x.dims.nbDims == 4 && x.dims.d[2] == 1 && x.dims.d[1] > 1;
     if (x.type == DataType::kHALF) return one_each && x.format == TensorFormat::kHWC8 && x.dims.d[1] % 8 == 0;
-    return one_each && x.format == TensorFormat::kHWC;
+    return one_each && x.type == DataType::kFLOAT && x.format == TensorFormat::kHWC;
 }
 
 // Attributes as TensorRT holds them, 32 bits a number.
@@ -129,8 +129,10 @@ public:
 
     bool supportsFormatCombination(std::int32_t place, DynamicPluginTensorDesc const* tensors, std::int32_t inputs, std::int32_t) noexcept override {
         PluginTensorDesc const &x = tensors[0].desc, &tensor = tensors[place].desc;
-        if (tensor.type != x.type || !embedded(named(x.type))) return false;
-        if (place) return tensor.format == (place < inputs ? TensorFormat::kLINEAR : x.format);
+        bool const parameter = place > 0 && place < inputs;
+        DataType const wanted = parameter && norm_.op().int8 ? DataType::kFLOAT : x.type;
+        if (tensor.type != wanted || !embedded(named(x.type))) return false;
+        if (place) return tensor.format == (parameter ? TensorFormat::kLINEAR : x.format);
         return x.format == TensorFormat::kLINEAR || fits_last(x);
     }
 

@@ -22,6 +22,7 @@ struct Attribute {
 
 struct Operator {
     std::string name, family;  // "mean", "top", "span"
+    bool int8;                 // x and y are, weight and bias float32; else all are alike
     std::vector<Attribute> attributes;
 };
 

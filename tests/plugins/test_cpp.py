@@ -28,7 +28,9 @@ from normrewrite.norms import metric
 from normrewrite.plugins import OPS, embedded
 from normrewrite.plugins.built import SOURCES
 from normrewrite.plugins.compute import strides
+from normrewrite.plugins.spec import INT8
 from tests.conftest import ROOT
+from tests.lower import test_onnx_int8
 from tests.lower.test_onnx import TOLERANCE, drawn, off
 from tests.lower.triton import interpreter
 from tests.plugins.test_compute import room
@@ -82,7 +84,8 @@ def line(given: dict[str, Any], shape: tuple[int, ...], dtype: str, last: bool, 
     numbers = {name: ",".join(map(repr, np.ravel(value).tolist())) for name, value in given.items()}
     attributes = ";".join(f"{name}={text}" for name, text in numbers.items())
     sizes = ["x".join(map(str, each)) for each in (shape, (*shape[1:3], 1), (*shape[1:3], 1))]
-    return "|".join([operator, attributes, ",".join(sizes), ",".join([dtype] * 3), str(int(last))])
+    dtypes = INT8 if dtype == "int8" else [dtype] * 3
+    return "|".join([operator, attributes, ",".join(sizes), ",".join(dtypes), str(int(last))])
 
 
 class Memory:
@@ -156,6 +159,20 @@ def test_what_is_launched_computes_the_reference(spec: str, scope: str, program:
     wanted = op.reference(x, weight, bias, op.parse(given))
     assert off(y.numpy(), wanted) <= TOLERANCE[dtype]
     assert off(y.numpy() * dtype(1.01), wanted) > TOLERANCE[dtype]  # it can fail
+
+
+@pytest.mark.parametrize("scope", ["group", "layer", "group of whole accesses"])
+@pytest.mark.parametrize("spec", ["l1", "topk:3"])
+def test_what_is_launched_on_int8(spec: str, scope: str, program: Path) -> None:
+    shape, op = SHAPES[scope][0], OPS[nodes.operator(metric(spec)) + nodes.INT8]
+    given, (x, weight, bias) = told_of(spec, shape), test_onnx_int8.drawn(shape)
+    (events,) = told(program, line(given, shape, "int8", False, op.name))
+    y = torch.zeros(shape, dtype=torch.int8)
+    memory = Memory(*map(torch.from_numpy, (x, weight, bias)), y, workspace=events[-1]["workspace"])
+    for event in events[:-1]:
+        run(event, memory)
+    assert test_onnx_int8.apart(y.numpy(), op.reference(x, weight, bias, op.parse(given))) < 0.02
+    assert y.float().std() > 10  # it was written
 
 
 def like_python(event: dict[str, Any], asked: Any) -> None:
@@ -250,6 +267,7 @@ GOOD = {"eps": 1e-5, "reads": [1.0, 0, 0, 0, 0], "centred": 1}
         ("NormRewriteMean", {}, "2x4x1", " takes x of rank 4, got 2×4×1."),
         ("NormRewriteMean", {}, "2x4x1x8,5x1x1,4x1x1", " takes weight 4×1×1, got 5×1×1."),
         ("NormRewriteMean", {}, "2x4x1x8,4x1x1", " takes x, weight, bias, got 2 inputs."),
+        ("NormRewriteMeanInt8", {}, "2x4x1x8", " takes int8, float32, float32, got float32, float32, float32."),
         (
             "NormRewriteMean",
             {},

@@ -16,8 +16,10 @@ from benchmarks.networks import convnext, transformer_encoder
 from normrewrite.build import build
 from normrewrite.errors import NormRewriteError
 from normrewrite.lower import onnx as nodes
+from normrewrite.lower.onnx_int8 import absorb
 from normrewrite.plugins import OPS, placed
 from tests.conftest import RealNetwork
+from tests.lower import test_onnx_int8
 from tests.lower.test_onnx import SPECS, node_model
 from tests.plugins.rtx import OPEN, built, needs_rtx, without
 from tests.plugins.test_spec import given_of
@@ -91,6 +93,16 @@ def test_attributes_arrive_as_they_were_given(name: str, tmp_path: Path) -> None
     for key, value in given.items():
         assert result.attributes["norm"][key] == pytest.approx(value, rel=1e-6)
     assert result.attributes["norm"]["eps"] != pytest.approx(1.01 * given["eps"], rel=1e-6)  # it can fail
+
+
+@needs_rtx
+@pytest.mark.parametrize("plugins", ["auto", "off"])
+def test_int8_goes_in_and_out(plugins: str, tmp_path: Path) -> None:
+    """A norm between Q/DQ that was put on int8; RTX lets a plugin have that, and parses the body where none is."""
+    proto = test_onnx_int8.sandwich("l1", views=True)
+    assert list(absorb(proto)) == ["norm"]
+    result = built(proto, tmp_path, plugins)
+    assert result.norms == {"norm": "plugin" if plugins == "auto" else "function"}
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

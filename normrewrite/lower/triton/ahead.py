@@ -101,6 +101,7 @@ _TYPES = {
     torch.float32: "*fp32",
     torch.int64: "*i64",
     torch.uint8: "*u8",
+    torch.int8: "*i8",
 }
 
 
