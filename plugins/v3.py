@@ -3,8 +3,8 @@
 >>> made = creator(tensorrt, OPS["NormRewriteMean"])       # an IPluginCreatorV3One, to be registered by registry.py
 >>> made.made                                              # what it was asked for: {"/encoder/norm": {"eps": 1e-5, ...}}
 
-fp32, fp16 and int8, in TensorRT's linear format; of the first two channels-last (HWC, and HWC8 in fp16) too where a group is one
-channel, as in instance and batch scope. Sizes may be open. enqueue runs the Triton kernels and so needs torch for CUDA where the engine runs.
+fp32, fp16 and int8, in TensorRT's linear format; of the first two channels-last (HWC, and HWC8 in fp16) too where a group is
+one channel, as in instance and batch scope. Sizes may be open. enqueue runs the Triton kernels: it needs torch for CUDA there.
 """
 
 from collections.abc import Sequence

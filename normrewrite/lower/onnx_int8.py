@@ -127,7 +127,7 @@ def _over(proto: Any, norm: Any, name: str, scale: float) -> str:
 
     graph, made = proto.graph, f"{name}_of_{norm.name}"
     place = list(graph.node).index(norm)
-    graph.initializer.append(onnx.numpy_helper.from_array(np.float32(scale), f"{made}_scale"))
+    graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(scale, np.float32), f"{made}_scale"))
     wide = onnx.helper.make_node("Cast", [name], [f"{made}_wide"], f"{made}_wide", to=_FLOAT)
     graph.node.insert(place, onnx.helper.make_node("Div", [f"{made}_wide", f"{made}_scale"], [made], made))
     graph.node.insert(place, wide)
