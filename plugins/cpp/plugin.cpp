@@ -104,7 +104,11 @@ public:
         }
         return nullptr;
     }
-    IPluginV3* clone() noexcept override { return new Plugin(norm_); }
+    IPluginV3* clone() noexcept override {
+        auto* const copied = new Plugin(norm_);
+        copied->steps_ = steps_;
+        return copied;
+    }
     AsciiChar const* getPluginName() const noexcept override { return norm_.op().name.c_str(); }
     AsciiChar const* getPluginVersion() const noexcept override { return VERSION; }
     AsciiChar const* getPluginNamespace() const noexcept override { return NAMESPACE; }

@@ -74,7 +74,7 @@ def test_codes_lie_where_the_table_says(made: tuple[Path, dict[str, Any]]) -> No
 def test_operators_are_the_specs(made: tuple[Path, dict[str, Any]]) -> None:
     text = (made[0] / "tables.cpp").read_text()
     for op in OPS.values():
-        assert f'{{"{op.name}", "{op.base.family}", {{' in text
+        assert f'{{"{op.name}", "{op.base.family}", {str(op.int8).lower()}, {{' in text
         assert all(f'{{"{a.name}", ' in text and a.range.words in text for a in op.attributes)
 
 
@@ -82,4 +82,4 @@ def test_what_is_unknown_is_refused(tmp_path: Path) -> None:
     from click.testing import CliRunner
 
     said = CliRunner().invoke(embedded.main, [str(tmp_path), "--dtypes", "float64"])
-    assert said.exit_code == 2 and "'float64' is unknown. Known: float32, float16." in said.output
+    assert said.exit_code == 2 and "'float64' is unknown. Known: float32, float16, int8." in said.output

@@ -1,12 +1,14 @@
 """The library of plugins in C++ with TensorRT's real headers: built by CMake, loaded by TensorRT-RTX's real parser."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import onnx
 import pytest
@@ -16,9 +18,11 @@ pytest.importorskip("triton", reason="triton is not installed: pip install normr
 
 from normrewrite.cli import app
 from normrewrite.errors import NormRewriteError
+from normrewrite.lower.onnx_int8 import absorb
 from normrewrite.plugins import OPS, built
 from normrewrite.plugins.built import SOURCES
 from tests.conftest import ROOT
+from tests.lower import test_onnx_int8
 from tests.lower.test_onnx import node_model
 from tests.plugins.rtx import OPEN, needs_rtx
 from tests.plugins.rtx import built as build
@@ -92,6 +96,15 @@ def test_rtx_takes_its_plugins(name: str, library: Path, tmp_path: Path) -> None
     assert result.norms == {"norm": "plugin"} and "runs only where those plugins are registered" in str(result)
 
 
+@needs_rtx
+@needs_cmake
+@needs_headers
+def test_rtx_gives_it_int8(library: Path, tmp_path: Path) -> None:
+    proto = test_onnx_int8.sandwich("range", views=True)
+    absorb(proto)
+    assert build(proto, tmp_path, str(library)).norms == {"norm": "plugin"}
+
+
 def _model(name: str = "l1", shape: Any = SHAPE, **changed: Any) -> Any:
     return node_model(name, shape, np.float32, shape[2] * shape[3], **changed)
 
@@ -157,3 +170,13 @@ def test_where_it_is_and_how_it_is_built(tmp_path: Path, monkeypatch: pytest.Mon
         CliRunner().invoke(app, ["plugins", "path"]).output.strip()
         == f"{tmp_path}/normrewrite/libnormrewrite_plugins.so"
     )
+
+
+def test_the_page_names_what_there_is() -> None:
+    page, cmake = (ROOT / "docs" / "deploy.md").read_text(), (SOURCES / "CMakeLists.txt").read_text()
+    options = set(re.findall(r"-D(\w+)=", page))
+    assert {"TENSORRT_INCLUDE", "NORMREWRITE_CAPABILITIES"} <= options
+    assert all(re.search(rf"(set|find_path)\({option} ", cmake) for option in options)
+    commands = set(re.findall(r"normrewrite plugins (\w+)", page))
+    group = app.commands["plugins"]
+    assert isinstance(group, click.Group) and {"cmake", "path"} <= commands <= set(group.commands)
