@@ -58,6 +58,7 @@ def test_shares_of_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_rtx
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_what_becomes_of_an_engine_is_written_down() -> None:
     """Built, and then: no GPU."""
