@@ -27,6 +27,7 @@ Shape = tuple[int, ...]
 _BATCHES = (1, 8, 32)  # the profile of an open batch: smallest, the one tuned for, largest
 _LARGEST_K = 3840  # of TensorRT's TopK
 _WORKER = Path(__file__).with_name("build_worker.py")
+_OURS = "normrewrite: "  # how the library of plugins in C++ begins what it has against a node
 _PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 # What a product's input is called in ONNX, and in the list of an engine's layers.
 _ENGINE_TYPES = {"FLOAT": "Float", "FLOAT16": "Half", "BFLOAT16": "BFloat16", "INT8": "Int8"}
@@ -155,7 +156,7 @@ def _check_nodes(proto: Any, path: Path, norms: Mapping[str, str]) -> None:
             exit_code=1,
         )
     for node in proto.graph.node:
-        if node.op_type == "NormRewriteTop" and norms.get(node.name) != "plugin":
+        if node.op_type.removesuffix(nodes.INT8) == "NormRewriteTop" and norms.get(node.name) != "plugin":
             _check_k(node, nodes.attribute(node, "count", 0), nodes.attribute(node, "percent", 0.0))
     constants = {tensor.name: tensor for tensor in proto.graph.initializer}
     for node in proto.graph.node:
@@ -274,7 +275,8 @@ def _run(request: dict[str, Any], builder: Runtime, folder: Path, each: Callable
         said.seek(0)
         lines = said.read().strip().splitlines()
     if "error" in last:
-        raise NormRewriteError(f"{builder.title} can't build {request['onnx']}: {last['error']}")
+        ours = [line.removeprefix(_OURS) for line in lines if line.startswith(_OURS)]
+        raise NormRewriteError(f"{builder.title} can't build {request['onnx']}: {'; '.join(ours) or last['error']}")
     if "done" not in last:
         end = f"signal {-process.returncode}" if process.returncode < 0 else f"exit code {process.returncode}"
         raise NormRewriteError(

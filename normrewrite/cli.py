@@ -203,7 +203,7 @@ def convert(
     if to is None and replay is None:
         raise click.UsageError("Missing option '--to', or '--replay'.")
     options["rules"] = [parse_rule(text) for text in rules]
-    with console.busy("converting", quiet=quiet or as_json) as each:
+    with console.busy("calibrating", quiet=quiet or as_json or not options["calibrate"]) as each:
         if replay is None:
             result = commands.convert(source, str(to), each=each, **options)
         else:
@@ -494,6 +494,22 @@ def plugins_list(as_json: bool, quiet: bool) -> None:
     from normrewrite import console, deploy
 
     console.show(deploy.plugins_list(), as_json=as_json, quiet=quiet)
+
+
+@plugins.command("path")
+def plugins_path() -> None:
+    """Print where the library of plugins in C++ is; exit code 1, and how to build it, where there is none."""
+    from normrewrite.plugins.built import built
+
+    click.echo(built())
+
+
+@plugins.command("cmake")
+def plugins_cmake() -> None:
+    """Print the folder of that library's sources, for cmake -S."""
+    from normrewrite.plugins.built import SOURCES
+
+    click.echo(SOURCES)
 
 
 @app.command()

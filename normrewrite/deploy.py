@@ -109,16 +109,19 @@ class Listed:
 
     operators: dict[str, dict[str, str]]
     runtimes: dict[str, bool]
+    library: str | None
 
     def as_dict(self) -> dict[str, Any]:
-        return {"operators": self.operators, "runtimes": self.runtimes}
+        return {"operators": self.operators, "runtimes": self.runtimes, "library": self.library}
 
     def __str__(self) -> str:
         lines = []
         for name, attributes in self.operators.items():
             lines += [f"{DOMAIN}::{name}", *(f"  {key}: {words}" for key, words in attributes.items())]
         here = [f"{name} ({'installed' if there else 'not installed'})" for name, there in self.runtimes.items()]
-        return "\n".join([*lines, f"as IPluginV3 in Python, for {', '.join(here)}; enqueue has not been run on a GPU"])
+        lines.append(f"as IPluginV3 in Python, for {', '.join(here)}")
+        lines.append(f"as IPluginV3 in C++: {self.library or 'not built; normrewrite plugins path says how'}")
+        return "\n".join([*lines, "enqueue has not been run on a GPU"])
 
 
 def plugins_list() -> Listed:
@@ -126,13 +129,15 @@ def plugins_list() -> Listed:
     from importlib.util import find_spec
 
     from normrewrite.plugins import OPS
+    from normrewrite.plugins.built import place
     from normrewrite.runtimes import RUNTIMES
 
     operators = {
         op.name: {"computes": ", ".join(op.metrics)} | {a.name: f"{a.kind}, {a.range.words}" for a in op.attributes}
         for op in OPS.values()
     }
-    return Listed(operators, {name: find_spec(runtime.module) is not None for name, runtime in RUNTIMES.items()})
+    here = {name: find_spec(runtime.module) is not None for name, runtime in RUNTIMES.items()}
+    return Listed(operators, here, str(place()) if place().is_file() else None)
 
 
 @dataclass

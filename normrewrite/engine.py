@@ -43,9 +43,7 @@ def runner(path: Path) -> Callable[[Batch], dict[str, Tensor]]:
     trt: Any = importlib.import_module(module)
     if not known(trt.get_plugin_registry()):  # the engine may have been built with them
         register("python", runtime.name)
-    engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(path.read_bytes())
-    if engine is None:
-        raise NormRewriteError(f"{path}: {module} can't load it: built by another version, or for another GPU.")
+    engine = _loaded(trt, path, module)
     context = engine.create_execution_context()
     names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
     wanted = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
@@ -69,3 +67,28 @@ def runner(path: Path) -> Callable[[Batch], dict[str, Tensor]]:
         return {name: held[name].cpu() for name in names if name not in wanted}
 
     return run
+
+
+def _loaded(trt: Any, path: Path, module: str) -> Any:
+    said: list[str] = []
+    runtime, plan = trt.Runtime(_logger(trt, said)), path.read_bytes()
+    engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        if hasattr(runtime, "get_engine_validity"):  # it reads the header alone, and logs what is wrong there
+            runtime.get_engine_validity(plan)
+        or_else = "" if any("created with" in message for message in said) else ", or for another GPU"
+        raise NormRewriteError(
+            f"{path}: {module} can't load it: built by another version{or_else}. Build it again from its ONNX file."
+        )
+    return engine
+
+
+def _logger(trt: Any, said: list[str]) -> Any:
+    class Log(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, _severity: Any, message: str) -> None:
+            said.append(message)
+
+    return Log()

@@ -41,7 +41,7 @@ def kernel(op: Op, given: Given, shape: Sequence[int], dtype: str, capability: i
     from normrewrite.lower.triton.ahead import compiled, once
 
     x = torch.empty(tuple(shape), dtype=getattr(torch, dtype), device="meta")
-    parameter = torch.empty(x.shape[1:3], dtype=x.dtype, device="meta")
+    parameter = torch.empty(x.shape[1:3], dtype=torch.float32 if op.int8 else x.dtype, device="meta")
     try:
         launch = once(x, parameter, parameter, op.row(given), given["eps"], bool(given["centred"]))
     except NormRewriteError as error:

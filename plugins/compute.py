@@ -18,14 +18,19 @@ from normrewrite.norms import Gain, Metric
 def compute(row: Metric, given: Mapping[str, Any], x: Tensor, weight: Tensor, bias: Tensor, y: Tensor) -> None:
     """Write y, as x lies in memory. By the Triton kernels; by torch, on the same device, what those refuse by name.
 
-    They refuse rows of more than 8192 elements at one position, or of 4096 that are searched, and powers above 2.
+    They refuse rows of more than 8192 elements at one position, or of 4096 that are searched, and powers above 2. y is rounded
+    where x and y are int8.
     """
     weight, bias = weight.flatten(1), bias.flatten(1)
     told: tuple[Metric, Gain, float] = row, "exact", given["eps"]
-    if kernels.why_not(x, row, sample=True) is None:
+    if kernels.why_not(x, row, sample=True, int8=True) is None:
         from normrewrite.lower.triton import launch
 
         found = launch.forward(x, None, weight, bias, *told, sample=True, centred=bool(given["centred"]), out=y)[0]
+    elif x.dtype is torch.int8:
+        found = (
+            rows.forward(x.float(), weight, bias, *told, centred=bool(given["centred"]))[0].round_().clamp_(-128, 127)
+        )
     else:
         found = rows.forward(x, weight, bias, *told, centred=bool(given["centred"]))[0]
     if found.data_ptr() != y.data_ptr():
@@ -46,7 +51,7 @@ class _Memory:
             "data": (address, False),
             "shape": shape,
             "strides": tuple(stride * size for stride in strides),
-            "typestr": f"<f{size}",
+            "typestr": "|i1" if dtype == "int8" else f"<f{size}",
             "version": 3,
         }
 

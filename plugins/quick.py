@@ -18,7 +18,7 @@ from normrewrite.plugins import ahead
 from normrewrite.plugins.spec import INPUTS, NAMESPACE, OPS, Op
 
 _KINDS: dict[str, Any] = {"int": int, "float": float, "floats": NDArray[np.float32]}
-_TYPES = {"FLOAT": "float32", "HALF": "float16"}
+_TYPES = {"FLOAT": "float32", "HALF": "float16", "INT8": "int8"}
 
 
 def define(quick: Any, capability: int) -> None:

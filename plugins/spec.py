@@ -26,6 +26,7 @@ NAMESPACE, VERSION = nodes.PLUGIN["plugin_namespace"], nodes.PLUGIN["plugin_vers
 INPUTS, OUTPUTS = ("x", "weight", "bias"), ("y",)
 RANKS = (4, 3, 3)  # of the inputs: (B, G, K, S), (G, K, 1), (G, K, 1)
 DTYPES = ("float32", "float16")  # of all of them alike, and of y
+INT8 = ("int8", "float32", "float32")  # of an operator for int8, whose y is int8, too
 Kind = Literal["int", "float", "floats"]
 Given = Mapping[str, Any]
 _CASTS = {"int": int, "float": float}
@@ -66,11 +67,17 @@ class Op:
     name: str
     base: Metric
     attributes: tuple[Attribute, ...]
+    int8: bool = False
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """That x, and y, may have."""
+        return INT8[:1] if self.int8 else DTYPES
 
     @property
     def metrics(self) -> list[str]:
         """Those of the table that it computes."""
-        return [row.name for row in METRICS.values() if nodes.operator(row) == self.name]
+        return [row.name for row in METRICS.values() if nodes.operator(row) == self.name.removesuffix(nodes.INT8)]
 
     def parse(self, given: Given, where: str = "") -> dict[str, Any]:
         """All attributes in order, defaults for those that are missing. Raises NormRewriteError out of a range."""
@@ -108,10 +115,11 @@ class Op:
     def reference(
         self, x: npt.NDArray[Any], weight: npt.NDArray[Any], bias: npt.NDArray[Any], given: Given
     ) -> npt.NDArray[Any]:
-        """y: (B, G, K, S), float64."""
+        """y: (B, G, K, S), float64; whole numbers where it is int8."""
         weight, bias = (values.reshape(x.shape[1:3]) for values in (weight, bias))
         centred = bool(given["centred"])
-        return reference.row_norm(x, self.row(given), weight, bias, given["eps"], centred=centred)[0]
+        y = reference.row_norm(x, self.row(given), weight, bias, given["eps"], centred=centred)[0]
+        return np.clip(np.round(y), -128, 127) if self.int8 else y
 
     def why_not(self, shapes: Sequence[Sequence[int]], dtypes: Sequence[str], given: Given) -> str | None:
         """Why a node can't take inputs of these shapes (-1: open) and dtypes, or None."""
@@ -121,6 +129,8 @@ class Op:
         """The same of the dtypes alone, which are known first."""
         if len(dtypes) != len(INPUTS):
             return f"takes {', '.join(INPUTS)}, got {len(dtypes)} inputs"
+        if self.int8:
+            return None if tuple(dtypes) == INT8 else f"takes {', '.join(INT8)}, got {', '.join(dtypes)}"
         if len(set(dtypes)) > 1 or dtypes[0] not in DTYPES:
             return f"takes {' or '.join(DTYPES)} for all inputs alike, got {', '.join(dtypes)}"
         return None
@@ -146,8 +156,8 @@ class Op:
 
 @cache
 def _op(name: str) -> Op:
-    base = next(row for row in METRICS.values() if nodes.operator(row) == name)
-    return Op(name, base, tuple(_attributes(name)))
+    base = next(row for row in METRICS.values() if nodes.operator(row) == name.removesuffix(nodes.INT8))
+    return Op(name, base, tuple(_attributes(name)), name.endswith(nodes.INT8))
 
 
 def _attributes(name: str) -> list[Attribute]:
@@ -162,4 +172,5 @@ def _attributes(name: str) -> list[Attribute]:
     ]
 
 
-OPS = {name: _op(name) for name in dict.fromkeys(nodes.operator(row) for row in METRICS.values())}
+_NAMES = dict.fromkeys(nodes.operator(row) for row in METRICS.values())
+OPS = {name: _op(name) for name in (*_NAMES, *(f"{name}{nodes.INT8}" for name in _NAMES))}

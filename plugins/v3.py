@@ -3,8 +3,8 @@
 >>> made = creator(tensorrt, OPS["NormRewriteMean"])       # an IPluginCreatorV3One, to be registered by registry.py
 >>> made.made                                              # what it was asked for: {"/encoder/norm": {"eps": 1e-5, ...}}
 
-fp32 and fp16, in TensorRT's linear format; channels-last (HWC, and HWC8 in fp16) too where a group is one channel, as in
-instance and batch scope. Sizes may be open. enqueue runs the Triton kernels and so needs torch for CUDA where the engine runs.
+fp32, fp16 and int8, in TensorRT's linear format; of the first two channels-last (HWC, and HWC8 in fp16) too where a group is
+one channel, as in instance and batch scope. Sizes may be open. enqueue runs the Triton kernels: it needs torch for CUDA there.
 """
 
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ import numpy as np
 
 from normrewrite.errors import NormRewriteError
 from normrewrite.plugins import compute as memory
-from normrewrite.plugins.spec import DTYPES, INPUTS, NAMESPACE, RANKS, VERSION, Attribute, Given, Op
+from normrewrite.plugins.spec import DTYPES, INPUTS, INT8, NAMESPACE, RANKS, VERSION, Attribute, Given, Op
 
-_NAMES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
+_NAMES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT8": "int8"}
 _MULTIPLES = {"LINEAR": 0, "HWC": 1, "HWC8": 8}  # of channels, see compute.strides
 _CHANNELS_LAST = {"float32": "HWC", "float16": "HWC8"}
 
@@ -131,11 +131,13 @@ def _plugin(trt: Any, op: Op, problems: list[str]) -> Any:
 def supported(place: int, described: Sequence[Any]) -> bool:
     """Whether the tensor at a place, the last that is described, may be as it is; those before it may."""
     x, tensor = described[0], described[place]
-    if _dtype(tensor.type) != _dtype(x.type) or _dtype(x.type) not in DTYPES:
+    dtype = _dtype(x.type)
+    parameters = INT8[1] if dtype == INT8[0] else dtype
+    if dtype not in (*DTYPES, INT8[0]) or _dtype(tensor.type) != (parameters if 0 < place < len(INPUTS) else dtype):
         return False
     if place:
         return bool(tensor.format.name == ("LINEAR" if place < len(INPUTS) else x.format.name))
-    return x.format.name == "LINEAR" or (_one_channel_each(x) and x.format.name == _CHANNELS_LAST[_dtype(x.type)])
+    return x.format.name == "LINEAR" or (_one_channel_each(x) and x.format.name == _CHANNELS_LAST.get(dtype))
 
 
 def _one_channel_each(x: Any) -> bool:

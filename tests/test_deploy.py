@@ -177,3 +177,4 @@ def test_plugins_are_listed(run: Command) -> None:
     text = run("plugins list")
     assert text.code == 0 and all(f"normrewrite::{name}" in text.out for name in found["operators"])
     assert "enqueue has not been run on a GPU" in text.out and run("plugins lst").code == 2
+    assert "as IPluginV3 in C++: " in text.out

@@ -21,6 +21,13 @@ from tests.pages import PAGES, Block, blocks, furnish, unsaid
 
 NOT_RUN = {
     "README.md": ["installs, and the second runs the tests themselves"],
+    "docs/deploy.md": [
+        "needs TensorRT's headers; tests/plugins/test_library.py runs such",
+        "trtexec, which needs full TensorRT and a GPU",
+        "what the server's folder holds",
+        "a server, which needs a GPU",
+        "shown as py",
+    ],
     "docs/index.md": ["installs; the tests run in what it makes"],
     "docs/kernels.md": ["train.py is yours"],
     "docs/machines.md": ["several processes; tests/test_launch.py runs such", "several machines"],

@@ -33,7 +33,8 @@ def test_the_wheel_holds_the_tree(tmp_path: Path) -> None:
     held = zipfile.ZipFile(wheel).namelist()
     assert {name for name in held if name.endswith(".py")} == _modules()
     beside = {path for path in (ROOT / "normrewrite").rglob("*") if path.suffix in (".css", ".jinja", ".typed")}
-    assert {path.relative_to(ROOT).as_posix() for path in beside} <= set(held)
+    sources = {f"normrewrite/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "plugins" / "cpp").iterdir()}
+    assert {path.relative_to(ROOT).as_posix() for path in beside} | sources <= set(held)
 
 
 def test_imports_stay_light() -> None:

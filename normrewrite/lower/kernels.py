@@ -70,11 +70,15 @@ def compiles(x: Tensor, row: Metric) -> bool:
     return chosen() == "compiled" and compiled.why_not(x, row) is None
 
 
-def why_not(x: Tensor, row: Metric, *, sample: bool = False) -> str | None:
-    """Why the kernels can't compute this norm of x, or None if they can."""
+def why_not(x: Tensor, row: Metric, *, sample: bool = False, int8: bool = False) -> str | None:
+    """Why the kernels can't compute this norm of x, or None if they can. int8: whether that is among the dtypes that may be."""
     return (
         _why_not_here(x.device)
-        or (None if x.dtype in _DTYPES else f"the kernels take fp32, fp16 and bf16, got {x.dtype}")
+        or (
+            None
+            if x.dtype in _DTYPES or (int8 and x.dtype is torch.int8)
+            else f"the kernels take fp32, fp16 and bf16, got {x.dtype}"
+        )
         or geometry.why_not(x.shape, row, sample)
     )
 

@@ -19,10 +19,16 @@ There is one operator a family of norms.METRICS, named so that no other operator
 and for all: reads (1/C(n) as a polynomial in t, constant term first; t is sqrt(1 - 1/n) for the first two operators,
 sqrt(ln n) for the others), eps, centred (0: x itself is measured, as
 RMSNorm does), plugin_namespace and plugin_version, by which TensorRT finds a plugin. Bodies compute in fp32.
+
+Each has a twin for int8, `NormRewriteMeanInt8` and so on, whose x and y are int8 and whose weight and bias are fp32. It needs no
+scales of its own: with x = x_scale * q and y_scale of what reads y, a norm of x is one of q itself,
+
+    y / y_scale = (weight / y_scale) * (q - mean q) / (C(n) * spread(q) + eps / x_scale) + bias / y_scale
+
+rounded to even and kept within -128 to 127. onnx_int8.py puts such nodes where a norm stands between Q and DQ.
 """
 
 import math
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
@@ -48,8 +54,11 @@ _SMALLEST, _LARGEST = 20, 4_000_000  # of n, in the fit of 1/C(n)
 # --- rows to attributes ----------------------------------------------------------------------------------------------
 
 
+INT8 = "Int8"  # how the operators for int8 end
+
+
 def operator(row: Metric) -> str:
-    """The operator that computes a row's family."""
+    """The operator that computes a row's family in floating point."""
     return "NormRewritePower" if row.family == "mean" and row.power != 1 else f"NormRewrite{row.family.title()}"
 
 
@@ -251,17 +260,28 @@ _BODY = """
     b = Cast <to = 1> (bias)
     scaled = Mul (normal, w)
     shifted = Add (scaled, b)
-    y = CastLike (shifted, x)
+    {result}
 }}
 """
+_RESULT = {  # by whether x is int8
+    False: "y = CastLike (shifted, x)",
+    True: """
+    least = Constant <value_float = -128.0> ()
+    most = Constant <value_float = 127.0> ()
+    whole = Round (shifted)
+    kept = Clip (whole, least, most)
+    y = CastLike (kept, x)
+    """,
+}
 
 
 def body(name: str, opset: int) -> Any:
     """The onnx.FunctionProto of an operator at a model's opset (TensorRT wants both to be the same)."""
     import onnx.parser
 
-    numbers, spread, variable = _SPREAD[name]
-    text = _BODY.format(operator=name, opset=opset, numbers=numbers, spread=spread, variable=variable)
+    numbers, spread, variable = _SPREAD[name.removesuffix(INT8)]
+    result = _RESULT[name.endswith(INT8)]
+    text = _BODY.format(operator=name, opset=opset, numbers=numbers, spread=spread, variable=variable, result=result)
     return onnx.parser.parse_function(text)
 
 
@@ -298,21 +318,32 @@ def inlined(proto: Any) -> Any:
 
 
 class Range(NamedTuple):
-    """What an attribute may be, in words and as a test."""
+    """What an attribute may be, in words and numbers; all of them finite."""
 
     words: str
-    holds: Callable[[Any], bool]
+    least: float = -math.inf
+    most: float = math.inf
+    above: bool = False  # whether the least is itself too little
+    whole: bool = False
+    length: int = 1
+
+    def holds(self, value: Any) -> bool:
+        """Whether a number, or a sequence of them where the length is not 1, lies within."""
+        numbers = [value] if self.length == 1 else list(value)
+        return len(numbers) == self.length and all(map(self._holds, numbers))
+
+    def _holds(self, number: float) -> bool:
+        fits = self.least <= number <= self.most and not (self.above and number == self.least)
+        return fits and math.isfinite(number) and not (self.whole and number % 1)
 
 
 RANGES = {  # what the operators' attributes may be
-    "count": Range("a whole number from 0", lambda value: value >= 0),
-    "percent": Range("0 to 100", lambda value: 0 <= value <= 100),
-    "power": Range("above 0", lambda value: 0 < value < math.inf),
-    "eps": Range("a finite number from 0", lambda value: 0 <= value < math.inf),
-    "centred": Range("0 or 1", lambda value: value in (0, 1)),
-    "reads": Range(
-        f"{_DEGREE + 1} finite numbers", lambda values: len(values) == _DEGREE + 1 and all(map(math.isfinite, values))
-    ),
+    "count": Range("a whole number from 0", least=0, whole=True),
+    "percent": Range("0 to 100", least=0, most=100),
+    "power": Range("above 0", least=0, above=True),
+    "eps": Range("a finite number from 0", least=0),
+    "centred": Range("0 or 1", least=0, most=1, whole=True),
+    "reads": Range(f"{_DEGREE + 1} finite numbers", length=_DEGREE + 1),
 }
 
 

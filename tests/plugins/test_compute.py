@@ -10,6 +10,7 @@ pytest.importorskip("triton", reason="triton is not installed: pip install normr
 from normrewrite.lower import kernels
 from normrewrite.lower.triton import launch
 from normrewrite.plugins import OPS, compute
+from tests.lower import test_onnx_int8
 from tests.lower.test_onnx import SPECS, TOLERANCE, drawn, node_model, off
 from tests.lower.triton import interpreter
 from tests.plugins.test_spec import given_of
@@ -50,6 +51,21 @@ def test_every_metric_and_scope(name: str, scope: str, dtype: type, monkeypatch:
     monkeypatch.setattr(launch, "run", lambda *told: (launches.append(told[0].fn.__name__), run(*told)))
     check(name, SCOPES[scope], dtype)
     assert launches  # by the kernels, not by torch
+
+
+@pytest.mark.parametrize("scope", [*SCOPES, "long"])
+@pytest.mark.parametrize("name", ["l1", "l2", "topk:10", "range"])
+def test_int8(name: str, scope: str) -> None:
+    """Rounded as the reference is; the longest rows by torch."""
+    shape = SCOPES.get(scope, (1, 1, 8200, 1))
+    x, weight, bias = test_onnx_int8.drawn(shape)
+    proto = test_onnx_int8.node_model(name, shape)
+    op = OPS[proto.graph.node[0].op_type]
+    given, y = op.parse(given_of(proto)), torch.zeros(shape, dtype=torch.int8)
+    compute.compute(op.row(given), given, *map(torch.from_numpy, (x, weight, bias)), y)
+    assert test_onnx_int8.apart(y.numpy(), op.reference(x, weight, bias, given)) < 0.02
+    twice = op.reference(x, 2 * weight, bias, given)
+    assert np.abs(twice).max() > 126 and np.abs(y.numpy() - twice).max() > 1  # saturated; and it can fail
 
 
 @pytest.mark.parametrize(("dtype", "multiple"), [(np.float32, 1), (np.float16, 8)], ids=["HWC", "HWC8"])

@@ -16,8 +16,10 @@ from benchmarks.networks import convnext, transformer_encoder
 from normrewrite.build import build
 from normrewrite.errors import NormRewriteError
 from normrewrite.lower import onnx as nodes
+from normrewrite.lower.onnx_int8 import absorb
 from normrewrite.plugins import OPS, placed
 from tests.conftest import RealNetwork
+from tests.lower import test_onnx_int8
 from tests.lower.test_onnx import SPECS, node_model
 from tests.plugins.rtx import OPEN, built, needs_rtx, without
 from tests.plugins.test_spec import given_of
@@ -53,22 +55,36 @@ def test_what_the_table_says(kind: str) -> None:
             placed.expected(make(), ())
 
 
+def joined(*protos: onnx.ModelProto) -> onnx.ModelProto:
+    """One file of several, their nodes and inputs called 0:norm, 0:x and so on: one engine serves many tests."""
+    parts = [onnx.compose.add_prefix(proto, f"{i}:", rename_functions=False) for i, proto in enumerate(protos)]
+    whole = parts[0]
+    for part in parts[1:]:
+        for name in ("node", "input", "output", "initializer", "value_info"):
+            getattr(whole.graph, name).extend(getattr(part.graph, name))
+        present = {function.name for function in whole.functions}
+        whole.functions.extend(function for function in part.functions if function.name not in present)
+    return whole
+
+
 @needs_rtx
 @pytest.mark.parametrize("plugins", ["auto", "off"])
-@pytest.mark.parametrize("kind", TABLE)
-def test_what_the_parser_does(kind: str, plugins: str, tmp_path: Path) -> None:
-    make, with_plugins, alone = TABLE[kind]
-    wanted = with_plugins if plugins == "auto" else alone
-    if wanted is None:
-        with pytest.raises(NormRewriteError, match="no function body"):
-            built(make(), tmp_path, plugins)
-        assert not (tmp_path / "model.engine").exists()
-        return
-    result = built(make(), tmp_path, plugins)
-    assert result.norms == {"norm": wanted} and set(result.attributes) == {
-        n for n, p in result.norms.items() if p == "plugin"
-    }
-    assert ("runs only where those plugins are registered" in str(result)) == (wanted == "plugin")
+def test_what_the_parser_does(plugins: str, tmp_path: Path) -> None:
+    """All kinds of the table in one file; the last has another operator, as a body serves all nodes of one."""
+    kinds = list(TABLE)[: 3 if plugins == "auto" else 2]
+    protos = [bare(node("range")) if kind == "no body" else TABLE[kind][0]() for kind in kinds]
+    result = built(joined(*protos), tmp_path, plugins)
+    assert result.norms == {f"{i}:norm": TABLE[kind][1 if plugins == "auto" else 2] for i, kind in enumerate(kinds)}
+    by_plugin = {name for name, path in result.norms.items() if path == "plugin"}
+    assert set(result.attributes) == by_plugin
+    assert ("runs only where those plugins are registered" in str(result)) == bool(by_plugin)
+
+
+@needs_rtx
+def test_what_nobody_takes_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(NormRewriteError, match="no function body"):
+        built(bare(node()), tmp_path, "off")
+    assert not (tmp_path / "model.engine").exists()
 
 
 @needs_rtx
@@ -80,17 +96,30 @@ def test_the_parser_itself_refuses_what_nobody_takes(tmp_path: Path, monkeypatch
 
 
 @needs_rtx
-@pytest.mark.parametrize("name", SPECS)
-def test_attributes_arrive_as_they_were_given(name: str, tmp_path: Path) -> None:
-    """Every metric, fp32 and fp16 by turns, in fp16 with K * S open."""
-    half = SPECS.index(name) % 2 == 1
-    proto = node_model(name, SHAPE, np.float16 if half else np.float32, None if half else 256, eps=3e-4, centred=0)
-    result = built(proto, tmp_path, shapes=OPEN if half else {})
-    given = given_of(proto)
-    assert result.norms == {"norm": "plugin"} and set(result.attributes["norm"]) == set(given)
-    for key, value in given.items():
-        assert result.attributes["norm"][key] == pytest.approx(value, rel=1e-6)
-    assert result.attributes["norm"]["eps"] != pytest.approx(1.01 * given["eps"], rel=1e-6)  # it can fail
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "fp16, K * S open"])
+def test_attributes_arrive_as_they_were_given(half: bool, tmp_path: Path) -> None:
+    """Of every metric, in one engine."""
+    dtype, n, changed = np.float16 if half else np.float32, None if half else 256, {"eps": 3e-4, "centred": 0}
+    protos = [node_model(name, SHAPE, dtype, n, **changed) for name in SPECS]
+    opened = {end: [f"{i}:x:{sizes[0]}" for i in range(len(SPECS))] for end, sizes in OPEN.items()}
+    result = built(joined(*protos), tmp_path, shapes=opened if half else {})
+    assert result.norms == {f"{i}:norm": "plugin" for i in range(len(SPECS))}
+    for i, proto in enumerate(protos):
+        given, found = given_of(proto), result.attributes[f"{i}:norm"]
+        assert set(found) == set(given)
+        for key, value in given.items():
+            assert found[key] == pytest.approx(value, rel=1e-6)
+        assert found["eps"] != pytest.approx(1.01 * given["eps"], rel=1e-6)  # it can fail
+
+
+@needs_rtx
+@pytest.mark.parametrize("plugins", ["auto", "off"])
+def test_int8_goes_in_and_out(plugins: str, tmp_path: Path) -> None:
+    """A norm between Q/DQ that was put on int8; RTX lets a plugin have that, and parses the body where none is."""
+    proto = test_onnx_int8.sandwich("l1", views=True)
+    assert list(absorb(proto)) == ["norm"]
+    result = built(proto, tmp_path, plugins)
+    assert result.norms == {"norm": "plugin" if plugins == "auto" else "function"}
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
@@ -119,7 +148,6 @@ def _rank_three() -> onnx.ModelProto:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: node("topk:10", count=300), "needs 300 elements that share statistics, got 256"),
         (lambda: _weight_of(5), "takes weight 4×1×1, got 5×1×1"),
         (_fp16_weight, "for all inputs alike, got float32, float16, float32"),
         (_rank_three, "takes x of rank 4, got -1×4×1"),
@@ -164,35 +192,41 @@ def test_a_norm_in_the_wrong_place_fails() -> None:
 # --- networks --------------------------------------------------------------------------------------------------------
 
 
-def _both(model: nn.Module, x: torch.Tensor, folder: Path, **options: Any) -> int:
-    """How many norms the file has; each is checked to be where the table says, by plugin and by function."""
-    nr.export(model, x, folder / "model.onnx", deploy="op", **options)
-    names = {n.name for n in onnx.load(folder / "model.onnx").graph.node if n.domain == nodes.DOMAIN}
+METRICS = ("l1", "topk:10")
+
+
+def _both(models: list[nn.Module], x: torch.Tensor, folder: Path, **options: Any) -> int:
+    """How many norms each has; all, in one file, are checked to be where the table says, by plugin and by function."""
+    files = []
+    for i, model in enumerate(models):
+        nr.export(model, x, folder / f"{i}.onnx", deploy="op", **options)
+        files.append(onnx.load(folder / f"{i}.onnx"))
+    proto = joined(*files)
+    onnx.save(proto, folder / "model.onnx")
+    names = {n.name for n in proto.graph.node if n.domain == nodes.DOMAIN}
+    assert len({n.op_type for n in proto.graph.node if n.domain == nodes.DOMAIN}) == len(models)
     for plugins, path in (("auto", "plugin"), ("off", "function")):
         result = build(folder / "model.onnx", folder / f"{path}.engine", gpus=["sm89"], plugins=plugins)
         assert result.norms == dict.fromkeys(names, path)
         assert set(result.attributes) == (names if path == "plugin" else set())
         assert all(name in str(result) for name in names)
-    return len(names)
+    return len(names) // len(models)
 
 
 @needs_rtx
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", ["l1", "topk:10"])
-def test_a_transformer_encoder(spec: str, tmp_path: Path) -> None:
-    assert _both(transformer_encoder(spec), torch.randn(2, 16, 64), tmp_path) == 5
+def test_a_transformer_encoder(tmp_path: Path) -> None:
+    assert _both([transformer_encoder(spec) for spec in METRICS], torch.randn(2, 16, 64), tmp_path) == 5
 
 
 @needs_rtx
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", ["l1", "topk:10"])
-def test_a_convnext_like_net(spec: str, tmp_path: Path) -> None:
-    assert _both(convnext(spec), torch.randn(2, 3, 32, 32), tmp_path, precision="fp16") == 5
+def test_a_convnext_like_net(tmp_path: Path) -> None:
+    assert _both([convnext(spec) for spec in METRICS], torch.randn(2, 3, 32, 32), tmp_path, precision="fp16") == 5
 
 
 @needs_rtx
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", ["l1", "topk:10"])
-def test_a_trained_network_with_live_statistics(resnet20: RealNetwork, spec: str, tmp_path: Path) -> None:
-    twin, (x, _) = nr.convert(resnet20.make(), spec), resnet20.inputs(2)
-    assert _both(twin, x, tmp_path, live_stats=True) == resnet20.sites
+def test_a_trained_network_with_live_statistics(resnet20: RealNetwork, tmp_path: Path) -> None:
+    twins, (x, _) = [nr.convert(resnet20.make(), spec) for spec in METRICS], resnet20.inputs(2)
+    assert _both(twins, x, tmp_path, live_stats=True) == resnet20.sites

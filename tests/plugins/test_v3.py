@@ -39,7 +39,7 @@ STAND_IN = SimpleNamespace(
         for name in ("IPluginCreatorV3One", "IPluginV3", "IPluginV3OneCore", "IPluginV3OneBuild", "IPluginV3OneRuntime")
     },
 )
-DTYPES = {torch.float32: "FLOAT", torch.float16: "HALF"}
+DTYPES = {torch.float32: "FLOAT", torch.float16: "HALF", torch.int8: "INT8"}
 
 
 def described(values: Tensor, layout: str = "LINEAR") -> Any:
@@ -124,14 +124,16 @@ def test_y_is_like_x() -> None:
         ((2, 4, 1, 21), torch.float16, ["LINEAR", "HWC8"]),
         ((2, 4, 3, 7), torch.float32, ["LINEAR"]),  # a group of several channels: TensorRT's channels-last is another
         ((2, 1, 1, 21), torch.float32, ["LINEAR"]),
+        ((2, 4, 1, 21), torch.int8, ["LINEAR"]),
     ],
 )
 def test_formats(shape: tuple[int, ...], dtype: torch.dtype, layouts: list[str]) -> None:
-    x, weight = torch.empty(shape, dtype=dtype), torch.empty(*shape[1:3], 1, dtype=dtype)
+    wide = torch.float32 if dtype is torch.int8 else dtype
+    x, weight = torch.empty(shape, dtype=dtype), torch.empty(*shape[1:3], 1, dtype=wide)
     known = ("LINEAR", "HWC", "HWC8", "CHW32")
     assert [layout for layout in known if v3.supported(0, [described(x, layout)])] == layouts
     before = [described(x, layouts[-1]), described(weight), described(weight)]
     assert v3.supported(2, before) and not v3.supported(1, [before[0], described(weight, "HWC")])
     assert [layout for layout in known if v3.supported(3, [*before, described(x, layout)])] == layouts[-1:]
-    other = torch.float16 if dtype is torch.float32 else torch.float32
+    other = torch.float16 if wide is torch.float32 else torch.float32
     assert not v3.supported(1, [before[0], described(weight.to(other))])

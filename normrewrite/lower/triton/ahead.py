@@ -75,15 +75,12 @@ def compiled(launch: Launch, capability: int, ptx: int | None = None) -> Compile
 
     ptx: its version, 86 for 8.6; None: the newest that the compiler knows.
     """
-    signature, constants, aligned = {}, {}, {}
-    for place, parameter in enumerate(launch.kernel.params):
-        value = launch.arguments[parameter.name]
-        if parameter.is_constexpr or value is None:
-            signature[parameter.name], constants[parameter.name] = "constexpr", value
-        else:
-            signature[parameter.name] = _type(value)
-            if isinstance(value, Tensor):
-                aligned[place,] = [["tt.divisibility", 16]]
+    types, names = parameter_types(launch), [parameter.name for parameter in launch.kernel.params]
+    signature = {name: types.get(name, "constexpr") for name in names}
+    constants = {name: launch.arguments[name] for name in names if name not in types}
+    aligned = {
+        (place,): [["tt.divisibility", 16]] for place, name in enumerate(names) if types.get(name, "").startswith("*")
+    }
     source = ASTSource(launch.kernel, signature, constants, aligned)
     return triton.compile(
         source,
@@ -92,12 +89,19 @@ def compiled(launch: Launch, capability: int, ptx: int | None = None) -> Compile
     )
 
 
+def parameter_types(launch: Launch) -> dict[str, str]:
+    """What the compiled kernel is given when it runs, in its order, by name: `*fp16`, `i32`, `fp32`, ..."""
+    given = {p.name: launch.arguments.get(p.name) for p in launch.kernel.params if not p.is_constexpr}
+    return {name: _type(value) for name, value in given.items() if value is not None}
+
+
 _TYPES = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
     torch.int64: "*i64",
     torch.uint8: "*u8",
+    torch.int8: "*i8",
 }
 
 

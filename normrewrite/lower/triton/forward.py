@@ -17,6 +17,7 @@ from normrewrite.lower.triton.tiles import (
     SIZES,
     UNROLL,
     affine,
+    as_stored,
     following,
     lanes_of,
     member,
@@ -365,4 +366,4 @@ def apply(
             if live_ptr is not None:
                 to, there = tile(block, first, lanes, length, channels, LANES, STEPS, COLUMNS, VEC, 8)
                 tl.store(live_ptr + to, pack(live & real, H, W), mask=there)
-        tl.store(y_ptr + at, y, mask=real)
+        tl.store(y_ptr + at, as_stored(y, y_ptr), mask=real)

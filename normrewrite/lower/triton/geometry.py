@@ -124,6 +124,23 @@ class Tuning:
     largest_k: int = 128  # a larger k is torch's to find
     candidates: int = 4096  # elements that are read again to find extremes, of each side
 
+    def cut(self, geometry: Geometry, bytes_each: int, iterations: int | None = None, k: int = 0) -> "Cut":
+        """What the function of this name says."""
+        return cut(geometry, bytes_each, self, iterations, k)
+
+    def room(self, count: int, most: int) -> int:
+        """How many of `count` a kernel takes at once."""
+        return room(count, most)
+
+    def searched(self, k: int) -> int:
+        """For how many extremes a kernel is made that finds k."""
+        return power_of_two(k)
+
+    def rows(self, samples: int, n: int, bytes_each: int) -> tuple[int, int, int]:
+        """Of rows of n elements in registers: how many a program takes, in how many columns, elements an access."""
+        width = max(16, power_of_two(n))
+        return max(1, min(self.tile // 4 // width, power_of_two(samples))), width, vector(n, bytes_each)
+
 
 @dataclass(frozen=True)
 class Cut:

@@ -19,7 +19,7 @@ from normrewrite.lower.triton import backward as back
 from normrewrite.lower.triton import forward as fore
 from normrewrite.lower.triton import geometry as shapes
 from normrewrite.lower.triton import rows as resident
-from normrewrite.lower.triton.geometry import Cut, Geometry, Tuning, power_of_two
+from normrewrite.lower.triton.geometry import Cut, Geometry, Tuning
 from normrewrite.norms import Gain, Metric
 
 TUNING = Tuning()
@@ -128,7 +128,7 @@ def _pointers(**tensors: Tensor | None) -> dict[str, Any]:
 
 def _walk(geometry: Geometry, pieces: Cut, at_once: int = 0) -> dict[str, Any]:
     """What kernels that walk along lanes, and those that combine their parts, are told."""
-    members = shapes.room(geometry.members * pieces.parts, at_once or TUNING.members)
+    members = TUNING.room(geometry.members * pieces.parts, at_once or TUNING.members)
     return geometry.sizes | pieces.sizes | {"MEMBERS": members}
 
 
@@ -146,7 +146,7 @@ def _apply(
     out: Tensor | None = None,
 ) -> Tensor:
     y = torch.empty_like(x) if out is None else out
-    pieces = shapes.cut(geometry, x.element_size(), TUNING, TUNING.repeat)
+    pieces = TUNING.cut(geometry, x.element_size(), TUNING.repeat)
     tensors = _pointers(x=x, residual=residual, weight=weight, bias=bias, mean=mean, scale=spread, y=y, live=live)
     told = tensors | _walk(geometry, pieces) | {"eps": eps, "RELU": relu}
     _launch(fore.apply, pieces.programs, pieces.warps, told)
@@ -178,7 +178,7 @@ class _Norm:
     def _dense(self, x: Tensor) -> Measured:
         groups, squares = self.geometry.groups, self.family == "l2"
         mean, spread = (x.new_zeros(groups, dtype=torch.float32) for _ in range(2))
-        pieces = shapes.cut(self.geometry, x.element_size(), TUNING)
+        pieces = TUNING.cut(self.geometry, x.element_size())
         sums = x.new_empty(2, pieces.parts, self.geometry.lanes, dtype=torch.float32)
         indices, signs = self._taken(x, groups, self.geometry.n)
         told = _pointers(x=x, partial=sums, mean=mean, spread=spread, signs=signs) | _walk(self.geometry, pieces)
@@ -195,11 +195,11 @@ class _Norm:
         groups = self.geometry.groups
         mean, spread = (x.new_empty(groups, dtype=torch.float32) for _ in range(2))
         indices, signs = self._taken(x, groups, self.geometry.n)
-        pieces = shapes.cut(self.geometry, x.element_size(), TUNING, k=self.k)
+        pieces = TUNING.cut(self.geometry, x.element_size(), k=self.k)
         sums = x.new_empty(3, pieces.parts, self.geometry.lanes, dtype=torch.float32)
         told = _pointers(x=x, partial=sums, mean=mean, spread=spread, indices=indices, signs=signs)
         told |= self.constants | _walk(self.geometry, pieces, TUNING.peaks) | {"SQUARES": False, "EXTREMES": True}
-        told |= {"k": self.k, "K": power_of_two(self.k), "SPAN": self.family == "span", "PART": pieces.part}
+        told |= {"k": self.k, "K": TUNING.searched(self.k), "SPAN": self.family == "span", "PART": pieces.part}
         _launch(fore.moments, pieces.programs, pieces.warps, told)
         _launch(fore.select, groups, 4 if self.k == 1 and told["MEMBERS"] <= 512 else 8, told)
         return mean, spread, indices, signs
@@ -270,7 +270,7 @@ class _Norm:
     def _reduce(self, x: Tensor, told: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """The terms of dx by group (4, groups), dweight and dbias (channels,)."""
         geometry = self.geometry
-        pieces = shapes.cut(geometry, x.element_size(), TUNING)
+        pieces = TUNING.cut(geometry, x.element_size())
         sums = x.new_empty(3, pieces.parts, geometry.lanes, dtype=torch.float32)
         terms = x.new_empty(4, geometry.groups, dtype=torch.float32)
         dweight, dbias = (x.new_empty(geometry.channels, dtype=torch.float32) for _ in range(2))
@@ -284,7 +284,7 @@ class _Norm:
 
     def _gradient(self, x: Tensor, told: dict[str, Any]) -> Tensor:
         dx = torch.empty_like(x)
-        pieces = shapes.cut(self.geometry, x.element_size(), TUNING, TUNING.repeat)
+        pieces = TUNING.cut(self.geometry, x.element_size(), TUNING.repeat)
         told = told | _walk(self.geometry, pieces) | {"dx_ptr": dx, "LIMIT": x.dtype is torch.float16}
         _launch(back.gradient, pieces.programs, pieces.warps, told)
         if self.k:
@@ -322,10 +322,9 @@ class _Norm:
 
     def _row_sizes(self, x: Tensor) -> dict[str, int]:
         samples, groups, n, _ = x.shape
-        width = max(16, power_of_two(n))
-        rows_each = max(1, min(TUNING.tile // 4 // width, power_of_two(samples)))
+        rows_each, width, vector = TUNING.rows(samples, n, x.element_size())
         sizes = {"samples": samples, "groups": groups, "n": n, "k": 2 if self.family == "span" else max(1, self.k)}
-        return sizes | {"ROWS": rows_each, "WIDTH": width, "VEC": shapes.vector(n, x.element_size())}
+        return sizes | {"ROWS": rows_each, "WIDTH": width, "VEC": vector}
 
 
 def _warps(sizes: dict[str, int]) -> int:

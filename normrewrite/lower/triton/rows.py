@@ -11,7 +11,7 @@ channels. It takes ROWS rows at a time, each of WIDTH >= n columns, a power of t
 import triton
 import triton.language as tl
 
-from normrewrite.lower.triton.tiles import affine, following, parameter
+from normrewrite.lower.triton.tiles import affine, as_stored, following, parameter
 
 ROW_SIZES = ["samples", "groups", "n", "k", "slots"]
 
@@ -97,7 +97,7 @@ def row_forward(
     there = tl.arange(0, WIDTH) < n
     factor = parameter(weight_ptr, channel, there, 1.0)[None, :] / (spread + eps)
     y = affine(x, mean, factor, parameter(bias_ptr, channel, there, 0.0)[None, :])
-    tl.store(y_ptr + at, y, mask=real)
+    tl.store(y_ptr + at, as_stored(y, y_ptr), mask=real)
     if mean_ptr is not None:
         tl.store(mean_ptr + row, tl.sum(mean, 1), mask=exists)
         tl.store(spread_ptr + row, tl.sum(spread, 1), mask=exists)

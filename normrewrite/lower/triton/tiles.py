@@ -112,6 +112,16 @@ def passed(y):
 
 
 @triton.jit
+def as_stored(y, pointer):
+    """y as the pointer's memory is to hold it: whole numbers, rounded to even, within -128 to 127 where that is int8."""
+    if pointer.dtype.element_ty == tl.int8:
+        kept = tl.minimum(tl.maximum(y, -128.0), 127.0)
+        return (kept + 12582912.0) - 12582912.0  # 1.5 * 2^23: beyond it fp32 has no fractions
+    else:
+        return y
+
+
+@triton.jit
 def parameter(pointer, at, exists, default: tl.constexpr):
     """weight or bias in fp32; `default` where there is none."""
     if pointer is None:
