@@ -1,4 +1,4 @@
-"""The tables of docs/figures.md and docs/trust.md are what benchmarks/results hold, cell by cell; README's figures are among them."""
+"""The tables of the pages are what benchmarks/results hold, cell by cell, and README's figures are among them."""
 
 import json
 import re
