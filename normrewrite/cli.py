@@ -203,7 +203,7 @@ def convert(
     if to is None and replay is None:
         raise click.UsageError("Missing option '--to', or '--replay'.")
     options["rules"] = [parse_rule(text) for text in rules]
-    with console.busy("calibrating", quiet=quiet or as_json or not options["calibrate"]) as each:
+    with console.busy("converting", quiet=quiet or as_json) as each:
         if replay is None:
             result = commands.convert(source, str(to), each=each, **options)
         else:

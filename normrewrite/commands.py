@@ -174,6 +174,7 @@ def convert(
     output = output or derived(source.path, f"{slug(to)}.folded" if folded else slug(to))
     if not dry_run:
         _check_writable(output, manifest, force)
+    each(f"reading {source.path.name}")
     file = source.read()
     data = None if calibrate is None else _open(calibrate, file.model, mean, std)
     inputs = _some_inputs(input_shape, data, argument_names(file.model), source.device)
@@ -191,10 +192,12 @@ def convert(
     if dry_run:
         return Planned(plan)
     fresh = plan.fresh
+    each(f"rewriting and checking {len(plan.rewritten)} sites")
     twin, report, network = _rewritten(plan, input_shape, source.device)
     calibration, notes = _made_ready(twin, report, fresh, data, batch_size, each)
     if folded:
         return _write_folded(twin, report, output, force, network)
+    each(f"writing {output.name}")
     came = history.begun(source, file.manifest).then(history.step(convert, source, asked))
     form = _saved(twin, output, manifest, file.form, report, came, force)
     notes.append(_how_to_load(file.form, form, output))
@@ -230,7 +233,9 @@ def convert_again(
         raise NormRewriteError(
             f"--replay {replay}: carries no manifest. Give a twin's file, or one of convert --manifest."
         )
+    each(f"reading {source.path.name}")
     file = source.read()
+    each(f"rewriting and checking {len(record['sites'])} sites")
     twin, report = rewritten_again(file.model, record, f"--replay {replay}")
     report.require_exact()
     if expect is not None and len(report.rewritten) != expect:
@@ -242,6 +247,7 @@ def convert_again(
         notes.append(
             "the manifest's twin was calibrated, which is of its own weights: --calibrate DATA does it for these"
         )
+    each(f"writing {output.name}")
     came = history.begun(source, file.manifest).then(history.step(convert_again, source, asked, "convert"))
     form = _saved(twin, output, manifest, file.form, report, came, force)
     notes.append(_how_to_load(file.form, form, output))

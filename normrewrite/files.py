@@ -230,8 +230,9 @@ def _fill(
     if record is not None:
         model = manifest.replay(model, record, str(path))
     _take_dtypes(model, state)
+    own = {} if isinstance(arch, nn.Module) else _taken(model, state)  # a module of the caller's keeps its memory
     try:
-        outcome = model.load_state_dict(state, strict=False)
+        outcome = model.load_state_dict(state | own, strict=False)
     except RuntimeError as error:  # sizes that differ
         lines = [line.strip() for line in str(error).splitlines()[1:4]]
         raise NormRewriteError(f"{path} doesn't fit --arch {arch}: {' '.join(lines)}") from error
@@ -255,6 +256,21 @@ def _take_dtypes(model: nn.Module, state: dict[str, Tensor]) -> None:
         given = state.get(name)
         if given is not None and given.dtype != tensor.dtype and given.is_floating_point():
             tensor.data = tensor.data.to(given.dtype)
+
+
+def _taken(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the model that now are their checkpoint's, mapped from the file: a large one is not held twice."""
+    taken = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        given = state.get(name)
+        if isinstance(given, Tensor) and _alike(given, tensor):
+            tensor.data = given
+            taken[name] = tensor
+    return taken
+
+
+def _alike(given: Tensor, tensor: Tensor) -> bool:
+    return all(getattr(given, each) == getattr(tensor, each) for each in ("shape", "dtype", "device", "layout"))
 
 
 def save(
@@ -313,10 +329,21 @@ def write_tensors(state: Mapping[str, Tensor], path: Path, force: bool, metadata
     if path.suffix == ".safetensors":
         from safetensors.torch import save_file
 
-        tensors = {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
-        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata), force)
+        write_atomically(path, lambda temporary: save_file(_apart(state), temporary, metadata), force)
     else:
         write_atomically(path, lambda temporary: torch.save(dict(state), temporary), force)
+
+
+def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors with memory of their own each, as safetensors wants them; copied only where they have not."""
+    owners: set[int] = set()
+    apart = {}
+    for name, tensor in state.items():
+        storage = tensor.untyped_storage()
+        alone = storage.data_ptr() not in owners and storage.nbytes() == tensor.nbytes
+        owners.add(storage.data_ptr())
+        apart[name] = tensor.detach().contiguous() if alone else tensor.detach().clone().contiguous()
+    return apart
 
 
 def _needs_code(model: nn.Module) -> bool:

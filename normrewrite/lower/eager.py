@@ -37,7 +37,7 @@ from normrewrite.lower.families import (
     within_half,
 )
 from normrewrite.lower.kernels import compiles, serving
-from normrewrite.lower.pieces import Cells, cut, pieces
+from normrewrite.lower.pieces import Cells, backwards, cut, pieces
 from normrewrite.norms import Gain, Metric
 from normrewrite.norms import metric as row_of
 
@@ -94,10 +94,17 @@ def measure(x: Tensor, mean: Tensor, row: Metric) -> tuple[Tensor, Sparse]:
 def power_sums(x: Tensor, mean: Tensor, power: int) -> Tensor:
     """sum |d|^power and sum sign(d) |d|^(power-1) of each channel, (2, C). x: (N, C, *)."""
     total = mean.new_zeros(len(mean), 2, dtype=torch.float64)
-    for piece, middle, sums in pieces((x,), (mean, total)):
-        d = piece - per_channel(middle, x.dim())
-        magnitude = d.abs() if power == 1 else d.abs().pow_(power)
-        inward = d.sign_() if power == 1 else d.sign().mul_(d.abs_().pow_(power - 1))
+    d = magnitude = mean.new_empty(0)
+    for piece, middle, sums in backwards(pieces((x,), (mean, total))):
+        if d.shape != piece.shape:  # the same memory for each, so that it stays in the cache
+            d, magnitude = (torch.empty_like(piece, dtype=mean.dtype) for _ in range(2))
+        torch.sub(piece, per_channel(middle, x.dim()), out=d)
+        torch.abs(d, out=magnitude)
+        if power == 1:
+            inward = d.sign_()
+        else:
+            inward = d.sign_().mul_(magnitude.pow(power - 1))
+            magnitude.pow_(power)
         sums += torch.stack([magnitude.sum(over(x)), inward.sum(over(x))], 1)
     return total.T.to(mean.dtype).contiguous()
 
@@ -256,7 +263,7 @@ def input_gradient(
             torch.empty_like(x),
             (mean, middle, _factor(scale, weight), inward * (constant / n), spread, spread / constant),
         )
-        for parts in pieces((x, g, dx), per):
+        for parts in backwards(pieces((x, g, dx), per)):
             _dense_part(row, eps, *parts)
         return dx
     dx = affine(wide(g), middle, scale, weight, None)
@@ -291,9 +298,9 @@ def _dense_part(
 
 def _add_at(dx: Tensor, indices: Tensor, values: Tensor) -> None:
     """dx: (N, C, *) += values at `indices`, (C, k) positions in each channel's own (N, *) order."""
-    channels = torch.arange(dx.shape[1], device=dx.device)[:, None].expand_as(indices)
-    first, *rest = torch.unravel_index(indices, (dx.shape[0], *dx.shape[2:]))
-    dx.index_put_((first, channels, *rest), values, accumulate=True)
+    samples = dx.view(*dx.shape[:2], -1)
+    channels, positions = torch.arange(dx.shape[1], device=dx.device)[:, None].expand_as(indices), samples.shape[2]
+    samples.index_put_((indices // positions, channels, indices % positions), values, accumulate=True)
 
 
 def normalise(

@@ -18,6 +18,7 @@ from normrewrite.lower.families import wide_dtype
 # Of fp32 a thread: two megabytes, few of which fit into a shared cache; smaller ones cost more to start.
 _ELEMENTS = 1 << 19
 _LONGEST, _SHORTEST = 256, 7  # elements of a cell
+_FEW = 512  # positions of a sample: torch reduces across samples then, in whole vectors
 
 
 def pieces(tensors: tuple[Tensor, ...], of_channels: tuple[Tensor, ...] = ()) -> Iterator[tuple[Tensor, ...]]:
@@ -40,15 +41,22 @@ def pieces(tensors: tuple[Tensor, ...], of_channels: tuple[Tensor, ...] = ()) ->
         yield from pieces(parts, mine)
 
 
+def backwards(parts: Iterator[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
+    """The last pieces first: after one pass over a tensor, its end is what the cache still holds."""
+    return reversed(list(parts))
+
+
 @dataclass
 class Cells:
-    """A channel's elements, in their own (N, *) order, cut into P cells of L neighbours.
+    """A channel's elements cut into P cells of L: neighbours, or where neighbours are few, what stands at one position of L
+    samples.
 
-    values: x as (N, C, P/N, L), or as (P, L, C) where channels are innermost; mean: (C,); high, low: (C, P).
+    values: x as (N, C, P/N, L), neighbours along the last, or as (P/Q, L, C, Q), for Q positions; mean: (C,);
+    high, low: (C, P).
     """
 
     values: Tensor
-    length: int
+    along: int
     mean: Tensor
     high: Tensor
     low: Tensor
@@ -56,33 +64,37 @@ class Cells:
     def read(self, cells: Tensor) -> Tensor:
         """The elements of some cells, (C, k) -> (C, k * L), in the dtype of the statistics."""
         channels = torch.arange(len(cells), device=cells.device)[:, None]
-        if self.values.dim() == 3:
-            found = self.values[cells, :, channels]
-        else:
-            a_sample = self.values.shape[2]
-            found = self.values[cells // a_sample, channels, cells % a_sample]
+        outer, inner = cells // self._inner, cells % self._inner
+        found = self.values[outer, :, channels, inner] if self.along == 1 else self.values[outer, channels, inner]
         return found.flatten(1).to(self.mean.dtype)
 
     def places(self, cells: Tensor, within: Tensor) -> Tensor:
-        """Where elements stand in their channel's order. within: (C, m) columns of what `read` gave for cells (C, k)."""
-        return cells.gather(1, within // self.length) * self.length + within % self.length
+        """Where elements stand in their channel's (N, *) order. within: (C, m) columns of what `read` gave for (C, k)."""
+        length = self.values.shape[self.along]
+        cell, offset = cells.gather(1, within // length), within % length
+        if self.along == 3:
+            return cell * length + offset
+        return (cell // self._inner * length + offset) * self._inner + cell % self._inner
+
+    @property
+    def _inner(self) -> int:
+        return self.values.shape[2 if self.along == 3 else 3]
 
 
 def cut(x: Tensor, k: int = 1) -> Cells | None:
     """x: (N, C, *) cut into cells in one read, short enough that most of a channel's lie without its k extremes; None where
     it has no length that cells could have."""
     longest = min(x.numel() // max(x.shape[1], 1) // (8 * k), _LONGEST)
-    dtype, values = wide_dtype(x), _innermost(x, longest)
+    dtype, values, along = wide_dtype(x), *_in_order(x, longest)
     if values is None:
         return None
-    along = 1 if values.dim() == 3 else 3
+    others = [dim for dim in range(4) if dim != (2 if along == 1 else 1)]
     found = [
-        (piece.amax(along), piece.amin(along), piece.sum((0, along) if along == 1 else (0, 2, 3), dtype=dtype))
-        for (piece,) in _pieces_of_cells(values)
+        (piece.amax(along), piece.amin(along), piece.sum(others, dtype=dtype)) for (piece,) in _pieces_of_cells(values)
     ]
     high, low = (_by_channel(torch.cat(parts).to(dtype)) for parts in list(zip(*found, strict=True))[:2])
     total = torch.stack([sums for _, _, sums in found]).sum(0)
-    return Cells(values, values.shape[along], total / (x.numel() // x.shape[1]), high, low)
+    return Cells(values, along, total / (x.numel() // x.shape[1]), high, low)
 
 
 def _pieces_of_cells(values: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -91,20 +103,24 @@ def _pieces_of_cells(values: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _by_channel(of_cells: Tensor) -> Tensor:
-    """(N, C, P/N) or (P, C) -> (C, P)."""
+    """(A, C, B) -> (C, A * B)."""
     return of_cells.transpose(0, 1).flatten(1)
 
 
-def _innermost(x: Tensor, longest: int) -> Tensor | None:
-    """x as cells, in whichever of the two orders its memory has; neither: x is copied into the first."""
+def _in_order(x: Tensor, longest: int) -> tuple[Tensor | None, int]:
+    """x as cells in the order of its memory, and the dimension along which a cell lies; of neither order, x is copied."""
     n, channels = x.shape[:2]
     positions = math.prod(x.shape[2:])
     rows = x.movedim(1, -1)
     if rows.is_contiguous() and (positions == 1 or not x.is_contiguous()):
-        length = _length(n * positions, longest)
-        return None if length is None else rows.reshape(-1, length, channels)
+        samples, across = rows.reshape(-1, channels, 1), _length(n * positions, longest)
+    else:
+        samples = x.contiguous().view(n, channels, positions)
+        across = _length(n, longest) if positions < _FEW else None
+    if across is not None:
+        return samples.unflatten(0, (-1, across)), 1
     length = _length(positions, longest)
-    return None if length is None else x.contiguous().view(n, channels, -1, length)
+    return None if length is None else samples.unflatten(2, (-1, length)), 3
 
 
 def _length(elements: int, longest: int) -> int | None:

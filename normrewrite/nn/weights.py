@@ -226,5 +226,5 @@ def _checksum(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
     tensors = [*(tensor.to(dtype or tensor.dtype) for tensor in layer.parameters()), *kept]
     crc = 0
     for tensor in tensors:
-        crc = zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes(), crc)
+        crc = zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data, crc)
     return torch.tensor(crc, device=tensors[0].device)

@@ -60,9 +60,9 @@ def test_cells_hold_the_extremes_and_where_they_are(shape: tuple[int, ...]) -> N
         torch.testing.assert_close(cells.mean, rows.double().mean(1).float())
         assert torch.equal(cells.high.amax(1), rows.amax(1)) and torch.equal(cells.low.amin(1), rows.amin(1))
         every = torch.arange(cells.high.shape[1]).expand(shape[1], -1)
-        assert torch.equal(cells.read(every), rows)
         within = torch.arange(rows.shape[1]).expand_as(rows)
-        assert torch.equal(cells.places(every, within), within)
+        places = cells.places(every, within)
+        assert torch.equal(places.sort(1).values, within) and torch.equal(cells.read(every), rows.gather(1, places))
     assert found or shape == (37, 5)  # a prime number of rows has no cells
 
 
