@@ -5,7 +5,7 @@
 Every command writes over a file that was there before. Afterwards that file is whole, the old or the new one; of a file that was
 not there before, nothing or all of it. A full disk is a tmpfs of a few kilobytes (needs the right to mount one; a limit on the
 size of files stands in for it elsewhere), no permission is a folder that may not be written in, by a process that has lost root's
-right to do so anyway. Signals come at random moments of a run, half of them while it writes.
+right to do so anyway. Signals come at random moments of a run, half of them in its last fifth.
 """
 
 import argparse
@@ -58,7 +58,7 @@ COMMANDS = {
     "finetune": Command(
         ("finetune", "digits.l1.pt", *ARCH, "--data", DATA, "--steps", "6", "--save-every", "2", "--deterministic"),
         "tuned.pt",
-        ("tuned.pt.checkpoints",),
+        ("tuned.checkpoints",),
     ),
     "report": Command(("report", "digits.l1.pt", *ARCH), "page.html"),
 }
@@ -221,7 +221,7 @@ def all_of(trial: Trial, signals: int, faults: list[str]) -> Iterator[Outcome]:
     draw = random.Random(0)
     for number in range(signals):
         for fault in ("SIGINT", "SIGKILL"):
-            late = number % 2 == 1  # when it writes
+            late = number % 2 == 1  # when it may be writing
             yield tried(trial, fault, number % 4 < 2, trial.seconds * draw.uniform(0.8 if late else 0.1, 1.02))
 
 
