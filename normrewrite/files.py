@@ -23,6 +23,7 @@ from normrewrite import arch as arch_
 from normrewrite import manifest, soundness, unpickle
 from normrewrite.errors import NormRewriteError, first_line, nearest, possible
 from normrewrite.history import History
+from normrewrite.nn.parts import deepcopy
 from normrewrite.ranges import LearnedRanges
 from normrewrite.report import Report
 
@@ -69,7 +70,10 @@ def load(
     allow, trust: see normrewrite.unpickle; nothing is unpickled freely without `trust`.
     A file of normrewrite's is rewritten by its manifest first. Raises NormRewriteError with what to do.
     """
-    return read(path, arch, arch_args=arch_args, key=key, allow=allow, trust=trust).model
+    model = read(path, arch, arch_args=arch_args, key=key, allow=allow, trust=trust).model
+    return (
+        model if isinstance(arch, nn.Module) else deepcopy(model)
+    )  # else who writes over the file pulls its memory away
 
 
 def read(
@@ -81,7 +85,7 @@ def read(
     allow: Sequence[str] = (),
     trust: bool = False,
 ) -> ModelFile:
-    """`load`, with the form of the file and its manifest."""
+    """`load`, with the form of the file and its manifest; tensors stay mapped from the file, which nobody may change."""
     path = Path(path)
     content = look(path, key=key, allow=allow, trust=trust)
     if isinstance(content.found, nn.Module):

@@ -49,6 +49,16 @@ def assert_same_bits(a: nn.Module | dict[str, Tensor], b: nn.Module | dict[str, 
         assert torch.equal(tensor.reshape(-1).view(torch.uint8), right[name].reshape(-1).view(torch.uint8)), name
 
 
+@pytest.mark.parametrize("form", ["state_dict", "module"])
+def test_what_was_loaded_outlives_its_file(form: files.Form, small: Make) -> None:
+    """A file that is written over in place takes the memory of whoever has it mapped."""
+    model = small()
+    nr.save(model, "model.pt", form=form)
+    loaded = nr.load("model.pt", arch=small if form == "state_dict" else None)
+    os.truncate("model.pt", 0)
+    assert_same_bits(loaded, model)
+
+
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
