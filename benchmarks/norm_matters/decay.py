@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import MultiStepLR
 
 import normrewrite as nr
 from benchmarks.norm_matters.run import Run
-from normrewrite.data import Data
+from normrewrite.data import Batch, Data
 from normrewrite.training.augment import augmentation
 from normrewrite.weight_decay import NormRecord, NormSchedule, StepSizeCorrection
 
@@ -73,7 +73,7 @@ def _epoch(model: nn.Module, images: Data, optimizer: SGD, recipe: Mapping[str, 
     augment, size = augmentation(recipe["flip"], recipe["crop"]), recipe["batch_size"]
     losses = []
     for chosen in torch.randperm(len(x))[: len(x) // size * size].split(size):
-        batch = augment(type(images.whole)({"x": x[chosen]}, labels[chosen])).to(device)
+        batch = augment(Batch({"x": x[chosen]}, labels[chosen]).to(device))
         loss = F.cross_entropy(model(batch.inputs["x"]), batch.labels)
         optimizer.zero_grad()
         loss.backward()

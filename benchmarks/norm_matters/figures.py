@@ -4,7 +4,7 @@
 """
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from benchmarks.norm_matters.judge import percents
 from benchmarks.norm_matters.run import Found
 
 WIDTH, HEIGHT = 9.0, 3.8
+COLOURS = [f"C{i}" for i in range(10)]
 STYLE = {"svg.hashsalt": "normrewrite", "svg.fonttype": "none", "font.size": 11, "font.family": "sans-serif"}
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
 
@@ -44,13 +45,14 @@ def learning(figure: Any, found: Found) -> None:
 
 
 def curves(axes: Any, found: Found, name: str, factor: float = 1.0) -> None:
-    """One line an arm, the mean over seeds; shaded, the range."""
+    """One line an arm, the mean over seeds; shaded, the range. Colours are those of `ends`."""
     for i, (arm, records) in enumerate(found.items()):
         lines = [[factor * epoch[name] for epoch in record["epochs"]] for record in records if record["epochs"]]
         if not lines:
             continue
         seeds = list(zip(*lines, strict=True))
         epochs = range(1, len(seeds) + 1)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         marker = "o" if len(seeds) < 12 else ""
         axes.plot(
             epochs, [statistics.mean(each) for each in seeds], color=f"C{i}", label=arm, marker=marker, markersize=4
@@ -58,11 +60,13 @@ def curves(axes: Any, found: Found, name: str, factor: float = 1.0) -> None:
         axes.fill_between(epochs, list(map(min, seeds)), list(map(max, seeds)), color=f"C{i}", alpha=0.15, linewidth=0)
 
 
-def ends(axes: Any, found: Found) -> None:
+def ends(axes: Any, found: Found, colours: Sequence[str] = COLOURS) -> None:
     """A line an arm, from the top: a dot a seed, and a bar at the mean."""
-    shown = [(arm, percents(records)) for arm, records in found.items() if records]
-    for i, (_, values) in enumerate(shown):
-        axes.plot(values, [i] * len(values), "o", color=f"C{i}", alpha=0.6)
-        axes.plot([statistics.mean(values)] * 2, [i - 0.3, i + 0.3], color=f"C{i}", linewidth=2)
-    axes.set_yticks(range(len(shown)), [arm for arm, _ in shown])
+    for i, (records, colour) in enumerate(zip(found.values(), colours, strict=False)):
+        values = percents(records)
+        axes.plot(values, [i] * len(values), "o", color=colour, alpha=0.6)
+        axes.plot([statistics.mean(values)] * 2, [i - 0.3, i + 0.3], color=colour, linewidth=2)
+    axes.set_yticks(range(len(found)), found)
+    for label, colour in zip(axes.get_yticklabels(), colours, strict=False):
+        label.set_color(colour)
     axes.invert_yaxis()

@@ -47,7 +47,7 @@ def above(better: str, worse: str, claimed: bool = True) -> Rule:
     def rule(found: Found) -> Check:
         high, low = percents(found[better]), percents(found[worse])
         gap = statistics.mean(high) - statistics.mean(low)
-        return Check(f"{better} above {worse}: by {gap:.2f} points", min(high) > max(low), claimed)
+        return Check(f"`{better}` above `{worse}`: by {gap:.2f} points", min(high) > max(low), claimed)
 
     return rule
 
@@ -59,7 +59,7 @@ def alike(one: str, other: str, margin: float = MARGIN, claimed: bool = True) ->
         a, b = percents(found[one]), percents(found[other])
         gap = statistics.mean(a) - statistics.mean(b)
         touch = min(a) <= max(b) and min(b) <= max(a)
-        text = f"{one} like {other}: {gap:+.2f} points, ranges {'touch' if touch else 'do not touch'}"
+        text = f"`{one}` like `{other}`: {gap:+.2f} points, ranges {'touch' if touch else 'do not touch'}"
         return Check(text, touch and abs(gap) <= margin, claimed)
 
     return rule

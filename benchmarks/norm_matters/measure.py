@@ -3,6 +3,7 @@
 >>> MEASURES["train"](run, Machine(Path("../shared/data"), torch.device("cpu"), results))["accuracy"]
 """
 
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -35,15 +36,25 @@ class Machine:
 
 def train(run: Run, machine: Machine) -> dict[str, Any]:
     """nr.finetune_ from scratch, tested behind every epoch. A run that stops, as loss or gradient were not finite twenty times
-    in a row, has the accuracy of the weights that it got to."""
+    in a row, has the accuracy of the weights that it got to. One that was killed goes on from its last epoch; seconds are then
+    those of the last part."""
     images, test = open_task(run.task, machine.data)
     model = made(run.network, run.norm, run.seed)
     if run.norm.initialise:
         nr.initialise_(model.train(), next(images.batches(256)).inputs)
     model.to(machine.device)
-    started = time.perf_counter()
+    started, kept = time.perf_counter(), machine.beside / f"{run.key}.checkpoints"
     try:
-        _, result = nr.finetune_(model, images, val=test, labels=True, seed=run.seed, **run.recipe)
+        _, result = nr.finetune_(
+            model,
+            images,
+            val=test,
+            labels=True,
+            seed=run.seed,
+            checkpoints=kept,
+            resume=True,
+            **run.recipe,
+        )
     except nr.NormRewriteError as error:
         if error.exit_code != 1:
             raise
@@ -52,6 +63,7 @@ def train(run: Run, machine: Machine) -> dict[str, Any]:
         told = {"accuracy": result.epochs[-1].val_accuracy, "stopped": ""}
         told |= {name: getattr(result, name) for name in ("steps", "skipped_steps", "nonfinite_batches")}
         told["epochs"] = [asdict(epoch) for epoch in result.epochs]
+    shutil.rmtree(kept, ignore_errors=True)
     return told | {"seconds": time.perf_counter() - started}
 
 

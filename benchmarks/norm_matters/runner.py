@@ -7,6 +7,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -45,8 +46,7 @@ class Results:
                     yield name, run
 
     def forget(self) -> None:
-        for path in self.folder.glob("*.*"):
-            path.unlink()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def keep(self, run: Run, record: dict[str, Any]) -> Path:
         """Whole or not at all, also where the machine dies meanwhile."""

@@ -17,7 +17,7 @@ CLAIM = Claim(
     4,
     "int8",
     "A ResNet trained in 8 bits comes to what it does in full precision",
-    "ImageNet, ResNet-18 in 8 bits: as in full precision",
+    "ImageNet, ResNet-18: 8 bits as full precision",
     arms,
     (alike("range, int8", "range, fp32"),),
     learning,

@@ -23,7 +23,7 @@ CLAIM = Claim(
     7,
     "transformer",
     "A transformer with L1 layer norms trains like one with L2",
-    "WMT14 English to German, base transformer: L1 as L2",
+    "Translation (WMT14): L1 does as L2",
     arms,
     (alike("L1 layer norm", "L2 layer norm"),),
     learning,

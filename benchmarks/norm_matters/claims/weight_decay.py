@@ -62,6 +62,7 @@ CLAIM = Claim(
     draw,
     notes=(
         "Only convolutions in front of norms lose their weight decay; all else keeps 5e-4. Norms and effective steps are "
-        "geometric means over channels. Runs that follow norms take those of the run with weight decay and the same seed."
+        "geometric means over channels. The cpu budget takes a sixteenth of the paper's steps, so four times its "
+        "weight decay. Runs that follow norms take those of the run with weight decay and the same seed."
     ),
 )
