@@ -38,8 +38,7 @@ def folder() -> Path:
 def open_task(task: Task, where: Path) -> tuple[Data, Data]:
     """To train on and to test with. Raises NormRewriteError where the data are not there, or too few."""
     if ":" in task.source:
-        train, test = (open_data(task.source.format(split=split), ["x"]) for split in ("train", "test"))
-        return train, test
+        return open_data(task.source.format(split="train"), ["x"]), open_data(task.source.format(split="test"), ["x"])
     if task.source == "digits":
         images, labels = _digits()
         train, test = (images[task.test :], labels[task.test :]), (images[: task.test], labels[: task.test])

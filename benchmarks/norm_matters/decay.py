@@ -67,14 +67,14 @@ def train(
 
 def _epoch(model: nn.Module, images: Data, optimizer: SGD, recipe: Mapping[str, Any]) -> float:
     """The mean loss of one pass in random order; an incomplete batch is left out."""
-    assert images.whole is not None and images.whole.labels is not None
-    device = next(model.parameters()).device
-    x, labels = next(iter(images.whole.inputs.values())), images.whole.labels
+    whole, device = images.whole, next(model.parameters()).device
+    assert whole is not None and whole.labels is not None
+    x = next(iter(whole.inputs.values()))
     augment, size = augmentation(recipe["flip"], recipe["crop"]), recipe["batch_size"]
     losses = []
     for chosen in torch.randperm(len(x))[: len(x) // size * size].split(size):
-        batch = augment(Batch({"x": x[chosen]}, labels[chosen]).to(device))
-        loss = F.cross_entropy(model(batch.inputs["x"]), batch.labels)
+        batch = augment(Batch({"x": x[chosen]}).to(device))
+        loss = F.cross_entropy(model(batch.inputs["x"]), whole.labels[chosen].to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

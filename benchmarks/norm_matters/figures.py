@@ -13,7 +13,12 @@ from benchmarks.norm_matters.run import Found
 
 WIDTH, HEIGHT = 9.0, 3.8
 COLOURS = [f"C{i}" for i in range(10)]
-STYLE = {"svg.hashsalt": "normrewrite", "svg.fonttype": "none", "font.size": 11, "font.family": "sans-serif"}
+STYLE: dict[Any, Any] = {
+    "svg.hashsalt": "normrewrite",
+    "svg.fonttype": "none",
+    "font.size": 11,
+    "font.family": "sans-serif",
+}
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
 
 

@@ -4,7 +4,6 @@
 """
 
 from collections.abc import Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from benchmarks.norm_matters import figures
 from benchmarks.norm_matters.claim import Claim
 from benchmarks.norm_matters.claims import CLAIMS
 from benchmarks.norm_matters.judge import complete, verdict
-from benchmarks.norm_matters.run import Arms, Budget, Run
+from benchmarks.norm_matters.run import Arms, Budget, Found, Run
 from benchmarks.norm_matters.runner import Results
 from benchmarks.stamp import markdown
 
@@ -30,15 +29,18 @@ def summary(budget: Budget, results: Results, names: Iterable[str]) -> str:
 
 def write(path: Path, results: Mapping[Any, Results]) -> Path:
     """The page, and a picture beside it for every claim and budget that has all its runs."""
-    for name, claim in CLAIMS.items():
+    for claim in CLAIMS.values():
         for budget, kept in results.items():
             arms = claim.arms(budget)
             if complete(arms, kept.found(arms)):
-                draw = partial(claim.draw, found=kept.found(arms))
-                figures.save(draw, path.parent / _picture(path, name, budget), TALL.get(name, figures.HEIGHT))
+                _draw(claim, kept.found(arms), path.parent / _picture(path, claim.name, budget))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text(path, results))
     return path
+
+
+def _draw(claim: Claim, found: Found, path: Path) -> None:
+    figures.save(lambda figure: claim.draw(figure, found), path, TALL.get(claim.name, figures.HEIGHT))
 
 
 def text(path: Path, results: Mapping[Any, Results]) -> str:

@@ -1,5 +1,7 @@
 """Bounded weight norm against weight norm and batch norm."""
 
+from dataclasses import replace
+
 from benchmarks.norm_matters.claim import Claim
 from benchmarks.norm_matters.figures import learning
 from benchmarks.norm_matters.judge import above
@@ -15,7 +17,7 @@ NORMS = {
 
 
 def arms(budget: Budget) -> Arms:
-    study = SCRATCH[budget]
+    study = SCRATCH[budget] if budget != "gpu" else replace(SCRATCH["gpu"], network="resnet50")
     return {name: study.arm(norm) for name, norm in NORMS.items()}
 
 
