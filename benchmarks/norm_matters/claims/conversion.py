@@ -73,7 +73,7 @@ CLAIM = Claim(
     8,
     "conversion",
     "Trained networks keep their function under every exact target",
-    "No figure of the paper's: it trains from scratch",
+    "no figure, it trains from scratch",
     arms,
     (exact_rows_keep_accuracy, run_again_keeps_accuracy),
     draw,
