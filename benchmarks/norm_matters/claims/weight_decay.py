@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+from benchmarks.norm_matters import table
 from benchmarks.norm_matters.claim import Claim
 from benchmarks.norm_matters.figures import curves, ends
 from benchmarks.norm_matters.judge import above, alike
@@ -42,6 +43,11 @@ def draw(figure: Any, found: Found) -> None:
     final.set_xlabel("test accuracy at the end (%)")
     curves(norm, found, "norm")
     norm.set(xlabel="epoch", ylabel="‖w‖ of a channel", yscale="log")
+    doubles = [2.0**i for i in range(-3, 7)]
+    shown = norm.get_ylim()
+    norm.set_yticks(doubles, [f"{value:g}" for value in doubles])
+    norm.minorticks_off()
+    norm.set_ylim(shown)
     curves(step, found, "step")
     step.set(xlabel="epoch", ylabel="effective step, lr / ‖w‖²", yscale="log")
 
@@ -60,9 +66,11 @@ CLAIM = Claim(
         alike("none, norms scheduled", "weight decay"),
     ),
     draw,
+    table.turns,
     notes=(
         "Only convolutions in front of norms lose their weight decay; all else keeps 5e-4. Norms and effective steps are "
         "geometric means over channels. The cpu budget takes a sixteenth of the paper's steps, so four times its "
-        "weight decay. Runs that follow norms take those of the run with weight decay and the same seed."
+        "weight decay. Runs that follow norms take those of the run with weight decay and the same seed: "
+        "their effective steps are its own by construction, and turns, which are measured, tell whether they do as much."
     ),
 )
