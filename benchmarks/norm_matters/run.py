@@ -2,7 +2,7 @@
 
 >>> run = Run("train", "resnet8", Task("cifar10", 16, 20_000, 10_000), Norm("l1"), {"epochs": 5, "lr": 0.1}, seed=0)
 >>> run.file
-'resnet8-l1-0-6cfb6cd6cc24.json'
+'resnet8-l1-0-7efab005bc3f.json'
 """
 
 import hashlib

@@ -49,7 +49,7 @@ class Results:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def keep(self, run: Run, record: dict[str, Any]) -> Path:
-        """Whole or not at all, also where the machine dies meanwhile."""
+        """Whole or not at all, also where the process is killed meanwhile."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path, part = self.folder / run.file, self.folder / f"{run.file}.part"
         content = {"run": asdict(run), "stamp": machine_stamp(), **_finite(record)}
