@@ -84,6 +84,7 @@ def _part(path: Path, claim: Claim, budget: Budget, results: Results) -> str:
         _, checks = verdict(budget, arms, found, claim.rules)
         told.append("\n".join(f"- {check}{'' if check.claimed else ' (not of the paper)'}" for check in checks))
         told.append(f"![{claim.says}]({_picture(path, claim.name, budget)})")
+        told += [f"Remark: {claim.remarks[budget]}"] if budget in claim.remarks else []
         told.append(_where(found))
     return "\n\n".join(told)
 
