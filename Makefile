@@ -1,9 +1,11 @@
 # Two commands: `make demo` and `make test`. Each sets up all that it needs on a bare machine with Python 3.11 or newer.
+# `make paper` tries the paper's claims, in minutes; BUDGET=cpu and BUDGET=gpu take longer (docs/paper.md).
 PYTHON ?= python3
 VENV ?= .venv
+BUDGET ?= smoke
 BIN := $(VENV)/bin
 
-.PHONY: demo test docs lint install clean
+.PHONY: demo test docs paper lint install clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "normrewrite needs Python 3.11 or newer; name one: make PYTHON=python3.12")'
@@ -30,6 +32,9 @@ test: install lint
 # A warning is an error; the variable keeps the theme from advertising.
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+paper: install
+	$(BIN)/python -m benchmarks.norm_matters --budget $(BUDGET)
 
 clean:
 	rm -rf $(VENV) demo site build dist *.egg-info

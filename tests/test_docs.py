@@ -32,6 +32,7 @@ NOT_RUN = {
     "docs/kernels.md": ["train.py is yours"],
     "docs/machines.md": ["several processes; tests/test_launch.py runs such", "several machines"],
     "docs/migrate.md": ["shown as py", "shown as py"],  # Composer's and Opacus's own
+    "docs/paper.md": ["installs, and its budgets take minutes and hours"],
     "docs/trust.md": [
         "ten thousand inputs; tests/test_fuzz.py runs a hundred",
         "mounts small disks and kills processes; tests/test_faults.py runs some",

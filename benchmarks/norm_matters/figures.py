@@ -1,0 +1,77 @@
+"""Pictures of results, SVG at the width of a page: the same results give the same bytes.
+
+>>> save(lambda figure: learning(figure, found), Path("docs/paper/metrics.svg"))
+"""
+
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.norm_matters.judge import percents
+from benchmarks.norm_matters.run import Found
+
+WIDTH, HEIGHT = 9.0, 3.8
+COLOURS = [f"C{i}" for i in range(10)]
+STYLE: dict[Any, Any] = {
+    "svg.hashsalt": "normrewrite",
+    "svg.fonttype": "none",
+    "font.size": 11,
+    "font.family": "sans-serif",
+}
+STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
+
+
+def save(draw: Callable[[Any], None], path: Path, height: float = HEIGHT) -> Path:
+    """draw: onto a matplotlib figure."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with matplotlib.rc_context(STYLE):
+        figure = pyplot.figure(figsize=(WIDTH, height), layout="constrained")
+        draw(figure)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, metadata={"Date": None}, facecolor="white")
+        pyplot.close(figure)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(line.rstrip() for line in lines) + "\n")
+    return path
+
+
+def learning(figure: Any, found: Found) -> None:
+    """Left: test accuracy by epoch, mean and range over seeds. Right: every seed's accuracy at the end."""
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    curves(left, found, "val_accuracy", 100)
+    left.set(xlabel="epoch", ylabel="test accuracy (%)")
+    ends(right, found)
+    right.set_xlabel("test accuracy at the end (%)")
+
+
+def curves(axes: Any, found: Found, name: str, factor: float = 1.0) -> None:
+    """One line an arm, the mean over seeds; shaded, the range. Colours are those of `ends`."""
+    for i, (arm, records) in enumerate(found.items()):
+        lines = [[factor * epoch[name] for epoch in record["epochs"]] for record in records if record["epochs"]]
+        if not lines:
+            continue
+        seeds = list(zip(*lines, strict=True))
+        epochs = range(1, len(seeds) + 1)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        marker = "o" if len(seeds) < 12 else ""
+        axes.plot(
+            epochs, [statistics.mean(each) for each in seeds], color=f"C{i}", label=arm, marker=marker, markersize=4
+        )
+        axes.fill_between(epochs, list(map(min, seeds)), list(map(max, seeds)), color=f"C{i}", alpha=0.15, linewidth=0)
+
+
+def ends(axes: Any, found: Found, colours: Sequence[str] = COLOURS) -> None:
+    """A line an arm, from the top: a dot a seed, and a bar at the mean."""
+    for i, (records, colour) in enumerate(zip(found.values(), colours, strict=False)):
+        values = percents(records)
+        axes.plot(values, [i] * len(values), "o", color=colour, alpha=0.6)
+        axes.plot([statistics.mean(values)] * 2, [i - 0.3, i + 0.3], color=colour, linewidth=2)
+    axes.set_yticks(range(len(found)), found)
+    for label, colour in zip(axes.get_yticklabels(), colours, strict=False):
+        label.set_color(colour)
+    axes.invert_yaxis()
