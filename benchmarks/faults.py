@@ -248,7 +248,8 @@ def main() -> None:
             for outcome in all_of(undisturbed(name, Path(place)), options.signals, faults):
                 found.append(outcome)
                 print("." if outcome.ok else json.dumps(asdict(outcome)), end="" if outcome.ok else "\n", flush=True)
-    result: dict[str, Any] = {"runs": len(found), "outcomes": [asdict(each) | {"ok": each.ok} for each in found]}
+    outcomes = [asdict(each) | {"ok": each.ok, "said": each.said.strip().rpartition("\n")[2]} for each in found]
+    result: dict[str, Any] = {"runs": len(found), "outcomes": outcomes}
     print(f"\n{markdown(HEAD, list(rows(result['outcomes'])))}")
     print(f"wrote {write('faults', result)}")
     sys.exit(not all(each.ok for each in found))
