@@ -211,7 +211,7 @@ def tried(trial: Trial, fault: str, existed: bool, after: float = 0.0) -> Outcom
         left = [path.name for path in folder.iterdir() if path.name not in known]
     shutil.rmtree(folder)
     moment = after if fault.startswith("SIG") else None
-    return Outcome(trial.name, fault, existed, process.returncode, state, left, said[-300:], moment)
+    return Outcome(trial.name, fault, existed, process.returncode, state, left, said, moment)
 
 
 def all_of(trial: Trial, signals: int, faults: list[str]) -> Iterator[Outcome]:

@@ -1,6 +1,6 @@
 """What converting a large checkpoint costs: time and peak memory at 1, 10 and 100 times the size, by form of file.
 
-    python -m benchmarks.size                 # about two minutes, 5 GB of disk; writes results/size.json and results/size.svg
+    python -m benchmarks.size                 # about two minutes, 5 GB of disk; writes results/size.json and docs/size.svg
 
 Each conversion is a process of its own, `normrewrite convert ... --to l1`. Peak: the most of its memory that was resident,
 mapped pages of the file included, as the kernel counts it.
@@ -100,7 +100,7 @@ def plot(results: list[dict[str, Any]], idle: int) -> Path:
     seconds.set(xscale="log", yscale="log", xlabel="file, MB", ylabel="seconds, whole process")
     memory.legend()
     figure.tight_layout()
-    path = RESULTS / "size.svg"
+    path = RESULTS.parent.parent / "docs" / "size.svg"
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
     return path

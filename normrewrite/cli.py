@@ -618,7 +618,7 @@ def _unexpected(error: Exception) -> str:
     first = str(error).strip().partition("\n")[0][:200]
     return (
         f"{type(error).__name__}: {first}. This was not foreseen: an input is damaged in a way that is not recognised, or "
-        "normrewrite is at fault. Nothing was written. With NORMREWRITE_TRACEBACK=1 it tells where; please report that."
+        "normrewrite is at fault. No file was left half-written. With NORMREWRITE_TRACEBACK=1 it tells where; please report that."
     )
 
 

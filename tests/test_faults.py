@@ -33,3 +33,5 @@ def test_damage_is_told(tmp_path: Path) -> None:
     assert not Outcome("convert", "SIGKILL", True, -9, "damaged", [], "").ok
     assert not Outcome("convert", "full disk", True, 2, "old", [".twin.pt.x.tmp"], "error: no room").ok
     assert not Outcome("convert", "full disk", True, 2, "absent", [], "error: no room").ok
+    traceback = 'Traceback (most recent call last):\n  File "cli.py", line 1, in main\nKeyboardInterrupt'
+    assert not Outcome("convert", "SIGINT", True, 1, "old", [], traceback).ok

@@ -259,10 +259,8 @@ def input_gradient(
     inward = -dweight / scale if weight is None else -dweight * weight.to(scale.dtype) / scale
     # in half precision one sum of two roundings would not do, nor the sum of two infinities on a dead channel
     if row.family == "mean":
-        dx, per = (
-            torch.empty_like(x),
-            (mean, middle, _factor(scale, weight), inward * (constant / n), spread, spread / constant),
-        )
+        dx = torch.empty_like(x)
+        per = mean, middle, _factor(scale, weight), inward * (constant / n), spread, spread / constant
         for parts in backwards(pieces((x, g, dx), per)):
             _dense_part(row, eps, *parts)
         return dx

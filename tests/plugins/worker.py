@@ -5,35 +5,24 @@ python -m tests.plugins.worker METRIC:CAPABILITY ...
 
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from typing import Any
-
-from triton import knobs
 
 from normrewrite.lower import onnx as nodes
 from normrewrite.norms import metric
 from normrewrite.plugins import OPS, ahead
-
-
-def assembled(ptx: str, capability: int) -> tuple[int, str]:
-    tool = knobs.nvidia.ptxas_blackwell if capability >= 100 else knobs.nvidia.ptxas
-    suffix = "a" if capability >= 90 else ""
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        command = [tool.path, "-v", f"--gpu-name=sm_{capability}{suffix}", file.name, "-o", "/dev/null"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        return done.returncode, done.stderr
+from tests.ptxas import assembled
 
 
 def told_of(spec: str, capability: int) -> dict[str, Any]:
     op = OPS[nodes.operator(metric(spec))]
     given = op.parse(nodes.attributes(metric(spec), 1024, eps=1e-5))
     kernel = ahead.kernel(op, given, (64, 1, 1024, 1), "float16", capability)
-    rc, report = assembled(kernel.ptx, capability)
-    spoilt, _ = assembled(kernel.ptx.replace("row_once_param_4", "row_once_param_5", 1), capability)  # ptxas can refuse
+    done = assembled(kernel.ptx, capability)
+    rc, report = done.returncode, done.stderr
+    spoilt = assembled(
+        kernel.ptx.replace("row_once_param_4", "row_once_param_5", 1), capability
+    ).returncode  # it can refuse
     entry = kernel.ptx[kernel.ptx.index(".entry") :]
     return {
         "rc": rc,

@@ -5,17 +5,15 @@ python -m tests.lower.triton.worker NAME:CAPABILITY ...
 
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from typing import Any
 
 import torch
-from triton import knobs
 
 from normrewrite.lower.triton import launch
 from normrewrite.lower.triton.ahead import Launch, compiled, recorded
 from normrewrite.norms import metric
+from tests.ptxas import assembled
 
 Told = dict[str, Any]
 _LAST: Told = {"shape": (64, 256, 56, 56), "dtype": torch.float16, "memory_format": torch.channels_last, "relu": True}
@@ -86,13 +84,9 @@ def told_of(launch: Launch, capability: int) -> Told:
 
 def _assembled(ptx: str, capability: int) -> str:
     """What ptxas reports; raises where it refuses."""
-    tool = knobs.nvidia.ptxas_blackwell if capability >= 100 else knobs.nvidia.ptxas
-    suffix = "a" if capability >= 90 else ""
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        command = [tool.path, "-v", f"--gpu-name=sm_{capability}{suffix}", file.name, "-o", "/dev/null"]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    done = assembled(ptx, capability)
+    done.check_returncode()
+    return done.stderr
 
 
 def main() -> None:
