@@ -196,8 +196,8 @@ _ENGINE = """
 import sys
 from pathlib import Path
 import numpy as np, onnx, torch
-from normrewrite.build import build
-from normrewrite.engine import runner
+from normrewrite.verbs.build import build
+from normrewrite.deployment.engine import runner
 from normrewrite.lower import onnx as nodes
 from normrewrite.norms import metric
 from normrewrite.plugins import OPS

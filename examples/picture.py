@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from normrewrite.console import style_of
+from normrewrite.cli.console import style_of
 
 HERE = Path(__file__).resolve().parent
 COMMANDS = (

@@ -2,59 +2,10 @@
 
 >>> import normrewrite as nr
 >>> twin = nr.convert(model, to="l1")
+
+The names are listed in __init__.pyi, and imported on their first use: the command line's --help does not wait for torch.
 """
 
-from normrewrite import nn, norms, passes, weight_decay
-from normrewrite._version import __version__
-from normrewrite.advise import Advice, advise
-from normrewrite.arithmetic import half_arithmetic
-from normrewrite.bake import bake, bake_
-from normrewrite.calibrate import calibrate, calibrate_
-from normrewrite.convert import Plan, convert, convert_, plan
-from normrewrite.errors import NormRewriteError
-from normrewrite.export import export
-from normrewrite.files import load, save
-from normrewrite.finetune import finetune, finetune_
-from normrewrite.initialise import initialise_
-from normrewrite.invariance import param_groups, scale_invariant
-from normrewrite.lower.kernels import kernels
-from normrewrite.ranges import LearnedRanges
-from normrewrite.report import Report
-from normrewrite.revert import revert, revert_
-from normrewrite.training.int8 import int8
-from normrewrite.verify import verify
+import lazy_loader
 
-__all__ = [
-    "Advice",
-    "LearnedRanges",
-    "NormRewriteError",
-    "Plan",
-    "Report",
-    "__version__",
-    "advise",
-    "bake",
-    "bake_",
-    "calibrate",
-    "calibrate_",
-    "convert",
-    "convert_",
-    "export",
-    "finetune",
-    "finetune_",
-    "half_arithmetic",
-    "initialise_",
-    "int8",
-    "kernels",
-    "load",
-    "nn",
-    "norms",
-    "param_groups",
-    "passes",
-    "plan",
-    "revert",
-    "revert_",
-    "save",
-    "scale_invariant",
-    "verify",
-    "weight_decay",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -16,8 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from normrewrite import arch
 from normrewrite.errors import NormRewriteError, first_line, possible
+from normrewrite.files import arch
 
 Array = npt.NDArray[Any]
 _LARGEST = 1 << 30  # numbers of an example input: four gigabytes in fp32

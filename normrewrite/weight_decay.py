@@ -6,7 +6,7 @@ A step turns such a weight by lr / ||w||^2, and weight decay only holds ||w|| do
     NormSchedule           sets the norm to ||w_ref|| after each step
     ExponentialSchedule    needs no such run: lr grows as weight decay would have made the weights shrink
 
->>> found = scale_invariant(model)                                  # which weights, normrewrite.invariance
+>>> found = scale_invariant(model)                                  # which weights, normrewrite.sites.invariance
 >>> record = NormRecord(found.weights)                              # beside a run with weight decay: record.step() each epoch
 >>> optimizer = SGD(param_groups(model, weight_decay=0.0, rest=5e-4), lr=0.1, momentum=0.9)
 >>> correction = StepSizeCorrection(optimizer, found.weights, record.reference())    # correction.step() each epoch
@@ -25,7 +25,7 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from normrewrite.errors import NormRewriteError
-from normrewrite.invariance import InvariantWeight
+from normrewrite.sites.invariance import InvariantWeight
 
 Reference = Mapping[str, Tensor]  # by weight: the norms of its blocks, (epochs, blocks)
 

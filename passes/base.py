@@ -15,14 +15,14 @@ from torch import nn
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
-from normrewrite import graph, sites
-from normrewrite.fused import step_aside_
+from normrewrite import sites
 from normrewrite.nn.mean_only import MeanOnlyBatchNorm
 from normrewrite.nn.rows import RowNorm
 from normrewrite.nn.stand_in import StandIn
 from normrewrite.norms import Gain
 from normrewrite.passes.lift_functional import LiftFunctional
-from normrewrite.sites import Site
+from normrewrite.sites import Site, graph
+from normrewrite.sites.fused import step_aside_
 
 Pair = tuple[nn.Module | None, nn.Module]  # the layer in front, where the rewrite changed that too, and the norm
 

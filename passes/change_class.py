@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from normrewrite.kinds import Kind, native
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.passes.base import Rewrite
 from normrewrite.passes.swap_metric import from_native
 from normrewrite.sites import Site
+from normrewrite.sites.kinds import Kind, native
 
 
 class ChangeClass(Rewrite):

@@ -5,8 +5,8 @@ after:   y = weight * (x - m) / sqrt(v + eps) + bias      m, v of one sample's c
          rms: m = 0, and v the mean square of the whole sample: nr.nn.GroupNorm(1, C, metric="l2", centred=False)
 
 Statistics of a sample are no statistics of the data set, so eval is another function: weight and bias are copied, and
-calibrate(data) fits them to what the original computes (normrewrite.least_squares). `instance` throws the mean of each sample's
-channels away, and with it what many networks decide by.
+calibrate(data) fits them to what the original computes (normrewrite.measure.least_squares). `instance` throws the mean of each
+sample's channels away, and with it what many networks decide by.
 """
 
 import math
@@ -14,12 +14,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from normrewrite.kinds import Kind, native
 from normrewrite.nn.origin import Origin
 from normrewrite.nn.rows import GroupNorm
 from normrewrite.nn.stand_in import StandIn
 from normrewrite.passes.base import Rewrite
 from normrewrite.sites import Site
+from normrewrite.sites.kinds import Kind, native
 
 
 class ChangeScope(Rewrite):

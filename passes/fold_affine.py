@@ -26,15 +26,15 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from normrewrite import graph, neighbours, sites
-from normrewrite.kinds import Kind, recognise
+from normrewrite import sites
 from normrewrite.nn.affine import ChannelAffine
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.mean_only import MeanOnlyBatchNorm
 from normrewrite.nn.stand_in import StandIn
 from normrewrite.passes.base import Rewrite, own_parents
 from normrewrite.passes.lift_functional import LiftFunctional, free_name
-from normrewrite.sites import Site
+from normrewrite.sites import Site, graph, neighbours
+from normrewrite.sites.kinds import Kind, recognise
 
 Affine = tuple[Tensor, Tensor]
 

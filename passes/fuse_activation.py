@@ -21,8 +21,8 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn import functional as F
 
-from normrewrite import graph
 from normrewrite.nn.rectify import norm_relu, together
+from normrewrite.sites import graph
 
 _RELUS: tuple[Any, ...] = (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")
 _ADDITIONS: tuple[Any, ...] = (operator.add, torch.add, "add")

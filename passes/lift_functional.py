@@ -22,12 +22,12 @@ from torch.fx.operator_schemas import normalize_function
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn import functional as F
 
-from normrewrite import kinds, sites
+from normrewrite import sites
 from normrewrite.errors import first_line
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.native import AnyBatchNorm
 from normrewrite.nn.parts import assemble, attributes
-from normrewrite.sites import Site
+from normrewrite.sites import Site, kinds
 
 _TENSORS = ("running_mean", "running_var", "weight", "bias")
 

@@ -23,8 +23,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from normrewrite import neighbours, sites
-from normrewrite.kinds import Kind, native
+from normrewrite import sites
 from normrewrite.nn.mean_only import MeanOnlyBatchNorm
 from normrewrite.nn.origin import Origin
 from normrewrite.nn.parts import statistics_dtype
@@ -32,7 +31,8 @@ from normrewrite.nn.stand_in import StandIn
 from normrewrite.nn.weights import normalise_weight, remember
 from normrewrite.passes.base import Rewrite
 from normrewrite.passes.fold_affine import affine_of, as_affine, into_previous
-from normrewrite.sites import Site
+from normrewrite.sites import Site, neighbours
+from normrewrite.sites.kinds import Kind, native
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from normrewrite import sites
-from normrewrite.bake import bake
 from normrewrite.nn import batch
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.mean_only import MeanOnlyBatchNorm
@@ -29,6 +28,7 @@ from normrewrite.nn.weights import original, unchanged, weight_norm_of
 from normrewrite.passes import restore_rows
 from normrewrite.passes.base import Pair, Rewrite
 from normrewrite.sites import Site
+from normrewrite.verbs.bake import bake
 
 _NATIVE: dict[type[BatchNorm], type[nn.Module]] = {
     batch.BatchNorm1d: nn.BatchNorm1d,

@@ -16,15 +16,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from normrewrite.errors import NormRewriteError, nearest
-from normrewrite.kinds import Kind, recognise
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.origin import Origin
 from normrewrite.nn.parts import assemble, attributes, shallow, statistics_dtype
 from normrewrite.norms import Gain, metric
 from normrewrite.passes import swap_rows
 from normrewrite.passes.base import Rewrite
-from normrewrite.row_kinds import ROW_SCOPES
 from normrewrite.sites import Site, is_norm, is_row_norm
+from normrewrite.sites.kinds import Kind, recognise
+from normrewrite.sites.row_kinds import ROW_SCOPES
 
 SCOPES = ("batch", *ROW_SCOPES)
 

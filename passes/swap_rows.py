@@ -19,8 +19,8 @@ from normrewrite.nn.origin import Origin
 from normrewrite.nn.parts import assemble, attributes, shallow, statistics_dtype
 from normrewrite.nn.rows import RowNorm
 from normrewrite.norms import Gain, Metric
-from normrewrite.row_kinds import RowKind, Scope, recognise_row
 from normrewrite.sites import Site
+from normrewrite.sites.row_kinds import RowKind, Scope, recognise_row
 
 _SCOPES: dict[Scope, type[RowNorm]] = {
     "layer": rows.LayerNorm,

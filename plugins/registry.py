@@ -11,9 +11,9 @@ import importlib
 from pathlib import Path
 from typing import Any, Literal
 
+from normrewrite.deployment.runtimes import RUNTIMES
 from normrewrite.errors import NormRewriteError, nearest
 from normrewrite.plugins.spec import NAMESPACE, OPS, VERSION
-from normrewrite.runtimes import RUNTIMES
 
 Kind = Literal["python", "ahead", "library"]
 KINDS: tuple[Kind, ...] = ("python", "ahead", "library")

@@ -13,7 +13,7 @@ import normrewrite as nr
 from normrewrite import sites
 from normrewrite.targets import TARGETS
 from tests.conftest import randomise
-from tests.test_kinds import NormAct
+from tests.sites.test_kinds import NormAct
 
 _SPELT = {
     "topk": ["topk:10", "topk:1%"],

@@ -9,11 +9,11 @@ from torch import nn
 
 import normrewrite as nr
 from normrewrite import sites
-from normrewrite.inspect import inspect
-from normrewrite.traps import find_traps
+from normrewrite.sites.traps import find_traps
+from normrewrite.verbs.inspect import inspect
 from tests.conftest import randomise
 from tests.passes.test_lift_functional import Block
-from tests.test_kinds import Frozen, NormAct, ReluInside
+from tests.sites.test_kinds import Frozen, NormAct, ReluInside
 
 
 def _titles(model: nn.Module) -> set[str]:

@@ -12,11 +12,11 @@ from torch.nn import functional as F
 import normrewrite as nr
 from normrewrite import sites
 from normrewrite.data import Batch, Data
-from normrewrite.export import fold
 from normrewrite.passes import FoldAffine, SwapMetric
-from normrewrite.revert import reverted
+from normrewrite.verbs.export import fold
+from normrewrite.verbs.revert import reverted
 from tests.conftest import randomise
-from tests.test_kinds import NormAct
+from tests.sites.test_kinds import NormAct
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 

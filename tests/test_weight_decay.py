@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 import normrewrite as nr
-from normrewrite.invariance import param_groups, scale_invariant
+from normrewrite.sites.invariance import param_groups, scale_invariant
 from normrewrite.weight_decay import ExponentialSchedule, NormRecord, NormSchedule, StepSizeCorrection, shrinkage
 
 STEPS = 30

@@ -21,7 +21,7 @@ from benchmarks.fuzz import material
 from benchmarks.fuzz.inputs import KINDS
 from benchmarks.fuzz.judge import CODES, LIMIT, MEMORY, UNFORESEEN, Verdict, judge
 from benchmarks.stamp import markdown, write
-from normrewrite import commands, deploy  # noqa: F401
+from normrewrite.commands import deployment, report, rewriting, training  # noqa: F401
 
 HEAD = [
     "input",

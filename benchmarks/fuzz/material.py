@@ -10,7 +10,7 @@ from torch import nn
 
 import normrewrite as nr
 from normrewrite.files import write_manifest
-from normrewrite.history import History
+from normrewrite.records.history import History
 
 CODE = """
 from torch import nn

@@ -11,16 +11,16 @@ from typing import Any
 
 import torch
 
-from normrewrite import history
 from normrewrite.page.columns import power
 from normrewrite.page.facts import Facts, Row
+from normrewrite.records import history
 from normrewrite.targets import TARGETS
 
 
 @dataclass
 class Document:
-    """facts: normrewrite.page.facts; file, original, data: digests (normrewrite.digests.of_file) of what was read; record:
-    the manifest; command: the words of the command that made this."""
+    """facts: normrewrite.page.facts; file, original, data: digests (normrewrite.records.digests.of_file) of what was read;
+    record: the manifest; command: the words of the command that made this."""
 
     facts: Facts
     file: dict[str, Any]

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from normrewrite.bench import Bench
 from normrewrite.page.histograms import gaussian
 from normrewrite.page.picture import ENTRY, Block, Node
 from normrewrite.page.svg import path, picture, tag
+from normrewrite.verbs.bench import Bench
 
 Point = tuple[float, float]
 WIDTH = 342.0  # of the widest block: what a phone leaves

@@ -1,4 +1,4 @@
-"""What the report tells of a network, as data. Statistics are those of `inspect --advise`: normrewrite.advise.study.
+"""What the report tells of a network, as data. Statistics are those of `inspect --advise`: normrewrite.verbs.advise.study.
 
 >>> facts = gather(twin, original, data)
 >>> facts.rows[0].kappa, facts.rows[0].scale_before
@@ -12,23 +12,24 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from normrewrite import manifest, neighbours, sites
-from normrewrite.advise import Advice, SiteAdvice, study
-from normrewrite.bench import Bench
+from normrewrite import sites
 from normrewrite.data import Data
 from normrewrite.errors import NormRewriteError
-from normrewrite.inspect import SiteFacts
-from normrewrite.inspect import inspect as inspect_model
-from normrewrite.moments import Moments, Rows, every_row
+from normrewrite.measure.moments import Moments, Rows, every_row
+from normrewrite.measure.remeasure import had_back, measure
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.weights import WeightNorm
 from normrewrite.norms import metric
 from normrewrite.page.histograms import Counter
 from normrewrite.passes.fold_affine import scale_of
-from normrewrite.remeasure import had_back, measure
-from normrewrite.report import Report, SiteResult
-from normrewrite.sites import Site
-from normrewrite.verify import Comparison, verify
+from normrewrite.records import manifest
+from normrewrite.records.report import Report, SiteResult
+from normrewrite.sites import Site, neighbours
+from normrewrite.verbs.advise import Advice, SiteAdvice, study
+from normrewrite.verbs.bench import Bench
+from normrewrite.verbs.inspect import SiteFacts
+from normrewrite.verbs.inspect import inspect as inspect_model
+from normrewrite.verbs.verify import Comparison, verify
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Row:
 
     scale_before, scale_after: what it divides by in eval; read: C * S of its real inputs over the standard deviation
     (kappa); weight_before, weight_after: the 2-norms of the weights in front, by output channel; advice: of
-    normrewrite.advise, where there was data; histogram: shares of its inputs, see normrewrite.page.histograms.
+    normrewrite.verbs.advise, where there was data; histogram: shares of its inputs, see normrewrite.page.histograms.
     """
 
     name: str
@@ -79,7 +80,7 @@ class Row:
 
 @dataclass
 class Facts:
-    """Everything that the report tells, but for the files: normrewrite.page.command adds those."""
+    """Everything that the report tells, but for the files: normrewrite.commands.report adds those."""
 
     model: nn.Module
     rows: list[Row]

@@ -41,7 +41,7 @@ def gaussian() -> list[float]:
 
 
 class Counter:
-    """Histograms by site name, filled by `watch` (normrewrite.moments.Watch)."""
+    """Histograms by site name, filled by `watch` (normrewrite.measure.moments.Watch)."""
 
     def __init__(self) -> None:
         self.by_site: dict[str, Histogram] = {}

@@ -14,7 +14,7 @@ from normrewrite.page.document import Document, summary
 from normrewrite.page.facts import Row
 from normrewrite.page.picture import Picture, picture
 from normrewrite.targets import TARGETS
-from normrewrite.verify import OutputDifference
+from normrewrite.verbs.verify import OutputDifference
 
 SITES = (
     "Figures of a site are of random input of its width; those with data are of {inputs:,} inputs in batches of {batch}. "

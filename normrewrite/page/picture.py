@@ -15,9 +15,10 @@ from typing import Any, Literal
 from torch import nn
 from torch.fx import Node as FxNode
 
-from normrewrite import graph, sites
-from normrewrite.neighbours import LAYERS, is_layer
+from normrewrite import sites
 from normrewrite.nn.weights import weight_norm_of
+from normrewrite.sites import graph
+from normrewrite.sites.neighbours import LAYERS, is_layer
 
 NORMS = 4  # a block holds at most so many norms,
 NODES = 24  # and so many modules in all

@@ -5,7 +5,7 @@ from typing import Any
 from normrewrite.page.columns import SITE, used
 from normrewrite.page.document import Document
 from normrewrite.page.facts import Row
-from normrewrite.report import table
+from normrewrite.records.report import table
 
 _BARS = " ▁▂▃▄▅▆▇█"
 _SPARKS = 16  # characters of a histogram

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from normrewrite.data import Batch, Data
 from normrewrite.errors import NormRewriteError
 from normrewrite.training import randomness
-from normrewrite.verify import runner
+from normrewrite.verbs.verify import runner
 
 
 @dataclass(frozen=True)

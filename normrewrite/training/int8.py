@@ -30,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 from normrewrite import sites
 from normrewrite.errors import NormRewriteError, nearest
 from normrewrite.nn.batch import BatchNorm
-from normrewrite.ranges import SIDES, LearnedRanges, called, check
+from normrewrite.records.ranges import SIDES, LearnedRanges, called, check
 from normrewrite.training.descent import Descent
 from normrewrite.training.products import (
     SIMULATED,

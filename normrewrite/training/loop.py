@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from normrewrite.data import Batch, Data
 from normrewrite.errors import NormRewriteError
-from normrewrite.modes import evaluating, freeze_statistics, without_dropout
+from normrewrite.sites.modes import evaluating, freeze_statistics, without_dropout
 from normrewrite.training import optimise, randomness
 from normrewrite.training.augment import augmentation
 from normrewrite.training.checkpoints import Checkpoints

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from normrewrite import arch
 from normrewrite.data import Batch, argument_names
 from normrewrite.errors import NormRewriteError, first_line, nearest
+from normrewrite.files import arch
 from normrewrite.training.feed import check_labels
 from normrewrite.training.progress import Tally
 from normrewrite.training.recipe import Recipe
-from normrewrite.verify import call, flat
+from normrewrite.verbs.verify import call, flat
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 

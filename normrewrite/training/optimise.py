@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 from normrewrite.errors import NormRewriteError
-from normrewrite.invariance import param_groups, scale_invariant
+from normrewrite.sites.invariance import param_groups, scale_invariant
 from normrewrite.training.recipe import Recipe
 from normrewrite.weight_decay import ExponentialSchedule
 

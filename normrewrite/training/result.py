@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from normrewrite.ranges import LearnedRanges
-from normrewrite.report import table
+from normrewrite.records.ranges import LearnedRanges
+from normrewrite.records.report import table
 from normrewrite.training.progress import Epoch
 
 

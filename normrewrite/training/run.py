@@ -14,10 +14,9 @@ from normrewrite import sites
 from normrewrite.data import Data, argument_names, as_data
 from normrewrite.errors import NormRewriteError
 from normrewrite.lower.accumulate import accumulator
-from normrewrite.modes import same_flags
 from normrewrite.nn.parts import deepcopy
-from normrewrite.ranges import LearnedRanges
-from normrewrite.revert import untrained
+from normrewrite.records.ranges import LearnedRanges
+from normrewrite.sites.modes import same_flags
 from normrewrite.training import feed, machine, pure, randomness
 from normrewrite.training.checkpoints import Checkpoints
 from normrewrite.training.int8 import Int8, int8, notes
@@ -25,6 +24,7 @@ from normrewrite.training.loop import Loop, Step
 from normrewrite.training.progress import Progress
 from normrewrite.training.recipe import Recipe
 from normrewrite.training.result import Finetuned
+from normrewrite.verbs.revert import untrained
 
 Examples = Tensor | Data | Iterable[Any]
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from normrewrite import NormRewriteError
 from normrewrite.lower.accumulate import Accumulator, accumulator
-from tests.test_moments import in_a_tree, running
+from tests.measure.test_moments import in_a_tree, running
 
 Half = npt.NDArray[np.float16]
 SPECS = ("fp32", "half:1", "half:3", "half:64")

@@ -13,7 +13,7 @@ from normrewrite.lower import half, reference
 from normrewrite.lower.accumulate import accumulator
 from normrewrite.lower.half import Rule, normalise, normalise_batch
 from normrewrite.lower.watch import watching
-from normrewrite.moments import FP16_MAX, Moments
+from normrewrite.measure.moments import FP16_MAX, Moments
 from normrewrite.norms import Metric, metric
 from tests.lower import test_rows
 from tests.lower.test_accumulate import Half, added_up

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 import normrewrite as nr
-from normrewrite.advise import advise
 from normrewrite.data import Batch, Data
 from normrewrite.page.facts import Facts, Spread, gather
 from normrewrite.page.histograms import BINS, REACH, gaussian
+from normrewrite.verbs.advise import advise
 from tests.page.networks import ResNet, Twice, images, prepared
 
 

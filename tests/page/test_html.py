@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import normrewrite as nr
-from normrewrite import history, manifest
-from normrewrite.bench import bench
 from normrewrite.data import Batch, Data
 from normrewrite.page import html
 from normrewrite.page.document import Document
 from normrewrite.page.facts import gather
+from normrewrite.records import history, manifest
+from normrewrite.verbs.bench import bench
 from tests import browser
 from tests.page.networks import EVIL, ResNet, Twice, images, networks, prepared
 

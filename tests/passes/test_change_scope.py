@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 import normrewrite as nr
 from normrewrite.passes import ChangeScope
-from normrewrite.revert import reverted
+from normrewrite.verbs.revert import reverted
 from tests.conftest import randomise
-from tests.test_kinds import Frozen, NormAct
+from tests.sites.test_kinds import Frozen, NormAct
 
 
 def expected(norm: Any, x: Tensor, groups: int, centred: bool = True) -> Tensor:

@@ -139,7 +139,7 @@ def test_what_torch_fx_cannot_trace_keeps_an_affine() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.norm(self.conv(x)) if x.sum() > 0 else self.norm(x)
 
-    from normrewrite.export import fold
+    from normrewrite.verbs.export import fold
 
     model = Branching().eval()
     folded, outcome, notes = fold(model)

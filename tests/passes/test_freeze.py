@@ -11,7 +11,7 @@ from normrewrite import sites
 from normrewrite.nn.batch import FrozenBatchNorm
 from normrewrite.passes import Freeze
 from tests.conftest import randomise
-from tests.test_kinds import Frozen
+from tests.sites.test_kinds import Frozen
 
 
 @pytest.mark.parametrize("affine", [True, False])

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 import normrewrite as nr
 from benchmarks.networks import resnet50
-from normrewrite import graph
 from normrewrite.nn.rectify import norm_relu
 from normrewrite.passes import FoldAffine, FuseActivation, SwapMetric
+from normrewrite.sites import graph
 from tests.conftest import randomise
 
 

@@ -12,7 +12,7 @@ import normrewrite as nr
 from normrewrite import sites
 from normrewrite.passes import LiftFunctional, SwapMetric
 from tests.conftest import TARGETS, randomise
-from tests.test_kinds import NormAct
+from tests.sites.test_kinds import NormAct
 
 
 class Block(nn.Module):

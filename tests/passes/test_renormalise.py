@@ -11,7 +11,7 @@ from normrewrite.nn.renorm import SCHEDULE, BatchRenorm
 from normrewrite.passes import Renormalise
 from normrewrite.passes.renormalise import is_fresh
 from tests.conftest import randomise
-from tests.test_kinds import Frozen
+from tests.sites.test_kinds import Frozen
 
 
 def _site(norm: nn.Module) -> sites.Site:

@@ -16,7 +16,7 @@ from normrewrite.passes.swap_metric import SCOPES
 from normrewrite.sites import find
 from normrewrite.tolerances import SAME_FUNCTION, worst
 from tests.conftest import TARGETS
-from tests.test_row_kinds import ConvNeXtLayerNorm, GemmaRMSNorm, LlamaRMSNorm
+from tests.sites.test_row_kinds import ConvNeXtLayerNorm, GemmaRMSNorm, LlamaRMSNorm
 
 # A norm, an input, and what it becomes.
 CASES: list[tuple[nn.Module, tuple[int, ...], type[RowNorm]]] = [

@@ -13,11 +13,11 @@ from torch import nn
 
 import normrewrite as nr
 from benchmarks.networks import convnext, transformer_encoder
-from normrewrite.build import build
 from normrewrite.errors import NormRewriteError
 from normrewrite.lower import onnx as nodes
 from normrewrite.lower.onnx_int8 import absorb
 from normrewrite.plugins import OPS, placed
+from normrewrite.verbs.build import build
 from tests.conftest import RealNetwork
 from tests.lower import test_onnx_int8
 from tests.lower.test_onnx import SPECS, node_model

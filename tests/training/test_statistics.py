@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 import normrewrite as nr
 from normrewrite.data import Batch, Data
-from normrewrite.finetune import finetune
 from normrewrite.training.statistics import Statistics
+from normrewrite.verbs.finetune import finetune
 
 HUGE = 1e25  # its square is beyond fp32: torch's norms make a variance of inf of it, and their bias of the input
 

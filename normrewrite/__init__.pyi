@@ -1,0 +1,34 @@
+# What `import normrewrite as nr` gives, and where it stands: type checkers read it, and
+# normrewrite/__init__.py, which imports each on its first use.
+from . import nn as nn
+from . import norms as norms
+from . import passes as passes
+from . import weight_decay as weight_decay
+from ._version import __version__ as __version__
+from .arithmetic import half_arithmetic as half_arithmetic
+from .errors import NormRewriteError as NormRewriteError
+from .files.reading import load as load
+from .files.writing import save as save
+from .lower.kernels import kernels as kernels
+from .records.ranges import LearnedRanges as LearnedRanges
+from .records.report import Report as Report
+from .sites.invariance import param_groups as param_groups
+from .sites.invariance import scale_invariant as scale_invariant
+from .training.int8 import int8 as int8
+from .verbs.advise import Advice as Advice
+from .verbs.advise import advise as advise
+from .verbs.bake import bake as bake
+from .verbs.bake import bake_ as bake_
+from .verbs.calibrate import calibrate as calibrate
+from .verbs.calibrate import calibrate_ as calibrate_
+from .verbs.convert import Plan as Plan
+from .verbs.convert import convert as convert
+from .verbs.convert import convert_ as convert_
+from .verbs.convert import plan as plan
+from .verbs.export import export as export
+from .verbs.finetune import finetune as finetune
+from .verbs.finetune import finetune_ as finetune_
+from .verbs.initialise import initialise_ as initialise_
+from .verbs.revert import revert as revert
+from .verbs.revert import revert_ as revert_
+from .verbs.verify import verify as verify

@@ -1,0 +1,76 @@
+"""The command line. Thin: each command is the function of the same name in the file of the same name in normrewrite.commands."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+
+import click
+
+from normrewrite._version import __version__
+from normrewrite.cli import deployment, rewriting, training
+from normrewrite.errors import NormRewriteError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="normrewrite", message="%(prog)s %(version)s")
+def app() -> None:
+    """Rewrite the norms of trained networks to L1, L-infinity, Top-k, range and weight norms: the same function."""
+
+
+for _command in (
+    rewriting.inspect,
+    rewriting.convert,
+    rewriting.calibrate,
+    rewriting.revert,
+    rewriting.report,
+    rewriting.diff,
+    training.finetune,
+    deployment.export,
+    deployment.build,
+    deployment.plugins,
+    deployment.verify,
+    deployment.bench,
+):
+    app.add_command(_command)
+
+
+def main() -> None:
+    """Run the command line; errors become one message and an exit code."""
+    try:
+        app(standalone_mode=False)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        _report(error.format_message(), error.exit_code, error.show)
+    except NormRewriteError as error:
+        _report(str(error), error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:  # stdout is full, or nobody reads it any more
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 (what is buffered goes nowhere)
+        _report(f"stdout: {error.strerror}. Nothing else is wrong; files were written as asked.", 2)
+    except Exception as error:
+        if os.environ.get("NORMREWRITE_TRACEBACK"):
+            raise
+        _report(_unexpected(error), 70)
+
+
+def _unexpected(error: Exception) -> str:
+    first = str(error).strip().partition("\n")[0][:200]
+    return (
+        f"{type(error).__name__}: {first}. This was not foreseen: an input is damaged in a way that is not recognised, or "
+        "normrewrite is at fault. No file was left half-written. With NORMREWRITE_TRACEBACK=1 it tells where; please report that."
+    )
+
+
+def _report(message: str, exit_code: int, show: Callable[[], None] | None = None) -> None:
+    if "--json" in sys.argv:
+        print(json.dumps({"error": message, "exit_code": exit_code}))
+    show() if show else print(f"error: {message}", file=sys.stderr)
+    sys.exit(exit_code)
+
+
+if __name__ == "__main__":
+    main()

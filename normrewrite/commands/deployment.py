@@ -1,0 +1,230 @@
+"""The commands of deployment: export, build, verify, bench."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from normrewrite import files
+from normrewrite.commands.source import Source
+from normrewrite.data import Batch, Data, argument_names, open_data
+from normrewrite.data import example as example_input
+from normrewrite.deployment.precision import Precision
+from normrewrite.deployment.quantise import Ranges
+from normrewrite.errors import NormRewriteError
+from normrewrite.lower.onnx import DOMAIN
+from normrewrite.records.ranges import of_record
+from normrewrite.verbs.export import OPSET, Deploy, Exported
+from normrewrite.verbs.export import export as export_model
+from normrewrite.verbs.verify import Comparison, Network
+from normrewrite.verbs.verify import verify as verify_networks
+
+Numbers = Sequence[float] | None
+
+
+def export(
+    source: Source,
+    output: Path,
+    *,
+    input_shape: str | None = None,
+    data: str | None = None,
+    mean: Numbers = None,
+    std: Numbers = None,
+    opset: int = OPSET,
+    dynamic_batch: bool = True,
+    dynamic_size: bool = False,
+    deploy: Deploy = "fold",
+    live_stats: bool = False,
+    bodies: bool = True,
+    precision: Precision = "fp32",
+    calibrate: str | None = None,
+    ranges: Ranges = "percentile",
+    keep_io_types: bool = False,
+    force: bool = False,
+) -> Exported:
+    """Write a model file as ONNX; the example input comes from `data` or has `input_shape`, or else from `calibrate`.
+
+    Ranges that an int8 training left in the file are used for int8.
+    """
+    files.check_writable(output, force)
+    file = source.read()
+    model, names = file.model, argument_names(file.model)
+    seen = None if calibrate is None else open_data(calibrate, names, mean=mean, std=std)
+    inputs = _inputs(
+        names, input_shape, data or calibrate, mean, std, "what goes in? Give --input-shape 1,3,32,32 or --data FILE."
+    )
+    return export_model(
+        model,
+        _first(inputs, 2).positional(names),
+        output,
+        opset=opset,
+        dynamic_batch=dynamic_batch,
+        dynamic_size=dynamic_size,
+        deploy=deploy,
+        live_stats=live_stats,
+        bodies=bodies,
+        precision=precision,
+        calibrate=seen,
+        ranges=ranges,
+        learned=of_record(file.manifest, str(source.path)),
+        keep_io_types=keep_io_types,
+        force=force,
+    )
+
+
+def build(
+    model: Path,
+    output: Path,
+    *,
+    runtime: str = "rtx",
+    gpu: str = "",
+    shapes: dict[str, tuple[str, ...]] | None = None,
+    timing_cache: Path | None = None,
+    plugins: str = "off",
+    force: bool = False,
+    each: Callable[..., object] = lambda phase, **_: None,
+) -> Any:
+    """Build an engine from an ONNX file. gpu: names with commas, as in `sm86,sm89`."""
+    from normrewrite.verbs.build import build as build_engine
+
+    gpus = [name.strip() for name in gpu.split(",") if name.strip()]
+    return build_engine(
+        model,
+        output,
+        runtime=runtime,
+        gpus=gpus,
+        shapes=shapes,
+        timing_cache=timing_cache,
+        plugins=plugins,
+        force=force,
+        each=each,
+    )
+
+
+@dataclass
+class Listed:
+    """What `plugins list` found: operators with their attributes, and where each kind of plugin can be made here."""
+
+    operators: dict[str, dict[str, str]]
+    runtimes: dict[str, bool]
+    library: str | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"operators": self.operators, "runtimes": self.runtimes, "library": self.library}
+
+    def __str__(self) -> str:
+        lines = []
+        for name, attributes in self.operators.items():
+            lines += [f"{DOMAIN}::{name}", *(f"  {key}: {words}" for key, words in attributes.items())]
+        here = [f"{name} ({'installed' if there else 'not installed'})" for name, there in self.runtimes.items()]
+        lines.append(f"as IPluginV3 in Python, for {', '.join(here)}")
+        lines.append(f"as IPluginV3 in C++: {self.library or 'not built; normrewrite plugins path says how'}")
+        return "\n".join([*lines, "enqueue has not been run on a GPU"])
+
+
+def plugins_list() -> Listed:
+    """The operators that there are plugins for."""
+    from importlib.util import find_spec
+
+    from normrewrite.deployment.runtimes import RUNTIMES
+    from normrewrite.plugins import OPS
+    from normrewrite.plugins.built import place
+
+    operators = {
+        op.name: {"computes": ", ".join(op.metrics)} | {a.name: f"{a.kind}, {a.range.words}" for a in op.attributes}
+        for op in OPS.values()
+    }
+    here = {name: find_spec(runtime.module) is not None for name, runtime in RUNTIMES.items()}
+    return Listed(operators, here, str(place()) if place().is_file() else None)
+
+
+@dataclass
+class Verified:
+    """What `verify --layers` found: the outputs, and the layers on the way there."""
+
+    comparison: Comparison
+    layers: Any
+
+    @property
+    def ok(self) -> bool:
+        return self.comparison.ok
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**self.comparison.as_dict(), **self.layers.as_dict()}
+
+    def __str__(self) -> str:
+        return f"{self.layers}\n\n{self.comparison}"
+
+
+def verify(
+    source: Source,
+    other: Path,
+    *,
+    data: str | None = None,
+    input_shape: str | None = None,
+    mean: Numbers = None,
+    std: Numbers = None,
+    batch_size: int = 250,
+    tolerance: float | None = None,
+    layers: bool = False,
+    each: Callable[..., object] = lambda done, **_: None,
+) -> Comparison | Verified:
+    """Compare two files, torch or ONNX, on the same inputs. `source`'s architecture serves both."""
+    networks, names = _networks(source, other)
+    missing = "compared on what? Give --data FILE, or --input-shape 1,3,32,32 for random inputs."
+    inputs = _inputs(names, input_shape, data, mean, std, missing)
+    compared = verify_networks(*networks, inputs, batch_size=batch_size, tolerance=tolerance, each=each)
+    if not layers:
+        return compared
+    from normrewrite.measure.layers import compare_layers
+
+    return Verified(compared, compare_layers(*networks, _first(inputs, 8)))
+
+
+def bench(
+    source: Source,
+    other: Path,
+    *,
+    data: str | None = None,
+    input_shape: str | None = None,
+    mean: Numbers = None,
+    std: Numbers = None,
+    batch_size: int = 1,
+    runtime: str = "torch",
+    rounds: int = 50,
+    each: Callable[..., object] = lambda done, **_: None,
+) -> Any:
+    """Time two files, torch or ONNX, on the same batch. `source`'s architecture serves both."""
+    from normrewrite.verbs.bench import bench as bench_networks
+
+    networks, names = _networks(source, other)
+    missing = "timed on what? Give --input-shape 1,3,32,32 for random inputs, or --data FILE."
+    batch = _first(_inputs(names, input_shape, data, mean, std, missing), batch_size if data else 1 << 30)
+    return bench_networks(*networks, batch.inputs, runtime=runtime, rounds=rounds, each=each)  # type: ignore[arg-type]
+
+
+def _networks(source: Source, other: Path) -> tuple[tuple[Network, Network], list[str]]:
+    """Both networks, and the names of their arguments where torch tells them."""
+    plain = (".onnx", ".engine")
+    a, b = (path if path.suffix in plain else source.read(path).model for path in (source.path, other))
+    return (a, b), next((argument_names(network) for network in (a, b) if isinstance(network, nn.Module)), [])
+
+
+def _inputs(
+    names: list[str], input_shape: str | None, data: str | None, mean: Numbers, std: Numbers, missing: str
+) -> Data:
+    if input_shape is not None:
+        return Data(whole=Batch({names[0] if names else "input": example_input(input_shape)}))
+    if data is None:
+        raise NormRewriteError(missing)
+    return open_data(data, names, mean=mean, std=std)
+
+
+def _first(inputs: Data, size: int) -> Batch:
+    """The first batch, of that size at most."""
+    batch = next(iter(inputs.batches(size)), None)
+    if batch is None:
+        raise NormRewriteError("the data held no batch. Give at least one input.")
+    return Batch({name: values[:size] for name, values in batch.inputs.items()})

@@ -1,0 +1,86 @@
+"""The command `report`."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from normrewrite import files
+from normrewrite.commands.source import Source
+from normrewrite.data import Data, argument_names, open_data
+from normrewrite.errors import NormRewriteError
+from normrewrite.page.document import Document
+from normrewrite.page.facts import Facts, gather
+from normrewrite.records import digests, history, manifest
+from normrewrite.verbs.bench import Runtime, bench
+
+ROUNDS = 100
+
+
+def report(
+    source: Source,
+    *,
+    original: Path | None = None,
+    data: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    batch_size: int = 250,
+    latency: Runtime | None = None,
+    output: Path | None = None,
+    text: bool = False,
+    force: bool = False,
+    each: Callable[..., object] = lambda done, **_: None,
+) -> Document:
+    """Tell everything of a network, rewritten or not; as a page where there is an `output`.
+
+    original: the network before the rewrite, of the same --arch; by default what the twin itself gives back. data: inputs;
+    labels in it give the accuracy. latency: time both in `torch` or `onnxruntime`, on the first input.
+    text: print the whole of it beside a page, too.
+    """
+    asked = dict(locals())
+    if output is not None:
+        files.check_writable(output, force)
+    if latency is not None and data is None:
+        raise NormRewriteError("--latency of what input? Give --data FILE: the first one is timed.")
+    file = source.read()
+    first = None if original is None else source.read(original).model
+    examples = None if data is None else open_data(data, argument_names(file.model), mean=mean, std=std)
+    record = file.manifest if file.manifest is not None else _derived(file.model)
+    facts = gather(file.model, first, examples, record=record, batch_size=batch_size, each=each)
+    if latency is not None and examples is not None:
+        _time(facts, first, examples, latency)
+    named, seen = (None if path is None else _digest(Path(path)) for path in (original, data))
+    words = history.step(report, source, asked)["command"]
+    document = Document(facts, digests.of_file(source.path), named, seen, record, words)
+    document.brief = output is not None and not text
+    if output is not None:
+        from normrewrite.page import html
+
+        content = html.page(document)
+        files.write_atomically(output, lambda temporary: Path(temporary).write_bytes(content), force)
+        document.output = str(output)
+    return document
+
+
+def _derived(model: nn.Module) -> dict[str, Any] | None:
+    """What a pickled module tells itself: it has no manifest in its file."""
+    record = manifest.describe(model)
+    return manifest.seal(record, model.state_dict()) if record["sites"] else None
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    return digests.of_file(path) if path.is_file() else {"file": path.name}
+
+
+def _time(facts: Facts, original: nn.Module | None, data: Data, runtime: Runtime) -> None:
+    """Latency of the rewritten network against the original, or against what it gives back."""
+    from normrewrite.measure.remeasure import had_back
+
+    first = original if original is not None else had_back(facts.model)[0]
+    if first is None:
+        facts.notes.append("Latency was not measured: there is no original to compare with.")
+        return
+    batch = next(iter(data.batches(1)))
+    one = {name: values[:1] for name, values in batch.inputs.items()}
+    facts.bench = bench(first, facts.model, one, runtime=runtime, rounds=ROUNDS)

@@ -1,0 +1,391 @@
+"""The commands around a rewrite: inspect, convert, calibrate, revert."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from normrewrite import files
+from normrewrite.commands.source import Source, derived, opened
+from normrewrite.data import Data, argument_names
+from normrewrite.data import example as example_input
+from normrewrite.errors import NormRewriteError
+from normrewrite.nn.weights import gain_of
+from normrewrite.norms import Gain
+from normrewrite.records import history
+from normrewrite.records.history import History
+from normrewrite.records.report import Report
+from normrewrite.rules import Rules
+from normrewrite.targets import rewrite
+from normrewrite.verbs.advise import Advice
+from normrewrite.verbs.advise import advise as advise_model
+from normrewrite.verbs.calibrate import NOTHING, Calibration, calibratable
+from normrewrite.verbs.calibrate import calibrate_ as calibrate_model
+from normrewrite.verbs.convert import Plan, as_scopes, untouched
+from normrewrite.verbs.convert import plan as plan_model
+from normrewrite.verbs.export import fold
+from normrewrite.verbs.initialise import Initialisation, initialise_
+from normrewrite.verbs.inspect import Inspection
+from normrewrite.verbs.inspect import inspect as inspect_model
+from normrewrite.verbs.replay import rewritten_again
+from normrewrite.verbs.revert import reverted
+from normrewrite.verbs.verify import Comparison
+from normrewrite.verbs.verify import verify as verify_networks
+
+
+@dataclass
+class Converted:
+    """What `convert` did: the sites, the whole network's difference where it was measured, and the file."""
+
+    report: Report
+    output: str
+    form: str
+    network: Comparison | None = None
+    calibration: Calibration | Initialisation | None = None
+    note: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        network = None if self.network is None else self.network.as_dict()
+        calibration = None if self.calibration is None else self.calibration.as_dict()
+        record = {"output": self.output, "form": self.form, "network": network, "calibration": calibration}
+        return record | self.report.as_dict()
+
+    def __str__(self) -> str:
+        whole = f"whole network: {self.network.verdict}" if self.network else ""
+        calibrated = str(self.calibration) if self.calibration else ""
+        lines = (str(self.report), whole, calibrated, f"wrote {self.output}", self.note)
+        return "\n".join(line for line in lines if line)
+
+
+@dataclass
+class Planned:
+    """What `convert --dry-run` would do."""
+
+    plan: Plan
+
+    def as_dict(self) -> dict[str, Any]:
+        rows = [
+            {"names": c.site.names, "was": c.site.kind, "target": c.target, "reason": c.reason}
+            for c in self.plan.choices
+        ]
+        return {"dry_run": True, "rewritten": len(self.plan.rewritten), "kept": len(self.plan.kept), "sites": rows}
+
+    def __str__(self) -> str:
+        return f"{self.plan}\nnothing was written (--dry-run)"
+
+
+@dataclass
+class Advised:
+    """What `inspect --advise` found: the norms, and which target suits each."""
+
+    inspection: Inspection
+    advice: Advice
+
+    def as_dict(self) -> dict[str, Any]:
+        return self.inspection.as_dict() | {"advice": self.advice.as_dict()}
+
+    def __str__(self) -> str:
+        return f"{self.inspection}\n\n{self.advice}"
+
+
+def inspect(
+    source: Source,
+    *,
+    advise: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    batch_size: int = 250,
+    each: Callable[[int], object] = lambda done: None,
+) -> Inspection | Advised:
+    """The norms of a model file. advise: data to tell from which target suits each."""
+    model = source.read().model
+    inspection = inspect_model(model)
+    if advise is None:
+        return inspection
+    examples = opened(advise, model, mean, std)
+    return Advised(inspection, advise_model(model, examples, batch_size=batch_size, each=each))
+
+
+def convert(
+    source: Source,
+    to: str,
+    *,
+    rules: Rules = (),
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    gain: Gain = "exact",
+    scope: str = "batch",
+    output: Path | None = None,
+    manifest: Path | None = None,
+    folded: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
+    expect: int | None = None,
+    input_shape: str | None = None,
+    calibrate: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    batch_size: int = 250,
+    each: Callable[..., object] = lambda done, **_: None,
+) -> Converted | Planned:
+    """Rewrite the norms of a model file and write the twin beside it, once its function has been checked.
+
+    calibrate: data to match training on, as `calibrate` does; fresh weight norms are initialised by it.
+    manifest: a JSON file for the manifest, too.
+    """
+    asked = dict(locals())
+    rewrite(to, gain, as_scopes(scope))  # a wrong target is told before a large file is read
+    output = output or derived(source.path, f"{slug(to)}.folded" if folded else slug(to))
+    if not dry_run:
+        _check_writable(output, manifest, force)
+    each(f"reading {source.path.name}")
+    file = source.read()
+    data = None if calibrate is None else opened(calibrate, file.model, mean, std)
+    inputs = _some_inputs(input_shape, data, argument_names(file.model), source.device)
+    plan = plan_model(
+        file.model,
+        to,
+        rules=rules,
+        include=include,
+        exclude=exclude,
+        gain=gain,
+        scope=scope,
+        example_inputs=inputs,
+    )
+    plan.require(expect)
+    if dry_run:
+        return Planned(plan)
+    fresh = plan.fresh
+    each(f"rewriting and checking {len(plan.rewritten)} sites")
+    twin, report, network = _rewritten(plan, input_shape, source.device)
+    calibration, notes = _made_ready(twin, report, fresh, data, batch_size, each)
+    if folded:
+        return _write_folded(twin, report, output, force, network)
+    each(f"writing {output.name}")
+    came = history.begun(source, file.manifest).then(history.step(convert, source, asked))
+    form = _saved(twin, output, manifest, file.form, report, came, force)
+    notes.append(_how_to_load(file.form, form, output))
+    return Converted(report, str(output), form, network, calibration, "\n".join(filter(None, notes)))
+
+
+def convert_again(
+    source: Source,
+    replay: Path,
+    *,
+    expect: int | None = None,
+    input_shape: str | None = None,
+    calibrate: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    batch_size: int = 250,
+    output: Path | None = None,
+    manifest: Path | None = None,
+    force: bool = False,
+    each: Callable[..., object] = lambda done, **_: None,
+    **others: Any,
+) -> Converted:
+    """Rewrite another checkpoint of the same architecture as a manifest says, and write the twin beside it.
+
+    replay: a manifest in JSON, or a twin's file. others: options of `convert` that have no say here.
+    """
+    asked = dict(locals())
+    _nothing_else(others)
+    output = output or derived(source.path, "replayed")
+    _check_writable(output, manifest, force)
+    record = files.record(replay, key=source.key, allow=source.allow, trust=source.trust)
+    if record is None:
+        raise NormRewriteError(
+            f"--replay {replay}: carries no manifest. Give a twin's file, or one of convert --manifest."
+        )
+    each(f"reading {source.path.name}")
+    file = source.read()
+    each(f"rewriting and checking {len(record['sites'])} sites")
+    twin, report = rewritten_again(file.model, record, f"--replay {replay}")
+    report.require_exact()
+    if expect is not None and len(report.rewritten) != expect:
+        raise NormRewriteError(f"expected {expect} sites to be rewritten, found {len(report.rewritten)}.")
+    network = _compared(file.model, twin, report, input_shape, source.device)
+    data = None if calibrate is None else opened(calibrate, file.model, mean, std)
+    calibration, notes = _made_ready(twin, report, untouched(file.model), data, batch_size, each)
+    if data is None and any(entry.get("calibrated") for entry in record["sites"]):
+        notes.append(
+            "the manifest's twin was calibrated, which is of its own weights: --calibrate DATA does it for these"
+        )
+    each(f"writing {output.name}")
+    came = history.begun(source, file.manifest).then(history.step(convert_again, source, asked, "convert"))
+    form = _saved(twin, output, manifest, file.form, report, came, force)
+    notes.append(_how_to_load(file.form, form, output))
+    return Converted(report, str(output), form, network, calibration, "\n".join(filter(None, notes)))
+
+
+def _nothing_else(options: Mapping[str, Any]) -> None:
+    """Raises for what only --to can be told."""
+    given = [name for name, value in options.items() if value and (name, value) not in _USUAL]
+    if given:
+        option = "--rule" if given[0] == "rules" else f"--{given[0].replace('_', '-')}"
+        raise NormRewriteError(
+            f"--replay does what its manifest says, and {option} is for --to. Leave one of them out."
+        )
+
+
+_USUAL = (("gain", "exact"), ("scope", "batch"))
+
+
+def _saved(
+    twin: nn.Module, output: Path, manifest: Path | None, form: files.Form, report: Report, came: History, force: bool
+) -> files.Form:
+    """Write the twin, and its manifest apart where that is asked for; the form that was written."""
+    written = files.save(twin.cpu(), output, form=form, report=report, history=came, force=force)
+    files.write_manifest(twin, manifest, report, came, force)
+    return written
+
+
+def _check_writable(output: Path, manifest: Path | None, force: bool) -> None:
+    files.check_writable(output, force)
+    if manifest is not None:
+        files.check_writable(manifest, force)
+
+
+def _some_inputs(input_shape: str | None, data: Data | None, names: list[str], device: str) -> list[Tensor] | None:
+    """Forward's arguments for one small batch, where there is something to take them from."""
+    if input_shape is not None:
+        return [example_input(input_shape).to(device)]
+    if data is None:
+        return None
+    batch = next(iter(data.batches(2)), None)
+    return None if batch is None else [values.to(device) for values in batch.positional(names)]
+
+
+def _made_ready(
+    twin: nn.Module,
+    report: Report,
+    fresh: bool,
+    data: Data | None,
+    batch_size: int,
+    each: Callable[..., object],
+) -> tuple[Calibration | Initialisation | None, list[str]]:
+    """What data can do for a twin, in place: calibrate it, or initialise its weight norms; and what is to be said of it."""
+    if data is None:
+        hint = f"{len(report.inexact)} sites can't be exact: --calibrate DATA fits them to the original"
+        return None, [hint] if report.inexact else []
+    if fresh and any(gain_of(module) is not None for module in twin.modules()):
+        batch = next(iter(data.batches(batch_size)))
+        return initialise_(twin, batch.inputs), []
+    if not calibratable(twin):
+        return None, [NOTHING]
+    return calibrate_model(twin, data, batch_size=batch_size, each=each)[1], []
+
+
+def _rewritten(plan: Plan, input_shape: str | None, device: str) -> tuple[nn.Module, Report, Comparison | None]:
+    if input_shape is None:
+        twin, report = plan.apply_()
+        report.require_exact()
+        return twin, report, None
+    twin, report = plan.apply()
+    report.require_exact()
+    return twin, report, _compared(plan.model, twin, report, input_shape, device)
+
+
+def _compared(
+    model: nn.Module, twin: nn.Module, report: Report, input_shape: str | None, device: str
+) -> Comparison | None:
+    """The whole network on random input, where its shape is given; raises where an exact twin differs."""
+    if input_shape is None:
+        return None
+    network = verify_networks(model, twin, example_input(input_shape).to(device))
+    if not network.ok and not report.live and not report.inexact:
+        raise NormRewriteError(
+            f"the twin computes another function; no file was written. {network.verdict}", exit_code=1
+        )
+    return network
+
+
+def _write_folded(twin: nn.Module, report: Report, output: Path, force: bool, network: Comparison | None) -> Converted:
+    whole, outcome, notes = fold(twin)
+    files.write_tensors(whole.state_dict(), output, force)
+    note = (
+        f"plain state_dict: {len(outcome.into_neighbour)} norms folded into a neighbour (give it a bias, and put nn.Identity "
+        f"in the norm's place); {len(outcome.to_affine)} are y = weight * x + bias by channel under the norm's name"
+    )
+    return Converted(report, str(output), "folded state_dict", network, None, "\n".join([note, *notes]))
+
+
+def _how_to_load(wanted: str, written: str, output: Path) -> str:
+    if wanted != "module" or written == "module":
+        return ""
+    return f"the twin can't be pickled, so its state_dict was written: load it by nr.load({output.name!r}, arch=...)"
+
+
+def slug(target: str) -> str:
+    """A target as it stands in file names: `topk:1%` -> `topk-1pct`."""
+    return rewrite(target).target.replace(":", "-").replace("%", "pct")
+
+
+@dataclass
+class Calibrated:
+    """What `calibrate` did."""
+
+    calibration: Calibration
+    output: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"output": self.output, **self.calibration.as_dict()}
+
+    def __str__(self) -> str:
+        return f"{self.calibration}\nwrote {self.output}"
+
+
+def calibrate(
+    source: Source,
+    *,
+    data: str,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    batch_size: int = 250,
+    output: Path | None = None,
+    force: bool = False,
+    each: Callable[..., object] = lambda done, **_: None,
+) -> Calibrated:
+    """Match a twin's training to the original on unlabelled data, and write it beside."""
+    asked = dict(locals())
+    output = output or derived(source.path, "calibrated")
+    files.check_writable(output, force)
+    file = source.read()
+    examples = opened(data, file.model, mean, std)
+    twin, calibration = calibrate_model(file.model, examples, batch_size=batch_size, each=each)
+    came = history.begun(source, file.manifest).then(history.step(calibrate, source, asked))
+    files.save(twin.cpu(), output, form=file.form, history=came, force=force)
+    return Calibrated(calibration, str(output))
+
+
+@dataclass
+class Reverted:
+    """What `revert` did."""
+
+    sites: list[str]
+    trained: list[str]
+    output: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"output": self.output, "reverted": self.sites, "nearest": self.trained}
+
+    def __str__(self) -> str:
+        exact = len(self.sites) - len(self.trained)
+        lines = [f"{len(self.sites)} norms are torch's again, {exact} of them to the bit", f"wrote {self.output}"]
+        if self.trained:
+            lines.insert(1, f"trained since the rewrite, so the nearest was taken: {', '.join(self.trained[:8])}")
+        return "\n".join(lines)
+
+
+def revert(source: Source, *, output: Path | None = None, force: bool = False) -> Reverted:
+    """Write a twin's file back as a network with torch's own batch norms."""
+    asked = dict(locals())
+    output = output or derived(source.path, "reverted")
+    files.check_writable(output, force)
+    file = source.read()
+    came = history.begun(source, file.manifest).then(history.step(revert, source, asked))
+    model, names, trained = reverted(file.model)
+    files.save(model.cpu(), output, form=file.form, history=replace(came, report=None), force=force)
+    return Reverted(names, trained, str(output))

@@ -1,0 +1,74 @@
+"""The precisions of a deployed network: what an ONNX file computes in, and how a network gets there.
+
+>>> of(onnx.load("model.fp16.onnx"))
+'fp16'
+"""
+
+from typing import Any, Literal, cast
+
+import torch
+from torch import nn
+
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8")
+_HALF: dict[str, tuple[torch.dtype, str]] = {"fp16": (torch.float16, "FLOAT16"), "bf16": (torch.bfloat16, "BFLOAT16")}
+
+
+def cast_model(model: nn.Module, inputs: tuple[torch.Tensor, ...], precision: Precision) -> tuple[torch.Tensor, ...]:
+    """Cast a model (in place) and its example inputs to a half precision; others are left.
+
+    Torch's own rules then stand in the exported graph as types and Casts, which is what strongly typed TensorRT reads.
+    """
+    if precision not in _HALF:
+        return inputs
+    dtype, _ = _HALF[precision]
+    model.to(dtype)
+    return tuple(value.to(dtype) if value.is_floating_point() else value for value in inputs)
+
+
+def keep_io_types(proto: Any) -> None:
+    """Give an ONNX graph fp32 inputs and outputs, each behind a Cast; the names stay. proto is changed in place."""
+    import onnx
+
+    halves = {onnx.TensorProto.DataType.Value(name) for _, name in _HALF.values()}
+    graph = proto.graph
+    for value in [*graph.input, *graph.output]:
+        kind = value.type.tensor_type
+        if kind.elem_type not in halves:
+            continue
+        inside = f"{value.name}_{onnx.TensorProto.DataType.Name(kind.elem_type).lower()}"
+        _rename(graph, value.name, inside)
+        if value in graph.input:
+            graph.node.insert(0, _cast_node(value.name, inside, kind.elem_type))
+        else:
+            graph.node.append(_cast_node(inside, value.name, onnx.TensorProto.FLOAT))
+        kind.elem_type = onnx.TensorProto.FLOAT
+
+
+def _cast_node(source: str, result: str, to: int) -> Any:
+    import onnx
+
+    return onnx.helper.make_node("Cast", [source], [result], name=f"cast_{result}", to=to)
+
+
+def _rename(graph: Any, old: str, new: str) -> None:
+    for node in graph.node:
+        for names in (node.input, node.output):
+            names[:] = [new if name == old else name for name in names]
+
+
+def of(proto: Any) -> Precision:
+    """What a model's layers compute in: as its metadata say, else int8 where it dequantises, else its widest weights."""
+    import onnx
+
+    said = next(
+        (entry.value for entry in proto.metadata_props if entry.key == "normrewrite.deployment.precision"), None
+    )
+    if said in PRECISIONS:
+        return cast(Precision, said)
+    if any(node.op_type == "DequantizeLinear" for node in proto.graph.node):
+        return "int8"
+    types = {onnx.TensorProto.DataType.Name(tensor.data_type) for tensor in proto.graph.initializer}
+    if "FLOAT" in types:
+        return "fp32"
+    return "fp16" if "FLOAT16" in types else "bf16" if "BFLOAT16" in types else "fp32"

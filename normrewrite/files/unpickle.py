@@ -1,0 +1,148 @@
+"""Reading torch files without running what is in them.
+
+Everything goes through torch's weights_only unpickler, which builds nothing but tensors and plain containers. A pickled
+module also names classes; one is let through only if it is what it claims to be: a class, a subclass of nn.Module, defined
+in exactly the module and under exactly the name that the file asks for, in a package of this list (of transformers, a model's
+configuration too).
+
+Such classes may be constructed with arguments that the file chooses: those listed build layers and take memory, and do
+nothing else that is known. Where even that is too much, take state_dicts only.
+"""
+
+import importlib
+import pickle
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from normrewrite.errors import NormRewriteError, first_line
+from normrewrite.files.arch import search_path
+
+PACKAGES = ("torch.nn.modules.", "normrewrite.nn.", "torchvision.", "timm.", "transformers.")
+_OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # torch's magic number, pickled
+_PROTOCOL = re.compile(r"pickle protocol (\d)")
+# Plain functions that layers of torch.nn keep as attributes: calling them with anything is harmless.
+FUNCTIONS = {
+    "torch.nn.functional.relu": torch.nn.functional.relu,
+    "torch.nn.functional.silu": torch.nn.functional.silu,
+    "torch.nn.functional.leaky_relu": torch.nn.functional.leaky_relu,
+    "torch._C._nn.gelu": torch.nn.functional.gelu,
+}
+
+
+def load(path: Path, allow: Sequence[str] = (), trust: bool = False) -> Any:
+    """What the file holds, on the CPU. `allow`: further classes, `module:Class`; `trust`: unpickle freely, running its code."""
+    try:
+        # Only what the user vouched for may come from the current folder: an import runs code.
+        with search_path() if allow or trust else nullcontext():
+            if trust:
+                return torch.load(path, map_location="cpu", weights_only=False)
+            return _load_safely(path, allow)
+    except NormRewriteError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever a damaged or hostile file makes the reader raise
+        raise NormRewriteError(f"{path}: {_why_unreadable(path, error)}") from error
+
+
+def _load_safely(path: Path, allow: Sequence[str]) -> Any:
+    try:
+        return _read(path)
+    except pickle.UnpicklingError as error:
+        wanted = _globals_in(path, error)
+    allowed = [(_allowed(name, allow), name) for name in wanted]
+    refused = [name for obj, name in allowed if obj is None]
+    if refused:
+        raise NormRewriteError(_refusal(path, refused))
+    with torch.serialization.safe_globals([(obj, name) for obj, name in allowed if obj is not None]):
+        return _read(path)
+
+
+def _read(path: Path) -> Any:
+    """Mapped into memory where the file is of torch's present zip format."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=_zipped(path))
+        except Exception as error:
+            for warning in caught:  # of a pickle protocol that torch does not read in full
+                error.add_note(str(warning.message))
+            raise
+
+
+def _zipped(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _globals_in(path: Path, error: pickle.UnpicklingError) -> list[str]:
+    try:
+        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # no zip archive, or one that can't be analysed: the first error says more
+        raise error from None
+
+
+def _allowed(name: str, allow: Sequence[str]) -> Any:
+    """The object that a global of this name stands for, if it may be built; else None."""
+    if name in FUNCTIONS:
+        return FUNCTIONS[name]
+    module_name, _, class_name = name.rpartition(".")
+    by_user = f"{module_name}:{class_name}" in allow
+    if not by_user and not name.startswith(PACKAGES):
+        return None
+    try:
+        found = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        if by_user:
+            raise NormRewriteError(f"--allow {module_name}:{class_name}: {error}") from error
+        return None
+    genuine = isinstance(found, type) and (found.__module__, found.__qualname__) == (module_name, class_name)
+    return found if genuine and (by_user or issubclass(found, nn.Module) or _is_config(found)) else None
+
+
+def _is_config(cls: type) -> bool:
+    """The plain record of settings that a model of transformers keeps."""
+    return any(
+        base.__name__ == "PreTrainedConfig" and base.__module__.startswith("transformers.") for base in cls.__mro__
+    )
+
+
+def _refusal(path: Path, names: Iterable[str]) -> str:
+    names = sorted(names)
+    classes = [name for name in names if name.rpartition(".")[2][:1].isupper()]
+    flags = " ".join(f"--allow {':'.join(name.rsplit('.', 1))}" for name in classes)
+    allow = f"For classes that you know: {flags}. " if classes else ""
+    return (
+        f"{path} asks for {len(names)} class(es) or function(s) that are not on the allow-list, and nothing of it was run: "
+        f"{', '.join(names)}. Best: save a state_dict and name its code with --arch. {allow}"
+        "With --trust the file may run any code that it contains, with your rights; only for files that you made yourself."
+    )
+
+
+def _why_unreadable(path: Path, error: BaseException) -> str:
+    protocol = _PROTOCOL.search(" ".join(getattr(error, "__notes__", ())))
+    if protocol:
+        reason, remedy = f"pickle protocol {protocol[1]}", "; if you made it yourself, it loads with --trust"
+    elif not isinstance(error, pickle.UnpicklingError):
+        reason, remedy = first_line(error)[:200], ""
+    elif _starts_as_old(path):
+        return (
+            "is a module in the format before torch 1.6, which is only read freely. Save it again with a newer torch, or, if "
+            "you made it yourself, use --trust."
+        )
+    else:
+        reason, remedy = "its pickle is damaged", ""
+    return (
+        f"can't be read as a torch file ({reason}). It may be truncated, or no checkpoint at all. Give a file written by "
+        f"torch.save (a state_dict or a module) or a .safetensors file{remedy}."
+    )
+
+
+def _starts_as_old(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(_OLD)) == _OLD

@@ -1,0 +1,147 @@
+"""Model files that go out: written whole or not at all, and never over another without being told to.
+
+>>> save(twin, "twin.pt")                                         # state_dict and manifest, for torch.load
+"""
+
+import json
+import os
+import pickle
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.nn.utils.parametrize import is_parametrized
+
+from normrewrite.errors import NormRewriteError, first_line, possible
+from normrewrite.records import manifest
+from normrewrite.records.history import History
+from normrewrite.records.ranges import LearnedRanges
+from normrewrite.records.report import Report
+
+Form = Literal["state_dict", "safetensors", "module"]
+
+
+def save(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    form: Form = "state_dict",
+    report: Report | None = None,
+    learned: LearnedRanges | None = None,
+    history: History | None = None,
+    force: bool = False,
+) -> Form:
+    """Write a model and its manifest; whole or not at all, and never over an existing file without `force`.
+
+    form: `state_dict` (one dict with `state_dict` and `normrewrite`, which torch.load reads with weights_only=True),
+    `safetensors` (manifest in the metadata), or `module` (pickled; where it can't be, a state_dict is written).
+    learned: ranges of an int8 training, for export; a pickled module then is a dict's `model`, beside the manifest.
+    history: where the twin comes from, for the manifest.
+    Returns the form that was written. Raises NormRewriteError where the file exists or can't be written.
+    """
+    path = Path(path)
+    state = dict(model.state_dict())
+    record = manifest.seal(manifest.describe(model, report, learned), state, history)
+    if path.suffix == ".safetensors" or form == "safetensors":  # the name decides, as it does when it is read
+        form = "safetensors" if path.suffix == ".safetensors" else "state_dict"
+    if form == "module" and not _needs_code(model):
+        try:
+            whole = model if learned is None else {"model": model, manifest.KEY: record}
+            write_atomically(path, lambda temporary: torch.save(whole, temporary), force)
+            return form
+        except (
+            pickle.PicklingError,
+            AttributeError,
+            TypeError,
+        ):  # a lambda, a local class: the tensors can still be had
+            pass
+    if form == "safetensors":
+        write_tensors(state, path, force, {manifest.KEY: json.dumps(record)})
+    else:
+        content = {"state_dict": state, manifest.KEY: record}
+        form = "state_dict"
+        write_atomically(path, lambda temporary: torch.save(content, temporary), force)
+    return form
+
+
+def write_manifest(model: nn.Module, path: Path | None, report: Report, history: History, force: bool) -> None:
+    """The manifest of a model as a JSON file of its own, where one is asked for."""
+    if path is not None:
+        record = manifest.seal(manifest.describe(model, report), model.state_dict(), history)
+        text = json.dumps(record, indent=1)
+        write_atomically(path, lambda temporary: Path(temporary).write_text(text), force)
+
+
+def write_tensors(state: Mapping[str, Tensor], path: Path, force: bool, metadata: dict[str, str] | None = None) -> None:
+    """Plain tensors by name: .safetensors where the file is called so, else as torch.save writes them."""
+    if path.suffix == ".safetensors":
+        from safetensors.torch import save_file
+
+        write_atomically(path, lambda temporary: save_file(_apart(state), temporary, metadata), force)
+    else:
+        write_atomically(path, lambda temporary: torch.save(dict(state), temporary), force)
+
+
+def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors with memory of their own each, as safetensors wants them; copied only where they have not."""
+    owners: set[int] = set()
+    apart = {}
+    for name, tensor in state.items():
+        storage = tensor.untyped_storage()
+        alone = storage.data_ptr() not in owners and storage.nbytes() == tensor.nbytes
+        owners.add(storage.data_ptr())
+        apart[name] = tensor.detach().contiguous() if alone else tensor.detach().clone().contiguous()
+    return apart
+
+
+def _needs_code(model: nn.Module) -> bool:
+    """Modules that pickle, but that only code can bring back: generated graphs and parametrised weights."""
+    return any(isinstance(module, GraphModule) or is_parametrized(module) for module in model.modules())
+
+
+def check_writable(path: str | Path, force: bool) -> None:
+    """Raises early, before any work, where the output can't be written."""
+    path = Path(path)
+    possible(path, "output ")
+    if path.is_dir():
+        raise NormRewriteError(f"output {path} is a folder. Name a file with -o.")
+    if path.exists() and not force:
+        raise NormRewriteError(
+            f"output {path} exists already. Choose another name with -o, or overwrite it with --force."
+        )
+    if not path.parent.is_dir():
+        raise NormRewriteError(f"output {path}: there is no folder {path.parent}. Make it first.")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise NormRewriteError(
+            f"output {path}: the folder {path.parent} is not writable. Choose another place with -o."
+        )
+
+
+def write_atomically(path: Path, write: Callable[[str], object], force: bool) -> None:
+    """Let `write` fill a temporary file beside `path`, then rename it: a reader sees the old file or the new one."""
+    check_writable(path, force)
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+    except OSError as error:
+        raise NormRewriteError(f"output {path}: {error.strerror}. Choose another place with -o.") from error
+    try:
+        write(temporary)
+        Path(temporary).chmod(0o666 & ~_umask())
+        Path(temporary).replace(path)
+    except (pickle.PicklingError, AttributeError, TypeError, MemoryError):
+        raise
+    except Exception as error:  # a full disk is OSError, RuntimeError of torch's writer, or safetensors' own
+        raise NormRewriteError(f"output {path}: {first_line(error)}. Nothing was written.") from error
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,151 @@
+"""Sites: the places in a model where a norm works, by dotted name.
+
+>>> [site.name for site in find(model)]
+['bn1', 'layer1.0.bn1', 'layer1.0.bn2']
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from normrewrite.nn.batch import BatchNorm
+from normrewrite.nn.origin import Origin
+from normrewrite.nn.rows import RowNorm
+from normrewrite.nn.weights import WeightNorm, weight_norm_of
+
+
+@dataclass(frozen=True)
+class Site:
+    """One norm module, every name it goes by, and every place (parent, key) it is registered at; none for a root.
+
+    before: the layer that feeds this norm alone, so that the norm can be folded into it; alone: why there is none. Both
+    are known only where a rewrite has looked (normrewrite.sites.neighbours).
+    """
+
+    names: tuple[str, ...]
+    module: nn.Module
+    homes: tuple[tuple[nn.Module, str], ...]
+    before: "Site | None" = None
+    alone: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @property
+    def label(self) -> str:
+        """The name for people: a root module has an empty one."""
+        return self.name or "(the model itself)"
+
+    @property
+    def kind(self) -> str:
+        return type(self.module).__name__
+
+    @property
+    def channels(self) -> int | None:
+        return getattr(self.module, "num_features", getattr(self.module, "num_channels", None))
+
+
+def is_norm(module: nn.Module) -> bool:
+    """A batch norm of torch's, of ours, or anything else that keeps running statistics (a pass may refuse it by name)."""
+    if isinstance(module, _BatchNorm | BatchNorm):
+        return True
+    if isinstance(module, Origin):  # it keeps their tensors
+        return False
+    statistics = module._buffers.get("running_mean"), module._buffers.get("running_var")
+    return all(isinstance(tensor, Tensor) for tensor in statistics) and not isinstance(
+        module, nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d
+    )
+
+
+def origin_of(module: nn.Module) -> Origin | None:
+    """What the module was before a rewrite, if it was one: of a weight norm, the layer itself."""
+    if isinstance(module, WeightNorm):  # a part of its layer
+        return None
+    norm = weight_norm_of(module)
+    origin = module._modules.get("origin") if norm is None else norm.origin
+    return origin if isinstance(origin, Origin) else None
+
+
+def is_rewritten(module: nn.Module) -> bool:
+    """Whether the module stands for one that it can give back."""
+    return origin_of(module) is not None
+
+
+_ROW_NORMS = (RowNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _InstanceNorm)
+
+
+def is_row_norm(module: nn.Module) -> bool:
+    """A norm within a sample: torch's, ours, or what is called a norm and holds a weight by channel and little else.
+
+    A pass may refuse it by name.
+    """
+    if isinstance(module, _ROW_NORMS):
+        return True
+    tensors = {name: value for name, value in module._parameters.items() if value is not None}
+    held = [*module._modules.values(), *module._buffers.values()]
+    named = "norm" in type(module).__name__.lower() and tensors.keys() <= {"weight", "bias"} and "weight" in tensors
+    return named and not is_norm(module) and tensors["weight"].dim() == 1 and all(value is None for value in held)
+
+
+def find(model: nn.Module, wanted: Callable[[nn.Module], bool] = is_norm) -> list[Site]:
+    """All wanted modules, batch norms by default, in registration order; one used at several places is one site."""
+    names: dict[int, list[str]] = {}
+    homes: dict[int, list[tuple[nn.Module, str]]] = {}
+    modules: dict[int, nn.Module] = {}
+    for name, module, home in registrations(model):
+        if wanted(module):
+            modules[id(module)] = module
+            names.setdefault(id(module), []).append(name)
+            homes.setdefault(id(module), []).extend(home)
+    return [Site(tuple(names[key]), module, tuple(homes[key])) for key, module in modules.items()]
+
+
+def registrations(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[tuple[nn.Module, str]]]]:
+    """Every place a module is registered at, depth first, with its dotted name; one used at several comes several times."""
+    yield "", model, []
+    yield from _below(model, "", {id(model)})
+
+
+def by_name(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module by each of its names, whatever characters they hold."""
+    return {name: module for name, module, _ in registrations(model)}
+
+
+def _below(
+    parent: nn.Module, prefix: str, seen: set[int]
+) -> Iterator[tuple[str, nn.Module, list[tuple[nn.Module, str]]]]:
+    for key, child in parent._modules.items():
+        if child is not None:
+            name = f"{prefix}.{key}" if prefix else key
+            yield name, child, [(parent, key)]
+            if id(child) not in seen:
+                seen.add(id(child))
+                yield from _below(child, name, seen)
+
+
+def replace(site: Site, new: nn.Module) -> nn.Module:
+    """Put `new` wherever the site's module is registered, carrying over its training flag and hooks. Returns `new`."""
+    carry_over(site.module, new)
+    for parent, key in site.homes:
+        parent._modules[key] = new
+    return new
+
+
+def carry_over(old: nn.Module, new: nn.Module) -> None:
+    """Training flag and every kind of hook. Parameters are handed over by the rewrites themselves."""
+    new.training = old.training
+    for name, hooks in vars(old).items():
+        if "hooks" in name and hooks:
+            getattr(new, name).update(hooks)
+    new._is_full_backward_hook = old._is_full_backward_hook
+
+
+def shared_parameters(model: nn.Module) -> set[int]:
+    """The parameters (by id) that more than one module holds: to change one for a module would change the others."""
+    holders = Counter(id(parameter) for module in model.modules() for parameter in set(module._parameters.values()))
+    return {parameter for parameter, count in holders.items() if count > 1}

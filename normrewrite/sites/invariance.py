@@ -1,0 +1,183 @@
+"""Which weights a network's function doesn't depend on the scale of: those of layers that only feed norms.
+
+>>> found = scale_invariant(model)
+>>> [weight.name for weight in found.weights]
+['conv1.weight', 'layer1.0.conv1.weight']
+>>> found.left["fc"]
+'goes into output, no norm'
+
+Such a weight has a direction and nothing else; its norm sets how far a step of the optimiser turns it (weight_decay.py).
+What shares statistics shares a scale: each output channel has its own in front of a batch or instance norm, all channels
+of a group in front of a group norm, the whole weight in front of a layer norm. In training, and up to eps.
+"""
+
+import math
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from normrewrite import sites
+from normrewrite.lower.families import wide
+from normrewrite.nn import GroupNorm, InstanceNorm, LayerNorm, RMSNorm
+from normrewrite.nn.batch import BatchNorm, FrozenBatchNorm
+from normrewrite.nn.renorm import BatchRenorm
+from normrewrite.nn.rows import RowNorm
+from normrewrite.sites import graph
+from normrewrite.sites.kinds import Kind, recognise
+from normrewrite.sites.modes import evaluating
+from normrewrite.sites.neighbours import has_hooks, is_layer
+from normrewrite.sites.row_kinds import RowKind, recognise_row
+
+
+@dataclass(frozen=True)
+class InvariantWeight:
+    """A layer's weight, in `blocks` of output channels that can be scaled each by itself without a change of the function."""
+
+    name: str
+    layer: Any
+    blocks: int
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        weight: nn.Parameter = self.layer.weight
+        return weight
+
+    @torch.no_grad()
+    def norms(self) -> Tensor:
+        """The 2-norm of each block, (blocks,), fp32 at least."""
+        rows = wide(self.parameter.detach())
+        if isinstance(self.layer, _ConvTransposeNd):  # (in, out/groups, *): channels first
+            rows = rows.unflatten(0, (self.layer.groups, -1)).transpose(1, 2).flatten(0, 1)
+        norms: Tensor = torch.linalg.vector_norm(rows.reshape(self.blocks, -1), dim=1)
+        return norms
+
+    def expanded(self, values: Tensor) -> Tensor:
+        """(blocks,) to meet the weight by broadcasting."""
+        by_channel = values.repeat_interleave(out_channels(self.layer) // self.blocks)
+        positions = (1,) * (self.parameter.dim() - 2)
+        if not isinstance(self.layer, _ConvTransposeNd):
+            return by_channel.view(-1, 1, *positions)
+        of_group = by_channel.view(self.layer.groups, -1)
+        return of_group.repeat_interleave(self.layer.in_channels // self.layer.groups, 0).view(
+            self.layer.in_channels, -1, *positions
+        )
+
+
+@dataclass(frozen=True)
+class Invariance:
+    """weights: those found; left: by layer, why it is not among them; untraceable: torch.fx's reason, where all are left."""
+
+    weights: tuple[InvariantWeight, ...] = ()
+    left: dict[str, str] = field(default_factory=dict)
+    untraceable: str = ""
+
+
+def scale_invariant(model: nn.Module) -> Invariance:
+    """The weights of convolutions and linear layers whose output goes into norms alone, by the model's torch.fx graph.
+
+    Norms are torch's, ours and what `recognise` finds, of batch, group, layer, instance or rms scope. Not among them: weights
+    in front of Batch Renorm or a frozen norm, which measure by fixed statistics; parametrised and shared weights; layers
+    with a bias that the norm doesn't subtract. Nothing is changed, and nothing raised: a model that can't be traced has none.
+    """
+    layers = sites.find(model, is_layer)
+    try:
+        with evaluating(model):
+            graph_module = graph.trace(model)
+    except graph.Untraceable as error:
+        return Invariance(left={site.name: str(error) for site in layers}, untraceable=str(error))
+    shared = sites.shared_parameters(model)
+    read = _read_by_the_graph(graph_module)
+    weights, left = [], {}
+    for site in layers:
+        known = "shares its weight" if id(site.module.weight) in shared else None
+        known = "its weight is read elsewhere too" if id(site.module.weight) in read else known
+        blocks = known or _blocks_of_layer(graph_module, site.module)
+        if isinstance(blocks, str):
+            left[site.name] = blocks
+        else:
+            weights.append(InvariantWeight(f"{site.name}.weight" if site.name else "weight", site.module, blocks))
+    return Invariance(tuple(weights), left)
+
+
+def param_groups(model: nn.Module, weight_decay: float = 0.0, rest: float | None = None) -> list[dict[str, Any]]:
+    """Groups for any torch optimiser: scale-invariant weights, then all other parameters.
+
+    >>> optimizer = torch.optim.SGD(param_groups(model, weight_decay=0.0, rest=5e-4), lr=0.1, momentum=0.9)
+
+    weight_decay: of the scale-invariant ones; rest: of the others (None: the same). Each group says which it is under
+    `scale_invariant`; an empty one is left out. A model that torch.fx can't trace has one group, of the others:
+    `scale_invariant(model).untraceable` says why.
+    """
+    invariant = {id(weight.parameter) for weight in scale_invariant(model).weights}
+    groups: list[dict[str, Any]] = [
+        {"params": [], "weight_decay": weight_decay, "scale_invariant": True},
+        {"params": [], "weight_decay": weight_decay if rest is None else rest, "scale_invariant": False},
+    ]
+    for parameter in model.parameters():
+        groups[id(parameter) not in invariant]["params"].append(parameter)
+    return [group for group in groups if group["params"]]
+
+
+def out_channels(layer: Any) -> int:
+    channels: int = layer.out_channels if isinstance(layer, _ConvNd) else layer.out_features
+    return channels
+
+
+def _read_by_the_graph(graph_module: GraphModule) -> set[int]:
+    """Tensors (by id) that the graph reads itself, past their modules."""
+    return {
+        id(attrgetter(str(node.target))(graph_module)) for node in graph_module.graph.nodes if node.op == "get_attr"
+    }
+
+
+def _blocks_of_layer(graph_module: GraphModule, layer: nn.Module) -> int | str:
+    """How many blocks of channels have a scale of their own, or why none has."""
+    calls = [node for node in graph_module.graph.nodes if graph.module_of(graph_module, node) is layer]
+    if not calls:
+        return "is not called in the graph"
+    if has_hooks(layer):
+        return "has hooks"
+    readers = [reader for call in calls for reader in call.users]
+    found = [_blocks_of_reader(graph_module, layer, reader) for reader in readers]
+    reasons = [blocks for blocks in found if isinstance(blocks, str)]
+    return reasons[0] if reasons else math.gcd(*(blocks for blocks in found if isinstance(blocks, int)))
+
+
+def _blocks_of_reader(graph_module: GraphModule, layer: nn.Module, reader: Node) -> int | str:
+    norm = graph.module_of(graph_module, reader)
+    if norm is None or not (sites.is_norm(norm) or sites.is_row_norm(norm)):
+        return f"goes into {reader.target if isinstance(reader.target, str) else reader.name}, no norm"
+    channels = out_channels(layer)
+    blocks = _batch_blocks(norm) if sites.is_norm(norm) else _row_blocks(norm, channels)
+    if isinstance(blocks, str):
+        return f"goes into {reader.target}, which {blocks}"
+    if channels % blocks or (sites.is_norm(norm) and channels != blocks):
+        return f"goes into {reader.target}, whose channels are not its own"
+    centred = blocks == channels and getattr(norm, "centred", True)
+    if layer.bias is not None and not centred:
+        return f"has a bias, which {reader.target} doesn't subtract"
+    return blocks
+
+
+def _batch_blocks(norm: Any) -> int | str:
+    kind = Kind(type(norm), norm.eps) if isinstance(norm, BatchNorm) else recognise(norm)
+    if isinstance(kind, str):
+        return kind
+    if issubclass(kind.cls, FrozenBatchNorm | BatchRenorm):
+        return "measures by fixed statistics"
+    return len(norm.running_mean) if norm.running_mean is not None else int(norm.num_features)
+
+
+def _row_blocks(norm: Any, channels: int) -> int | str:
+    if isinstance(norm, RowNorm):
+        known = {LayerNorm: 1, RMSNorm: 1, InstanceNorm: channels, GroupNorm: getattr(norm, "num_groups", 1)}
+        return next((blocks for cls, blocks in known.items() if isinstance(norm, cls)), "is of unknown scope")
+    kind = recognise_row(norm)
+    if not isinstance(kind, RowKind):
+        return kind
+    return {"instance": channels, "group": kind.groups}.get(kind.scope, 1)

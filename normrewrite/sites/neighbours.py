@@ -1,0 +1,124 @@
+"""What stands beside a norm in the graph: the layer that feeds it alone, and can take its affine.
+
+>>> [site.before.name for site in attach(model, sites.find(model)) if site.before]
+['conv1', 'layer1.0.conv1']
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Interpreter, Node
+from torch.nn.utils.parametrize import is_parametrized
+
+from normrewrite import sites
+from normrewrite.errors import NormRewriteError, first_line
+from normrewrite.sites import Site, graph
+from normrewrite.sites.modes import evaluating
+
+LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
+
+
+def is_layer(module: nn.Module) -> bool:
+    """A convolution, transposed convolution or linear layer, just as torch has it: a subclass may do anything."""
+    return type(module) in LAYERS and "forward" not in vars(module)
+
+
+def attach(model: nn.Module, found: Sequence[Site], example_inputs: Sequence[Tensor] | None = None) -> list[Site]:
+    """The sites with what stands before them: `before`, a layer that may be changed for this norm's sake, or `alone`.
+
+    example_inputs tell the rank of linear layers' outputs. Where torch.fx can't trace the model every site stays alone.
+    """
+    try:
+        with evaluating(model):
+            graph_module = graph.trace(model, {id(site.module) for site in found})
+    except graph.Untraceable as error:
+        return [replace(site, alone=str(error)) for site in found]
+    ranks, shared = ranks_of(graph_module, example_inputs), sites.shared_parameters(model)
+    layers = {id(site.module): site for site in sites.find(model, is_layer)}
+    calls: dict[int, list[Node]] = {}
+    for node in graph_module.graph.nodes:
+        module = graph.module_of(graph_module, node)
+        if module is not None:
+            calls.setdefault(id(module), []).append(node)
+    attached = []
+    for site in found:
+        nodes = calls.get(id(site.module), [])
+        reason = _why_alone(graph_module, site, nodes, ranks)
+        before = None if reason else layers[id(graph.module_of(graph_module, nodes[0].args[0]))]
+        if before is not None and any(id(parameter) in shared for parameter in before.module.parameters()):
+            reason, before = f"{before.name} shares its weight with another layer", None
+        attached.append(replace(site, before=before, alone=reason or ""))
+    return attached
+
+
+def _why_alone(graph_module: GraphModule, site: Site, calls: list[Node], ranks: dict[Node, int]) -> str | None:
+    if len(calls) != 1:
+        return "is used at several places" if calls else "is inside a module that torch.fx takes as a whole"
+    if has_hooks(site.module):
+        return "has hooks"
+    before = calls[0].args[0] if calls[0].args else None
+    if not isinstance(before, Node):
+        return "its input is no plain argument"
+    return why_not_fold(graph_module, before, calls[0], ranks)
+
+
+def why_not_fold(graph_module: GraphModule, node: Node, reader: Node | None, ranks: dict[Node, int]) -> str | None:
+    """Why the layer that `node` calls can't be changed for the sake of its one `reader` (if given), or None if it can."""
+    layer = graph.module_of(graph_module, node)
+    if layer is None or not (is_layer(layer) or is_parametrized(layer)):
+        return f"stands behind {node.target if isinstance(node.target, str) else node.name}, no convolution or linear layer"
+    if reader is not None and list(node.users) != [reader]:
+        return f"the output of {node.target} is read elsewhere too"
+    if graph.call_counts(graph_module)[id(layer)] != 1:
+        return f"{node.target} is called at several places"
+    if isinstance(layer, nn.Linear) and ranks.get(node) != 2:
+        return f"the rank of {node.target}'s output is unknown: give an example input"
+    if is_parametrized(layer):
+        return f"{node.target} is parametrised"
+    if has_hooks(layer):
+        return f"{node.target} has hooks"
+    return f"a tensor of {node.target} is read elsewhere too" if _read_elsewhere(graph_module, layer) else None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return any("hooks" in name and "state_dict" not in name and value for name, value in vars(module).items())
+
+
+def _read_elsewhere(graph_module: GraphModule, layer: nn.Module) -> bool:
+    """Whether the graph reads a tensor of the layer itself, or another module holds one, beside the layer's call."""
+    own = {id(parameter) for parameter in layer.parameters()}
+    reads = [str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"]
+    return any(id(attrgetter(target)(graph_module)) in own for target in reads)
+
+
+def ranks_of(graph_module: GraphModule, example_inputs: Sequence[Tensor] | None) -> dict[Node, int]:
+    """The rank of each node's output, where example inputs tell it."""
+    if example_inputs is None:
+        return {}
+    ranks = _Ranks(graph_module)
+    try:
+        with torch.no_grad(), evaluating(graph_module):
+            ranks.run(*example_inputs)
+    except Exception as error:  # the model's code runs here, and may raise anything
+        shapes = ", ".join(str(tuple(value.shape)) for value in example_inputs)
+        raise NormRewriteError(f"the model can't run on inputs of shapes {shapes}: {first_line(error)}") from error
+    return ranks.found
+
+
+class _Ranks(Interpreter):
+    """Runs a graph, and notes the rank of each tensor; torch's ShapeProp would print a traceback where the model raises."""
+
+    def __init__(self, graph_module: GraphModule) -> None:
+        super().__init__(graph_module)
+        self.extra_traceback = False
+        self.found: dict[Node, int] = {}
+
+    def run_node(self, n: Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            self.found[n] = result.dim()
+        return result

@@ -1,0 +1,270 @@
+"""The main job: plan which norm becomes what, and carry it out.
+
+>>> twin = convert(model, to="l1")
+>>> plan_ = plan(model, to="topk:10"); print(plan_); twin, report = plan_.apply()
+"""
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim import Optimizer
+
+from normrewrite import rules as rules_
+from normrewrite import sites
+from normrewrite.errors import NormRewriteError
+from normrewrite.measure.exactness import Probe, measured, tolerance
+from normrewrite.nn.parts import deepcopy
+from normrewrite.norms import Gain
+from normrewrite.optimizers import inherited, parameters_of, rebind
+from normrewrite.passes import Rewrite
+from normrewrite.passes.lift_functional import candidates, lift_, lifted
+from normrewrite.passes.renormalise import is_fresh
+from normrewrite.passes.swap_metric import SCOPES
+from normrewrite.records.report import Report, SiteResult, table
+from normrewrite.rules import KEEP, Rules
+from normrewrite.sites import Site
+from normrewrite.targets import rewrite
+
+Names = str | Sequence[str]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a plan has in mind for one site: a rewrite, or the reason why it stays."""
+
+    site: Site
+    target: str
+    rewrite: Rewrite | None
+    reason: str | None
+
+    @property
+    def note(self) -> str:
+        """What is to be said of a site that will be rewritten: where it is folded, why eval can't stay the same."""
+        return "" if self.rewrite is None else self.rewrite.note(self.site)
+
+
+@dataclass
+class Plan:
+    """Which site becomes what. Print it, then `apply()` for a new module or `apply_()` to rewrite the model in place."""
+
+    model: nn.Module
+    choices: list[Choice]
+    lifts: list[str] = field(default_factory=list)  # modules whose own forward calls F.batch_norm, and will be traced
+    passes: list[Rewrite] = field(default_factory=list)
+    missing: str = "no batch norm"  # what it was looked through for in vain, where nothing was found
+
+    @property
+    def rewritten(self) -> list[Choice]:
+        return [choice for choice in self.choices if choice.rewrite is not None]
+
+    @property
+    def kept(self) -> list[Choice]:
+        return [choice for choice in self.choices if choice.rewrite is None]
+
+    @property
+    def fresh(self) -> bool:
+        """Whether nothing was trained yet: every batch norm has the statistics that it was made with."""
+        return untouched(self.model)
+
+    def __str__(self) -> str:
+        rows = [
+            (c.site.label, c.site.kind, str(c.site.channels or ""), c.target, c.reason or c.note) for c in self.choices
+        ]
+        head = f"{len(self.rewritten)} of {len(self.choices)} sites to be rewritten"
+        return f"{head}\n{table(('site', 'was', 'channels', 'becomes', 'note'), rows)}"
+
+    def apply(self, optimizers: Iterable[Optimizer] = ()) -> tuple[nn.Module, Report]:
+        """A rewritten copy of the model, and the report. The model itself is not touched.
+
+        optimizers: made for the model; they step the copy from now on, with the state they have.
+        """
+        self.require()
+        copies: dict[int, Any] = {}
+        twin, report, heirs = self._carry_out(deepcopy(self.model, copies))
+        if report.ok:  # else the copy is not for use
+            copied = {id(parameter): [copies[id(parameter)]] for parameter in self.model.parameters()}
+            born = {key: heirs.get(id(new), [new]) for key, [new] in copied.items()}
+            rebind(optimizers, born)
+        return twin, report
+
+    def apply_(self, optimizers: Iterable[Optimizer] = ()) -> tuple[nn.Module, Report]:
+        """Rewrite the model in place; returns it (a new root where the root itself was a norm) and the report.
+
+        Parameters stay the same objects where the target has them, so that optimisers need nothing; where it brings
+        parameters of its own (weight norms, affines), the optimizers that are given step those from now on.
+        """
+        self.require()
+        model, report, heirs = self._carry_out(self.model)
+        rebind(optimizers, {id(parameter): [parameter] for parameter in model.parameters()} | heirs)
+        return model, report
+
+    def _carry_out(self, model: nn.Module) -> tuple[nn.Module, Report, dict[int, list[nn.Parameter]]]:
+        model = lift_(model, self.lifts) if self.lifts else model
+        found = {
+            (id(rewrite), site.name): site
+            for rewrite in self.passes
+            for site in rewrite.look(model, sites.find(model, rewrite.wants))
+        }
+        probe, results = Probe(), []
+        heirs: dict[int, list[nn.Parameter]] = {}
+        for choice in self.choices:
+            site = found.get((id(choice.rewrite), choice.site.name))
+            if choice.rewrite is None or site is None:
+                results.append(SiteResult.kept(choice.site, choice.reason or "the traced forward does not use it"))
+                continue
+            model, [(_, before, new)] = choice.rewrite.apply(model, [site])
+            results.append(_measured(site, before, new, choice, probe))
+            heirs |= inherited(parameters_of(site.before, site), parameters_of(before, new))
+        return model, Report(results), heirs
+
+    def require(self, expect: int | None = None) -> None:
+        """Raises where no site, or not `expect` sites, would be rewritten; the message carries the reasons."""
+        reasons = sorted({f"{c.site.label}: {c.reason}" for c in self.kept})
+        because = f" Left: {'; '.join(reasons[:5])}{' ...' if len(reasons) > 5 else ''}." if reasons else ""
+        if not self.choices:
+            raise NormRewriteError(
+                f"{type(self.model).__name__} holds {self.missing}, so there is nothing to rewrite. "
+                "`normrewrite inspect` lists its norms; metrics reach other scopes with --scope."
+            )
+        if not self.rewritten:
+            raise NormRewriteError(f"none of {len(self.choices)} sites can be rewritten.{because}")
+        if expect is not None and len(self.rewritten) != expect:
+            raise NormRewriteError(f"expected {expect} sites to be rewritten, found {len(self.rewritten)}.{because}")
+
+
+def untouched(model: nn.Module) -> bool:
+    """Whether nothing was trained yet: every batch norm has the statistics that it was made with."""
+    norms = sites.find(model)
+    return bool(norms) and all(is_fresh(site.module) for site in norms)
+
+
+def plan(
+    model: nn.Module,
+    to: str = "l1",
+    *,
+    rules: Mapping[str, str | None] | Rules | None = None,
+    include: Names = (),
+    exclude: Names = (),
+    gain: Gain = "exact",
+    scope: Names = "batch",
+    example_inputs: Sequence[Tensor] | None = None,
+) -> Plan:
+    """Decide for every norm of `model` what it becomes; touches nothing.
+
+    to: a target of normrewrite.targets: `l1`, `topk:1%`, `group:4`, `wn`, ..., or `l2` for torch's own norms back from ours.
+    scope: for metrics, which norms are meant: `batch`, `layer`, `group`, `instance`, `rms`, several of them, or `all`.
+    example_inputs: forward's arguments; only targets that fold norms into linear layers ask for them.
+    rules: PATTERN -> target (None or `keep` leaves a site), first match wins, before `to`.
+    include, exclude: globs or `re:` patterns of dotted names; each must match a site.
+    Raises NormRewriteError for an unknown target or pattern, or a model wrapped for data-parallel training.
+    """
+    if isinstance(model, DistributedDataParallel | DataParallel):
+        raise NormRewriteError(
+            f"the model is wrapped in {type(model).__name__}. Convert model.module, then wrap the result again."
+        )
+    scopes = as_scopes(scope)
+    pairs = rules_.as_rules(rules)
+    asked = dict.fromkeys([to, *(target for _, target in pairs if target != KEEP)])
+    passes = {target: rewrite(target, gain, scopes, example_inputs) for target in asked}
+    found, lifts, refused = _find(model, list(passes.values()))
+    include, exclude = _as_list(include), _as_list(exclude)
+    if found:
+        for option, patterns in (("--include", include), ("--exclude", exclude), ("--rule", [p for p, _ in pairs])):
+            rules_.must_match(patterns, found, option)
+    seen = {}
+    for name, each in passes.items():
+        own = [site for site in found if each.wants(site.module)]
+        seen[name] = {site.name: site for site in each.look(model, own)}
+    choices = [Choice(site, KEEP, None, reason) for site, reason in refused]
+    for site in found:
+        target = next((t for pattern, t in pairs if rules_.matches(pattern, site)), to)
+        known = site if target == KEEP else seen[target].get(site.name)
+        if known is not None:
+            choices.append(_choose(known, target, include, exclude, passes))
+    wanted = [name for name in lifts if any(_within(c.site.name, name) for c in choices if c.rewrite is not None)]
+    missing = "no batch norm" if scopes == ("batch",) else f"no norm of scope {', '.join(scopes)}"
+    return Plan(model, choices, wanted, list(passes.values()), missing)
+
+
+def as_scopes(scope: Names) -> tuple[str, ...]:
+    """`all`, a name, several with commas, or a sequence of names."""
+    names = tuple(scope.split(",") if isinstance(scope, str) else scope)
+    return SCOPES if "all" in names else names
+
+
+def _within(name: str, module: str) -> bool:
+    return not module or name.startswith(f"{module}.")
+
+
+def _find(model: nn.Module, passes: list[Rewrite]) -> tuple[list[Site], list[str], list[tuple[Site, str]]]:
+    """Sites that are modules, or will be once their F.batch_norm is lifted; the modules to lift; and those that can't be."""
+    found = sites.find(model, lambda module: any(rewrite.wants(module) for rewrite in passes))
+    lifts, refused = [], []
+    for candidate in candidates(model):
+        new = lifted(copy.deepcopy(candidate.module))  # a trace runs the module's own code
+        found = [site for site in found if site.module is not candidate.module]
+        if isinstance(new, str):
+            refused.append((candidate, new))
+            continue
+        lifts.append(candidate.name)
+        known = {name for site in found for name in site.names}
+        inside = [
+            Site(tuple(f"{candidate.name}.{name}".removeprefix(".") for name in site.names), site.module, ())
+            for site in sites.find(new)
+        ]
+        found += [site for site in inside if site.name not in known]
+    return found, lifts, refused
+
+
+def _as_list(names: Names) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
+
+
+def _choose(site: Site, target: str, include: list[str], exclude: list[str], passes: dict[str, Rewrite]) -> Choice:
+    if include and not any(rules_.matches(pattern, site) for pattern in include):
+        return Choice(site, KEEP, None, "not in --include")
+    if any(rules_.matches(pattern, site) for pattern in exclude):
+        return Choice(site, KEEP, None, "in --exclude")
+    if target == KEEP:
+        return Choice(site, KEEP, None, "kept by a rule")
+    refusal = passes[target].why_not(site)
+    return Choice(site, KEEP, None, refusal) if refusal else Choice(site, target, passes[target], None)
+
+
+def convert(model: nn.Module, to: str = "l1", *, optimizers: Iterable[Optimizer] = (), **options: object) -> nn.Module:
+    """A copy of `model` with its norms rewritten to `to`; in eval the same function, unless the target can't be (group,
+    layer, instance, rms, bwn:strict; see `plan`). Options are those of `plan`.
+
+    >>> twin = convert(model, to="topk:10", exclude="stem.*", optimizers=[optimizer])
+
+    optimizers: made for `model`; they step the copy from now on, with the state they have.
+
+    Raises NormRewriteError where no site can be rewritten, or where a rewritten site differs beyond tolerance (exit_code 1).
+    """
+    return _checked(*plan(model, to, **options).apply(optimizers))  # type: ignore[arg-type]
+
+
+def convert_(model: nn.Module, to: str = "l1", *, optimizers: Iterable[Optimizer] = (), **options: object) -> nn.Module:
+    """`convert` in place. Returns the model, or the new root where the model itself is a norm."""
+    return _checked(*plan(model, to, **options).apply_(optimizers))  # type: ignore[arg-type]
+
+
+def _checked(model: nn.Module, report: Report) -> nn.Module:
+    report.require_exact()
+    return model
+
+
+def _measured(site: Site, before: nn.Module | None, new: nn.Module, choice: Choice, probe: Probe) -> SiteResult:
+    assert choice.rewrite is not None
+    reason = choice.rewrite.inexact(site)
+    halves = choice.rewrite.halves(site, before, new)
+    gap, error = (None, None) if halves is None else measured(*halves, reason, probe)
+    origin = sites.origin_of(new)
+    if origin is not None:
+        origin.difference, origin.error = gap, error
+    limit = None if reason or halves is None else tolerance(halves[0][0] or site.module)
+    return SiteResult(site.names, site.kind, site.channels, choice.target, gap, limit, None, choice.note, error)

@@ -1,0 +1,303 @@
+"""To ONNX: norms folded or as nodes of their own, in one file, at the precision that is to be deployed.
+
+>>> export(twin, example_inputs, "model.onnx")
+"""
+
+import contextlib
+import io
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from normrewrite import sites
+from normrewrite.data import Batch, Data, argument_names, as_data
+from normrewrite.deployment import onnx_file
+from normrewrite.deployment.onnx_ranges import tensors
+from normrewrite.deployment.precision import PRECISIONS, Precision, cast_model
+from normrewrite.deployment.precision import keep_io_types as cast_io
+from normrewrite.deployment.quantise import Ranges, activations, quantise, unkept
+from normrewrite.errors import NormRewriteError, first_line
+from normrewrite.files import check_writable
+from normrewrite.lower.onnx import add_bodies, as_nodes, fitted, inlined
+from normrewrite.nn.batch import BatchNorm
+from normrewrite.nn.parts import deepcopy
+from normrewrite.nn.weights import weight_norm_of
+from normrewrite.passes import FoldAffine
+from normrewrite.passes.fold_affine import Outcome
+from normrewrite.records.ranges import LearnedRanges
+from normrewrite.sites import graph
+from normrewrite.verbs.bake import bake_
+from normrewrite.verbs.verify import runner
+
+Deploy = Literal["fold", "op"]
+DEPLOYS: tuple[Deploy, ...] = ("fold", "op")
+OPSET = 20
+_OPSETS = range(18, 24)
+_BF16_OPSET = 22  # Conv, pooling and others have it from there
+_NORM_OPS = {"BatchNormalization", "InstanceNormalization"}
+
+
+@dataclass
+class Exported:
+    """What was written: where each norm went, and what nodes the file holds."""
+
+    path: str
+    opset: int
+    into_neighbour: list[str]
+    to_affine: list[str]
+    notes: list[str] = field(default_factory=list)
+    nodes: dict[str, int] = field(default_factory=dict)
+    live: list[str] = field(default_factory=list)
+    precision: Precision = "fp32"
+    deploy: Deploy = "fold"
+
+    @property
+    def norms_left(self) -> int:
+        return sum(count for op, count in self.nodes.items() if op in _NORM_OPS)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "norms_left": self.norms_left}
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.path}: {self.precision}, opset {self.opset}, {sum(self.nodes.values())} nodes; {len(self.into_neighbour)} "
+            f"norms folded into a neighbour, {len(self.to_affine)} became Mul and Add, {self.norms_left} norm nodes left"
+        )
+        form = "one node each" if self.deploy == "op" else "standard operators"
+        measured = [f"{len(self.live)} norms measure at inference, as {form}"] if self.live else []
+        return "\n".join([text, *measured, *self.notes])
+
+
+def export(
+    model: nn.Module,
+    example_inputs: Tensor | Sequence[Tensor],
+    path: str | Path,
+    *,
+    opset: int = OPSET,
+    dynamic_batch: bool = True,
+    dynamic_size: bool = False,
+    deploy: Deploy = "fold",
+    live_stats: bool = False,
+    bodies: bool = True,
+    precision: Precision = "fp32",
+    calibrate: Tensor | Data | None = None,
+    ranges: Ranges = "percentile",
+    learned: LearnedRanges | None = None,
+    keep_io_types: bool = False,
+    force: bool = False,
+) -> Exported:
+    """Write `model` in eval as one ONNX file with its norms folded away; the model itself is not touched.
+
+    >>> export(twin, example_inputs, "model.onnx", precision="int8", calibrate=images)
+
+    example_inputs: forward's arguments, (N, ...) each; sizes other than the batch become fixed, unless `dynamic_size`.
+    deploy: `fold` (standard operators alone) or `op`: a norm that measures at inference is one node of domain normrewrite,
+    with its body as a local function unless `bodies` is False. live_stats: batch norms measure their batch, too.
+    precision: `fp16` and `bf16` cast the network, `keep_io_types` leaves its inputs and outputs fp32; `int8` quantises by the
+    ranges `learned` in int8 training, those that `calibrate` shows by `ranges`, or both, learned ones first. Raises
+    NormRewriteError where torch can't export the model, or the file can't be written.
+    """
+    path = Path(path)
+    check_writable(path, force)
+    _check_request(opset, deploy, bodies, precision, calibrate, learned)
+    inputs = tuple(
+        value.detach().cpu() for value in ([example_inputs] if isinstance(example_inputs, Tensor) else example_inputs)
+    )
+    names = argument_names(model)[: len(inputs)]
+    keys = names if len(names) == len(inputs) else [f"input_{i}" for i in range(len(inputs))]  # forward(*inputs)
+    runner(model)(Batch(dict(zip(keys, inputs, strict=True))))  # input that doesn't fit is told in plain words
+    if live_stats and not any(isinstance(module, BatchNorm) for module in model.modules()):
+        raise NormRewriteError("--live-stats: the model holds no batch norm of normrewrite's. Convert it first.")
+    lowered, live = as_nodes(deepcopy(model).cpu().eval(), live_stats)
+    folded, outcome, notes = fold(lowered, inputs, forwards=learned is None)
+    _refuse_live(folded, live_stats)
+    inputs = cast_model(folded, inputs, precision)
+    _check_weights(folded, path)
+    proto = _to_onnx(folded, inputs, names, opset, dynamic_batch, dynamic_size)
+    if keep_io_types:
+        cast_io(proto)
+    formulas = len(fitted(proto))
+    if formulas:
+        notes.append(f"{formulas} norms measure as many elements as come: C(n) is a fitted formula there")
+    add_bodies(proto)
+    if precision == "int8":  # the adds inside a body are none of its business
+        data = None if calibrate is None else as_data(calibrate, keys)
+        proto, more = _quantised(proto, model, data, ranges, learned)
+        notes += more
+    if deploy == "fold" and proto.functions:
+        proto = inlined(proto)
+    if not bodies:
+        del proto.functions[:]
+        notes.append("no bodies: only a runtime with normrewrite's plugins can run this file")
+    _describe(proto, precision=precision, deploy=deploy, fitted=str(formulas))
+    onnx_file.write(proto, path, force)
+    written = onnx_file.opset_of(proto)
+    if written != opset:
+        raise NormRewriteError(f"--opset {opset}: torch's exporter gave opset {written} instead. Ask for that one.")
+    nodes = dict(Counter(node.op_type for node in proto.graph.node))
+    return Exported(str(path), opset, outcome.into_neighbour, outcome.to_affine, notes, nodes, live, precision, deploy)
+
+
+def _quantised(
+    proto: Any, model: nn.Module, data: Data | None, ranges: Ranges, learned: LearnedRanges | None
+) -> tuple[Any, list[str]]:
+    """The file with 8-bit layers, and what is to be said of their ranges."""
+    if learned is None:
+        return quantise(proto, data, ranges), []
+    known, notes = tensors(proto, learned, model)
+    nodes = unkept(proto, learned.kept)
+    missing = [node.name for node in nodes if any(name not in known for name in activations(node))]
+    if missing:
+        instead = "are computed in fp32" if data is None else "are calibrated"
+        notes.append(
+            f"{len(missing)} of {len(nodes)} products and adds have no learned range, and {instead}: {_some(missing)}"
+        )
+    coarse = [node.name for node in nodes if node.op_type == "ConvTranspose" and _groups(node) > 1]
+    if coarse:
+        notes.append(
+            f"in ONNX the groups of a transposed convolution share their weights' steps, not in training: {_some(coarse)}"
+        )
+    return quantise(proto, data, ranges, learned=known, kept=learned.kept), notes
+
+
+def _groups(node: Any) -> int:
+    return next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
+
+
+def _some(names: list[str]) -> str:
+    return f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
+
+
+def _check_request(
+    opset: int, deploy: Deploy, bodies: bool, precision: Precision, calibrate: object, learned: object
+) -> None:
+    if opset not in _OPSETS:
+        raise NormRewriteError(f"--opset {opset}: the exporter gives {_OPSETS.start} to {_OPSETS.stop - 1}.")
+    if precision not in PRECISIONS or deploy not in DEPLOYS:
+        raise NormRewriteError(
+            f"precision {precision!r}, deploy {deploy!r}: {', '.join((*PRECISIONS, *DEPLOYS))} are known."
+        )
+    if precision == "int8" and calibrate is None and learned is None:
+        raise NormRewriteError(
+            "int8 needs unlabelled inputs to see how far activations reach: give --calibrate DATA, or a network that finetune "
+            "--precision int8 has written, whose file knows."
+        )
+    if precision != "int8" and calibrate is not None:
+        raise NormRewriteError(f"--calibrate goes with --precision int8: {precision} needs no data.")
+    if precision == "bf16" and opset < _BF16_OPSET:
+        raise NormRewriteError(
+            f"--opset {opset}: many operators take bf16 only from opset {_BF16_OPSET}. Ask for that."
+        )
+    if deploy == "fold" and not bodies:
+        raise NormRewriteError("--no-bodies goes with --deploy op: a folded file holds no functions.")
+
+
+def _check_weights(model: nn.Module, path: Path) -> None:
+    """Before minutes of export: a file can't be smaller than its weights."""
+    tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    onnx_file.check_size(sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()), str(path))
+
+
+def _describe(proto: Any, **facts: str) -> None:
+    """What the file is, for verify and build."""
+    for key, value in facts.items():
+        proto.metadata_props.add(key=f"normrewrite.{key}", value=value)
+
+
+def _refuse_live(model: nn.Module, live_stats: bool) -> None:
+    live = [site.label for site in sites.find(model) if getattr(site.module, "running_mean", None) is None]
+    if live:
+        what = (
+            "torch's batch norm has no such form: convert them first" if live_stats else "ask for that by --live-stats"
+        )
+        raise NormRewriteError(
+            f"{len(live)} norms keep no running statistics ({', '.join(live[:4])}) and would measure each batch; {what}, or "
+            "train with track_running_stats=True."
+        )
+
+
+def fold(
+    model: nn.Module, example_inputs: Sequence[Tensor] | None = None, *, forwards: bool = True
+) -> tuple[nn.Module, Outcome, list[str]]:
+    """A copy of the model in eval with its norms folded away, where each went, and notes on what could not be done.
+
+    forwards: into the layer behind, too, which then reads another activation. A model that torch.fx can't trace keeps an
+    affine by channel in the place of each norm.
+    """
+    copied = deepcopy(model).cpu().eval()
+    if any(weight_norm_of(module) is not None for module in copied.modules()):
+        bake_(copied)
+    rewrite = FoldAffine(example_inputs, forwards=forwards)
+    try:
+        return rewrite(graph.trace(copied)).graph_module, rewrite.outcome, []
+    except graph.Untraceable as error:
+        whole, _ = rewrite.apply(copied)
+        return whole, rewrite.outcome, [f"norms are not folded into their neighbours: {error}"]
+
+
+def _to_onnx(
+    model: nn.Module, inputs: tuple[Tensor, ...], names: list[str], opset: int, dynamic_batch: bool, dynamic_size: bool
+) -> Any:
+    """An onnx.ModelProto."""
+    if dynamic_batch:  # a batch of one would be taken for a constant
+        inputs = tuple(value.expand(2, *value.shape[1:]) if value.shape[0] == 1 else value for value in inputs)
+    shapes: Any = _open_shapes(inputs, dynamic_batch, dynamic_size)
+    if not names:  # forward(*inputs) has one argument, a tuple
+        shapes = [tuple(shapes)]
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                model,
+                inputs,
+                dynamo=True,
+                opset_version=opset,
+                input_names=names,
+                dynamic_shapes=shapes if dynamic_batch or dynamic_size else None,
+                verbose=False,
+            )
+    except Exception as error:  # the exporter wraps whatever it meets
+        cause = _innermost(error)
+        hint = " If the model fixes its sizes, export with --static-batch and --static-size." if dynamic_batch else ""
+        raise NormRewriteError(f"torch can't export {type(model).__name__} to ONNX: {cause}.{hint}") from error
+    assert program is not None
+    proto = program.model_proto
+    if dynamic_batch and any(value.type.tensor_type.shape.dim[0].HasField("dim_value") for value in proto.graph.input):
+        raise NormRewriteError(
+            f"{type(model).__name__} fixes its batch size while it runs (by len(x) or int(x.shape[0]), say). Export it "
+            "with --static-batch."
+        )
+    return proto
+
+
+def _open_shapes(inputs: Sequence[Tensor], dynamic_batch: bool, dynamic_size: bool) -> list[dict[int, Any]]:
+    """What each input leaves open, by axis: the batch, and the sizes behind the channels."""
+    batch = {0: torch.export.Dim("batch")} if dynamic_batch else {}
+    sizes = [range(2, value.dim()) if dynamic_size else () for value in inputs]
+    return [batch | dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for axes in sizes]
+
+
+def _innermost(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return first_line(error)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter prints and warns about its own internals; its errors still come through."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
