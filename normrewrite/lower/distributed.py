@@ -140,7 +140,7 @@ Measured = tuple[int, Tensor, Tensor, Sparse]  # n, mean (C,), S (C,), where thi
 
 def _mean(x: Tensor, row: Metric, group: Any) -> Measured:
     n, mean = mean_of(x, group)
-    magnitudes, inward = eager.power_sums(x, mean, row.power)
+    magnitudes, inward = eager.power_sums(x, mean, row)
     total = summed(magnitudes, group).to(x.dtype)
     return n, mean, *eager.power_mean(torch.stack([total, inward]), n, row.power)  # inward of this rank
 

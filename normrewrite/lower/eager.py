@@ -86,26 +86,26 @@ def statistics(x: Tensor, row: Metric) -> tuple[Tensor, Tensor, Sparse]:
 def measure(x: Tensor, mean: Tensor, row: Metric) -> tuple[Tensor, Sparse]:
     """S of each channel (C,), and what a backward can't read from x. x: (N, C, *); mean: (C,), fp32 or float64."""
     if row.family == "mean":
-        return power_mean(power_sums(x, mean, row.power), x.numel() // x.shape[1], row.power)
+        return power_mean(power_sums(x, mean, row), x.numel() // x.shape[1], row.power)
     rows = wide(x).transpose(0, 1).flatten(1)  # (C, n)
     return extremes(rows if row.family == "span" else rows - mean[:, None], row)
 
 
-def power_sums(x: Tensor, mean: Tensor, power: int) -> Tensor:
-    """sum |d|^power and sum sign(d) |d|^(power-1) of each channel, (2, C). x: (N, C, *)."""
+def power_sums(x: Tensor, mean: Tensor, row: Metric) -> Tensor:
+    """sum |d|^p and sum w of each channel, (2, C), for w = sign(d) |d|^(p-1), of which d*w is |d|^p. x: (N, C, *)."""
     total = mean.new_zeros(len(mean), 2, dtype=torch.float64)
-    d = magnitude = mean.new_empty(0)
-    for piece, middle, sums in backwards(pieces((x,), (mean, total))):
-        if d.shape != piece.shape:  # the same memory for each, so that it stays in the cache
-            d, magnitude = (torch.empty_like(piece, dtype=mean.dtype) for _ in range(2))
-        torch.sub(piece, per_channel(middle, x.dim()), out=d)
-        torch.abs(d, out=magnitude)
-        if power == 1:
-            inward = d.sign_()
-        else:
-            inward = d.sign_().mul_(magnitude.pow(power - 1))
-            magnitude.pow_(power)
-        sums += torch.stack([magnitude.sum(over(x)), inward.sum(over(x))], 1)
+    d, one = mean.new_empty(0), mean.new_ones(())
+    for piece, middle, found in backwards(pieces((x,), (mean, total))):
+        values = wide(piece)
+        if d.shape != values.shape:  # the same memory for each, so that it stays in the cache
+            d = torch.empty_like(values)
+        torch.sub(values, per_channel(middle, x.dim()), out=d)
+        if x.dim() > 2 and values.is_contiguous() and values.numel():
+            both = sums(dense_slope(d, one, row), values, middle, torch.ones_like(middle))
+        else:  # there that kernel adds up one row after the other, and loses digits
+            magnitudes = d.abs().pow_(row.power).sum(over(x))
+            both = magnitudes, dense_slope(d, one, row).sum(over(x))
+        found += torch.stack(both, 1)
     return total.T.to(mean.dtype).contiguous()
 
 
@@ -285,13 +285,20 @@ def _dense_part(
 ) -> None:
     """dx = factor * (g - middle) + inward * slope, of some elements; raw: S."""
     rank = x.dim()
-    slope = dense_slope(x - per_channel(mean, rank), per_channel(raw, rank), row)
-    values = _scaled(wide(g), middle, factor)
-    if dx.dtype == values.dtype:  # written at once
-        torch.addcmul(values, slope, per_channel(inward, rank), out=dx)
-    else:
-        values.addcmul_(slope, per_channel(inward, rank))
+    values = dx if dx.dtype == mean.dtype else torch.empty_like(dx, dtype=mean.dtype)
+    torch.sub(x, per_channel(mean, rank), out=values)  # what follows is done in place: half of what memory has to carry
+    slope = _affine_(dense_slope(values, per_channel(raw, rank), row), inward, -factor * middle)
+    torch.addcmul(slope, wide(g), per_channel(factor, rank), out=values)
+    if values is not dx:
         dx.copy_(within_half(values, per_channel(spread, rank), eps, x.dtype))
+
+
+def _affine_(x: Tensor, factor: Tensor, offset: Tensor) -> Tensor:
+    """factor * x + offset, channel by channel, in place: torch's inference batch norm again."""
+    rest = torch.zeros_like(factor), torch.ones_like(factor), False, 0.0, 0.0
+    mean, scale = factor.new_empty(0), factor.new_empty(0)  # of training alone
+    torch.ops.aten.native_batch_norm.out(x, factor, offset, *rest, out=x, save_mean=mean, save_invstd=scale)
+    return x
 
 
 def _add_at(dx: Tensor, indices: Tensor, values: Tensor) -> None:

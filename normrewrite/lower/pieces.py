@@ -88,18 +88,25 @@ def cut(x: Tensor, k: int = 1) -> Cells | None:
     dtype, values, along = wide_dtype(x), *_in_order(x, longest)
     if values is None:
         return None
-    others = [dim for dim in range(4) if dim != (2 if along == 1 else 1)]
-    found = [
-        (piece.amax(along), piece.amin(along), piece.sum(others, dtype=dtype)) for (piece,) in _pieces_of_cells(values)
-    ]
-    high, low = (_by_channel(torch.cat(parts).to(dtype)) for parts in list(zip(*found, strict=True))[:2])
-    total = torch.stack([sums for _, _, sums in found]).sum(0)
-    return Cells(values, along, total / (x.numel() // x.shape[1]), high, low)
+    outermost = (
+        0 if len(values) > 1 else (2 if along == 1 else 1)
+    )  # samples, or channels where all samples are one cell
+    read = [_read(piece, along, dtype) for piece in _parts(values, outermost)]
+    high, low, total = (torch.cat(parts, min(outermost, 1)) for parts in zip(*read, strict=True))
+    channels = total.sum(0).sum(-1)  # across samples first, in whole vectors
+    return Cells(
+        values, along, channels / (x.numel() // x.shape[1]), *(_by_channel(each.to(dtype)) for each in (high, low))
+    )
 
 
-def _pieces_of_cells(values: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    step = _ELEMENTS * torch.get_num_threads() * len(values) // max(values.numel(), 1)
-    return zip(values.split(max(step, 1) if values.device.type == "cpu" else len(values)), strict=True)
+def _read(values: Tensor, along: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest, the smallest and the sum of each cell, (A, C, B)."""
+    return values.amax(along), values.amin(along), values.sum(along, dtype=dtype)
+
+
+def _parts(values: Tensor, dim: int) -> tuple[Tensor, ...]:
+    step = _ELEMENTS * torch.get_num_threads() * values.shape[dim] // max(values.numel(), 1)
+    return tuple(values.split(max(step, 1) if values.device.type == "cpu" else values.shape[dim], dim))
 
 
 def _by_channel(of_cells: Tensor) -> Tensor:
