@@ -3,6 +3,7 @@
 >>> twin, result = finetune(twin, images); print(result)
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -53,23 +54,22 @@ class Finetuned:
         titles = ("epoch", "step", "loss", share, "validation loss", share)
         return "\n".join([head, table(titles, map(_row, self.epochs)), *self._remarks(), *self.notes])
 
-    def _sums(self) -> str:
-        return f"norms' by {self.accumulator}, those of convolutions and matrix products in fp32, rounded to half"
-
-    def _remarks(self) -> list[str]:
-        return [
-            *([f"sums in half arithmetic: {self._sums()}"] * (self.accumulator is not None)),
-            *(
-                [f"{self.skipped_steps} steps were skipped, as loss or gradient were not finite"]
-                * bool(self.skipped_steps)
-            ),
-            *([f"{self.nonfinite_batches} batches {_SPOILT}"] * bool(self.nonfinite_batches)),
-            *(["stopped early: no progress in validation"] * self.stopped_early),
-            *([f"the weights are those of epoch {self.best}, the best in validation"] * (self.best is not None)),
-        ]
-
-
-_SPOILT = "gave norm statistics that were not finite, which entered no running ones"
+    def _remarks(self) -> Iterator[str]:
+        if self.accumulator is not None:
+            yield (
+                f"sums in half arithmetic: norms' by {self.accumulator}, those of convolutions and matrix products in fp32, "
+                "rounded to half"
+            )
+        if self.skipped_steps:
+            yield f"{self.skipped_steps} steps were skipped, as loss or gradient were not finite"
+        if self.nonfinite_batches:
+            yield (
+                f"{self.nonfinite_batches} batches gave norm statistics that were not finite, which entered no running ones"
+            )
+        if self.stopped_early:
+            yield "stopped early: no progress in validation"
+        if self.best is not None:
+            yield f"the weights are those of epoch {self.best}, the best in validation"
 
 
 def _row(epoch: Epoch) -> tuple[str, ...]:
