@@ -90,38 +90,41 @@ class BatchNorm(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
             return as_one_node(self, input)
-        self._check_input(input)
-        return through_tail(self, self._normalised(input, self.training))
+        return through_tail(self, self._checked(input))
 
     def forward_relu(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """relu(norm(input) + residual), without hooks and tail: what `norm_relu` calls."""
+        return self._checked(input, relu=True, residual=residual)
+
+    def _checked(self, input: Tensor, relu: bool = False, residual: Tensor | None = None) -> Tensor:
+        """`_normalised` of an input that fits, its errors with the site."""
         self._check_input(input)
-        return self._normalised(input, self.training, relu=True, residual=residual)
+        try:
+            return self._normalised(input, self.training, relu, residual)
+        except NormRewriteError as error:
+            if not self.site:
+                raise
+            raise NormRewriteError(f"{self.site}: {error} (input {tuple(input.shape)})") from error
 
     def _normalised(self, input: Tensor, training: bool, relu: bool = False, residual: Tensor | None = None) -> Tensor:
         live = training or self.running_mean is None
         updating = training and self.track_running_stats
         group = group_of(self) if training else None
-        try:
-            return batch_norm(
-                input,
-                self.running_mean if updating or not live else None,
-                self.running_scale if updating or not live else None,
-                self.weight,
-                self.bias,
-                live,
-                averaging_factor(self, input, group) if updating else 0.0,
-                self.eps,
-                self.metric,
-                self.gain,
-                group,
-                relu,
-                residual,
-            )
-        except NormRewriteError as error:
-            if not self.site:
-                raise
-            raise NormRewriteError(f"{self.site}: {error} (input {tuple(input.shape)})") from error
+        return batch_norm(
+            input,
+            self.running_mean if updating or not live else None,
+            self.running_scale if updating or not live else None,
+            self.weight,
+            self.bias,
+            live,
+            averaging_factor(self, input, group) if updating else 0.0,
+            self.eps,
+            self.metric,
+            self.gain,
+            group,
+            relu,
+            residual,
+        )
 
     def _check_input(self, input: Tensor) -> None:
         if self.ranks is not None and input.dim() not in self.ranks:
