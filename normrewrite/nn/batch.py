@@ -127,13 +127,12 @@ class BatchNorm(nn.Module):
         )
 
     def _check_input(self, input: Tensor) -> None:
+        where = self.site or type(self).__name__
         if self.ranks is not None and input.dim() not in self.ranks:
             wanted = " or ".join(f"{rank}D" for rank in self.ranks)
-            raise NormRewriteError(f"{type(self).__name__} expects {wanted} input, got shape {tuple(input.shape)}.")
+            raise NormRewriteError(f"{where} expects {wanted} input, got shape {tuple(input.shape)}.")
         if input.dim() < 2 or input.shape[1] != self.num_features:
-            raise NormRewriteError(
-                f"{self.site or type(self).__name__} expects (N, {self.num_features}, *), got shape {tuple(input.shape)}."
-            )
+            raise NormRewriteError(f"{where} expects (N, {self.num_features}, *), got shape {tuple(input.shape)}.")
 
     @property
     def running_var(self) -> Tensor | None:
