@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -38,7 +38,8 @@ class Finetuned:
     last_ranges: LearnedRanges | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if not name.startswith("last")}
+        without_last = replace(self, last=None, last_ranges=None)  # asdict copies, and these are a network's weights
+        return {name: value for name, value in asdict(without_last).items() if not name.startswith("last")}
 
     @property
     def inputs_per_second(self) -> float:
