@@ -53,7 +53,10 @@ def runner(path: Path) -> Callable[[Batch], dict[str, Tensor]]:
         for name, values in feed(batch, wanted, path).items():
             held[name] = torch.from_numpy(values).to("cuda", _TYPES[engine.get_tensor_dtype(name).name]).contiguous()
             if not context.set_input_shape(name, tuple(values.shape)):
-                raise NormRewriteError(f"{path}: input {name} {tuple(values.shape)} lies outside the engine's profile.")
+                raise NormRewriteError(
+                    f"{path}: input {name} {tuple(values.shape)} lies outside the engine's profile. Build it with other --min "
+                    "and --max."
+                )
         for name in names:
             if name not in held:
                 dtype = _TYPES[engine.get_tensor_dtype(name).name]

@@ -99,7 +99,10 @@ class Objective:
         assert self.distance is not None
         shapes = [{name: tuple(value.shape) for name, value in each.items()} for each in (mine, goal)]
         if shapes[0] != shapes[1] or not mine:
-            raise NormRewriteError(f"outputs {shapes[0]} can't be compared to the teacher's {shapes[1]}.")
+            raise NormRewriteError(
+                f"outputs {shapes[0]} can't be compared to the teacher's {shapes[1]}. Give a teacher with the same outputs, or "
+                "--loss module:function."
+            )
         if self.recipe.loss != "mse" and any(value.dim() < 2 for value in mine.values()):
             raise NormRewriteError(f"--loss {self.recipe.loss} needs logits (N, classes). Use --loss mse.")
         return torch.stack([self.distance(mine[name], goal[name]) for name in mine]).mean()
