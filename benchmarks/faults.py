@@ -36,8 +36,6 @@ DATA = str(EXAMPLES / "digits.npz")
 SHAPE = ["--input-shape", "1,1,8,8"]
 _PR_CAPBSET_DROP, _CAP_DAC_OVERRIDE = 24, 1
 _SMALL = 16 << 10  # bytes of a full disk
-
-
 HEAD = ["command", "fault", "runs", "the file afterwards", "temporary files left", "not as it should be"]
 
 
@@ -83,9 +81,8 @@ class Outcome:
         whole = self.file in (("old", "new") if self.existed else ("absent", "new"))
         told = self.fault.startswith("SIG") or (self.code == 2 and self.said.startswith("error: "))
         clean = not self.left or self.fault == "SIGKILL"
-        early = (
-            self.fault == "SIGINT" and "import" in self.said
-        )  # Python's own words for Ctrl-C while it still imports torch
+        # Python's own words for Ctrl-C while it still imports torch
+        early = self.fault == "SIGINT" and "import" in self.said
         return whole and told and clean and (early or "Traceback" not in self.said)
 
 
@@ -249,9 +246,8 @@ def main() -> None:
                 found.append(outcome)
                 print("." if outcome.ok else json.dumps(asdict(outcome)), end="" if outcome.ok else "\n", flush=True)
     outcomes = [asdict(each) | {"ok": each.ok, "said": each.said.strip().rpartition("\n")[2]} for each in found]
-    result: dict[str, Any] = {"runs": len(found), "outcomes": outcomes}
-    print(f"\n{markdown(HEAD, list(rows(result['outcomes'])))}")
-    print(f"wrote {write('faults', result)}")
+    print(f"\n{markdown(HEAD, list(rows(outcomes)))}")
+    print(f"wrote {write('faults', {'runs': len(found), 'outcomes': outcomes})}")
     sys.exit(not all(each.ok for each in found))
 
 

@@ -77,10 +77,13 @@ def errors(spec: str, dtype: torch.dtype, shape: tuple[int, ...], last: bool, fo
         for name, value in zip(("y", "x", "residual", "weight", "bias"), (1, x, residual, 1, 1), strict=True)
         if value is not None
     ]
-    return {
-        name: float((a.double() - b).abs().max() / b.abs().max())
-        for name, a, b in zip(names, found, wanted, strict=True)
-    }
+    return _off(names, found, wanted)
+
+
+def _off(names: Iterable[str], found: list[Tensor], wanted: list[Tensor]) -> dict[str, float]:
+    """Largest difference of each, in units of its largest wanted value."""
+    pairs = zip(names, found, wanted, strict=True)
+    return {name: float((a.double() - b).abs().max() / b.abs().max()) for name, a, b in pairs}
 
 
 def _gradients(spec: str, form: str, g: Tensor, *inputs: Tensor | None) -> list[Tensor]:
@@ -95,6 +98,7 @@ def _gradients(spec: str, form: str, g: Tensor, *inputs: Tensor | None) -> list[
 
 
 def row_errors(spec: str, dtype: torch.dtype, width: int) -> dict[str, float]:
+    """The same of a layer norm."""
     x = distinct((width, 64), dtype).T.contiguous().view(64, 1, width, 1)
     weight, bias = torch.randn(2, 1, width, device=DEVICE) + 2
     g = torch.randn_like(x)
@@ -107,10 +111,7 @@ def row_errors(spec: str, dtype: torch.dtype, width: int) -> dict[str, float]:
     found = run(g, x, weight, bias)
     with kernels("torch"):
         wanted = run(g.double(), x.double(), weight.double(), bias.double())
-    return {
-        name: float((a.double() - b).abs().max() / b.abs().max())
-        for name, a, b in zip(("y", "x", "weight", "bias"), found, wanted, strict=True)
-    }
+    return _off(("y", "x", "weight", "bias"), found, wanted)
 
 
 ALLOWED = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -222,8 +223,7 @@ def layer_norm(rows_: int, width: int) -> dict[str, float]:
     torch._dynamo.reset()
     native, other = (nn.LayerNorm(width).cuda().half() for _ in range(2))
     made, norm = torch.compile(other, dynamic=False), nr.nn.LayerNorm(width, metric="l1").cuda().half()
-    parameters = [x]
-    return _timed({"native": lambda: native(x), "compiled": lambda: made(x), "l1": lambda: norm(x)}, parameters, g)
+    return _timed({"native": lambda: native(x), "compiled": lambda: made(x), "l1": lambda: norm(x)}, [x], g)
 
 
 def _timed(forwards: Mapping[str, Step], inputs: list[Tensor], g: Tensor) -> dict[str, float]:
@@ -329,7 +329,8 @@ def plot(result: Mapping[str, Any], path: Path) -> Path:
         sizes = [c["bytes"] / 1e6 for c in seen]
         axes.scatter(sizes, [c["ms"]["native"] / c["ms"][name] for c in seen], label=name, color=f"C{i}", s=18)
         floors = [(c["bytes"] / 1e6, c["ms"]["native"] / c["floor ms"][name]) for c in seen if name in c["floor ms"]]
-        axes.scatter(*zip(*floors, strict=True), marker="_", color=f"C{i}", s=60) if floors else None
+        if floors:
+            axes.scatter(*zip(*floors, strict=True), marker="_", color=f"C{i}", s=60)
     axes.axhline(1, color="grey", linewidth=0.8)
     axes.set(
         xscale="log", xlabel="tensor, MB (fp16, channels-last)", ylabel="times as fast as native BN (+ add) + ReLU"

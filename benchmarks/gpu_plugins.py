@@ -215,7 +215,7 @@ built = build(folder / "model.onnx", folder / "model.engine", gpus=[gpu], plugin
 x, weight, bias = (np.random.default_rng(0).normal(2, 1, s).astype(np.float32) for s in (shape, (8, 4, 1), (8, 4, 1)))
 inputs = {name: torch.from_numpy(each) for name, each in (("x", x), ("weight", weight), ("bias", bias))}
 y = runner(folder / "model.engine")(inputs)["y"]
-wanted = OPS["NormRewriteMean"].reference(x, weight, bias, OPS["NormRewriteMean"].parse(given | {}))
+wanted = OPS["NormRewriteMean"].reference(x, weight, bias, OPS["NormRewriteMean"].parse(given))
 print(f"norm by {built.norms['norm']}, off by {abs(y.double().numpy() - wanted).max():.2e}")
 """
 

@@ -1,16 +1,21 @@
 """Worker processes that may hang, crash or swallow memory without taking the run along."""
 
+import gc
 import multiprocessing
 import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from benchmarks.zoo_libraries import library, offline
 from benchmarks.zoo_trial import Options, Row, trial
 
 GIB = 1 << 30
@@ -38,10 +43,6 @@ class Limits:
 def serve(connection: Connection) -> None:
     """A worker: takes jobs, sends ("stage", name, row so far) and ("done", row)."""
     _quiet()
-    import torch
-
-    from benchmarks.zoo_libraries import library, offline
-
     torch.set_num_threads(1)
     offline()
     while (job := connection.recv()) is not None:
@@ -55,8 +56,6 @@ def serve(connection: Connection) -> None:
 
 
 def _row(found: Any, name: str, options: Options, connection: Connection) -> Row:
-    import gc
-
     row = trial(lambda: found.build(name), options, lambda stage, row: connection.send(("stage", stage, dict(row))))
     gc.collect()  # cycles in modules keep hundreds of megabytes alive until the collector runs
     return row
@@ -80,8 +79,6 @@ def names(library_name: str) -> list[str]:
 
 def _send_names(library_name: str, connection: Connection) -> None:
     _quiet()
-    from benchmarks.zoo_libraries import library, offline
-
     offline()
     connection.send(library(library_name).names())
 
@@ -91,8 +88,6 @@ def _quiet() -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
-    import warnings
-
     warnings.simplefilter("ignore")
 
 

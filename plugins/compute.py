@@ -23,16 +23,15 @@ def compute(row: Metric, given: Mapping[str, Any], x: Tensor, weight: Tensor, bi
     """
     weight, bias = weight.flatten(1), bias.flatten(1)
     told: tuple[Metric, Gain, float] = row, "exact", given["eps"]
+    centred = bool(given["centred"])
     if kernels.why_not(x, row, sample=True, int8=True) is None:
-        from normrewrite.lower.triton import launch
+        from normrewrite.lower.triton import launch  # triton takes half a second to import, and may be missing
 
-        found = launch.forward(x, None, weight, bias, *told, sample=True, centred=bool(given["centred"]), out=y)[0]
+        found = launch.forward(x, None, weight, bias, *told, sample=True, centred=centred, out=y)[0]
     elif x.dtype is torch.int8:
-        found = (
-            rows.forward(x.float(), weight, bias, *told, centred=bool(given["centred"]))[0].round_().clamp_(-128, 127)
-        )
+        found = rows.forward(x.float(), weight, bias, *told, centred)[0].round_().clamp_(-128, 127)
     else:
-        found = rows.forward(x, weight, bias, *told, centred=bool(given["centred"]))[0]
+        found = rows.forward(x, weight, bias, *told, centred)[0]
     if found.data_ptr() != y.data_ptr():
         y.copy_(found)
 
@@ -61,8 +60,8 @@ def on_stream(stream: int) -> AbstractContextManager[Any]:
     return torch.cuda.stream(torch.cuda.ExternalStream(stream))
 
 
-def strides(shape: Sequence[int], channel: int = 1, multiple: int = 0) -> tuple[int, ...]:
-    """Of TensorRT's linear format, in elements; with a multiple, of HWC: `channel` moves last, padded to that multiple.
+def strides(shape: Sequence[int], multiple: int = 0) -> tuple[int, ...]:
+    """Of TensorRT's linear format, in elements; with a multiple, of HWC: axis 1 moves last, padded to that multiple.
 
     >>> strides((2, 3, 1, 5), multiple=8)
     (40, 1, 40, 8)
@@ -70,8 +69,8 @@ def strides(shape: Sequence[int], channel: int = 1, multiple: int = 0) -> tuple[
     order = list(range(len(shape)))
     sizes = list(shape)
     if multiple:
-        order.append(order.pop(channel))
-        sizes[channel] = math.ceil(shape[channel] / multiple) * multiple
+        order.append(order.pop(1))
+        sizes[1] = math.ceil(shape[1] / multiple) * multiple
     found, step = [0] * len(shape), 1
     for axis in reversed(order):
         found[axis], step = step, step * sizes[axis]

@@ -24,7 +24,9 @@ from torch import Tensor
 from triton import knobs
 
 from normrewrite.errors import NormRewriteError
+from normrewrite.lower.triton import forward
 from normrewrite.lower.triton import launch as launching
+from normrewrite.lower.triton import rows as resident
 from normrewrite.lower.triton.ahead import Launch, compiled, parameter_types, recorded
 from normrewrite.lower.triton.fixed import Fixed, using
 from normrewrite.lower.triton.geometry import why_not
@@ -87,9 +89,8 @@ def _samples(dtype: str) -> Iterator[Tensor]:
     for shape in ((2, 2, FIXED.extremes[-1], run - short) for run in FIXED.runs for short in (0, 1)):
         yield empty(shape, strides(shape))
     for shape in ((2, side - short, 1, FIXED.extremes[-1]) for side in FIXED.sides for short in (0, 1)):
-        if dtype == "float32" or (
-            dtype == "float16" and shape[1] % 8 == 0
-        ):  # HWC8 pads channels, which the kernels don't
+        # HWC8 pads channels, which the kernels don't
+        if dtype == "float32" or (dtype == "float16" and shape[1] % 8 == 0):
             yield empty(shape, strides(shape, multiple=1))
     for shape in ((2, 2, width - short, 1) for width in FIXED.widths for short in (0, 1)):
         yield empty(shape, strides(shape))
@@ -183,9 +184,7 @@ std::vector<Kernel> const KERNELS = {{
 
 
 def _constants_of_tables() -> dict[str, str]:
-    from normrewrite.lower.triton import forward, rows
-
-    kernels = (forward.moments, forward.deviations, forward.settle, forward.select, forward.apply, rows.row_forward)
+    kernels = (forward.moments, forward.deviations, forward.settle, forward.select, forward.apply, resident.row_forward)
     named = [(each.__name__, [p.name for p in each.params if p.is_constexpr]) for each in kernels]
     sizes = [FIXED.sides, FIXED.runs, FIXED.widths, FIXED.extremes, FIXED.searched_parts]
     numbers = [

@@ -23,13 +23,12 @@ from normrewrite.lower import reference
 from normrewrite.norms import METRICS, Metric
 
 NAMESPACE, VERSION = nodes.PLUGIN["plugin_namespace"], nodes.PLUGIN["plugin_version"]
-INPUTS, OUTPUTS = ("x", "weight", "bias"), ("y",)
+INPUTS = ("x", "weight", "bias")
 RANKS = (4, 3, 3)  # of the inputs: (B, G, K, S), (G, K, 1), (G, K, 1)
 DTYPES = ("float32", "float16")  # of all of them alike, and of y
 INT8 = ("int8", "float32", "float32")  # of an operator for int8, whose y is int8, too
 Kind = Literal["int", "float", "floats"]
 Given = Mapping[str, Any]
-_CASTS = {"int": int, "float": float}
 
 
 @dataclass(frozen=True)
@@ -41,23 +40,15 @@ class Attribute:
     default: Any
     range: nodes.Range
 
-    @property
-    def length(self) -> int:
-        """How many numbers it is."""
-        return len(self.default) if self.kind == "floats" else 1
-
     def parse(self, value: Any, where: str) -> Any:
         """The value as its kind has it, from one number or an array. Raises NormRewriteError beyond the range."""
-        values = np.asarray(value).reshape(-1).tolist()
-        cast = _CASTS.get(self.kind, float)
-        found = (
-            tuple(float(each) for each in values) if self.kind == "floats" else values[0] if len(values) == 1 else None
-        )
-        if found is None or (self.kind == "int" and cast(found) != found) or not self.range.holds(found):
+        numbers = np.asarray(value).reshape(-1).tolist()
+        several = self.kind == "floats"
+        if not (several or len(numbers) == 1) or not self.range.holds(numbers if several else numbers[0]):
             raise NormRewriteError(
                 f"{where}: attribute {self.name} is {value}, out of range: it is {self.range.words}."
             )
-        return found if self.kind == "floats" else cast(found)
+        return tuple(map(float, numbers)) if several else {"int": int, "float": float}[self.kind](numbers[0])
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import click
 import numpy as np
 import onnx
 import torch
@@ -471,8 +472,6 @@ _NOT_ASKED = {"trust", "help"}  # trust runs code, as it says
 
 def arguments(random: Random, folder: Path) -> list[str]:
     """Any command with any of its options, values from lists of likely and unlikely ones."""
-    import click
-
     from normrewrite.cli import app
 
     name = random.choices(
@@ -493,8 +492,6 @@ def arguments(random: Random, folder: Path) -> list[str]:
 
 
 def _option(random: Random, parameter: Any) -> list[str]:
-    import click
-
     flag, kind = random.choice([*parameter.opts, *parameter.secondary_opts]), parameter.type
     if parameter.is_flag:
         return [flag]

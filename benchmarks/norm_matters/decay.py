@@ -8,6 +8,7 @@ other parameters are decayed in every run. Hoffer et al. 2018, section 2; normre
 """
 
 import math
+import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -56,7 +57,11 @@ def train(
         lr = schedule.get_last_lr()[0]
         loss = _epoch(model.train(), images, optimizer, recipe)
         angles = [_angle(a, weight.parameter) for a, weight in zip(start, weights, strict=True)]
-        told = {"norm": geometric(_lengths(weights)), "step": lr / geometric(wanted) ** 2, "turn": mean(angles)}
+        told = {
+            "norm": geometric(_lengths(weights)),
+            "step": lr / geometric(wanted) ** 2,
+            "turn": statistics.mean(angles),
+        }
         epochs.append({"epoch": epoch + 1, "loss": loss, "val_accuracy": test(), **told})
         schedule.step()
         norms.step()
@@ -100,7 +105,3 @@ def _angle(before: Tensor, after: Tensor) -> float:
 
 def geometric(values: Tensor) -> float:
     return float(values.double().clamp_min(1e-30).log().mean().exp())
-
-
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)

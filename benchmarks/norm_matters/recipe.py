@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from benchmarks.norm_matters.networks import NETWORKS
-from benchmarks.norm_matters.run import Arms, Norm, Study, Task
+from benchmarks.norm_matters.run import Arms, Norm, Run, Study, Task
 from normrewrite.errors import NormRewriteError, first_line, nearest
 
 Row = TypeVar("Row")
@@ -30,7 +30,7 @@ def read(path: Path) -> Arms:
     return {name: _arm(arm, task, told["recipe"], f"{path} [arms.{name}]") for name, arm in told["arms"].items()}
 
 
-def _arm(arm: dict[str, Any], task: Task, recipe: dict[str, Any], where: str) -> list[Any]:
+def _arm(arm: dict[str, Any], task: Task, recipe: dict[str, Any], where: str) -> list[Run]:
     for name in arm:
         if name not in _ARM:
             raise NormRewriteError(f"{where}: there is no {name!r}.{nearest(name, _ARM)} Known: {', '.join(_ARM)}.")

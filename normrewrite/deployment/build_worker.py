@@ -1,8 +1,7 @@
 """One engine built, in a process of its own: a fault in the library ends this process and no other.
 
 Run as a file: reads one JSON request from stdin, writes one JSON event a line to stdout. normrewrite is imported only where its
-plugins are asked for.
-TensorRT-RTX and TensorRT share the API; what only one has is asked for by name.
+plugins are asked for. TensorRT-RTX and TensorRT share the API; what only one has is asked for by name.
 """
 
 import importlib

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from normrewrite.data import Batch
+from normrewrite.deployment.onnx_file import feed
 from normrewrite.deployment.runtimes import RUNTIMES
 from normrewrite.errors import NormRewriteError
 from normrewrite.plugins.registry import known, register
@@ -39,23 +40,23 @@ def runner(path: Path) -> Callable[[Batch], dict[str, Tensor]]:
         raise NormRewriteError(
             f"{path}: no TensorRT is installed: pip install 'normrewrite[rtx]' or 'normrewrite[tensorrt]'."
         )
-    module = runtime.module
-    trt: Any = importlib.import_module(module)
+    trt: Any = importlib.import_module(runtime.module)
     if not known(trt.get_plugin_registry()):  # the engine may have been built with them
         register("python", runtime.name)
-    engine = _loaded(trt, path, module)
+    engine = _loaded(trt, path, runtime.module)
     context = engine.create_execution_context()
     names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
     wanted = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
 
     def run(batch: Batch) -> dict[str, Tensor]:
-        from normrewrite.deployment.onnx_file import feed
-
         held = {}
         for name, values in feed(batch, wanted, path).items():
             held[name] = torch.from_numpy(values).to("cuda", _TYPES[engine.get_tensor_dtype(name).name]).contiguous()
             if not context.set_input_shape(name, tuple(values.shape)):
-                raise NormRewriteError(f"{path}: input {name} {tuple(values.shape)} lies outside the engine's profile.")
+                raise NormRewriteError(
+                    f"{path}: input {name} {tuple(values.shape)} lies outside the engine's profile. Build it with other --min "
+                    "and --max."
+                )
         for name in names:
             if name not in held:
                 dtype = _TYPES[engine.get_tensor_dtype(name).name]

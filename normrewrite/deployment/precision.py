@@ -61,9 +61,7 @@ def of(proto: Any) -> Precision:
     """What a model's layers compute in: as its metadata say, else int8 where it dequantises, else its widest weights."""
     import onnx
 
-    said = next(
-        (entry.value for entry in proto.metadata_props if entry.key == "normrewrite.deployment.precision"), None
-    )
+    said = next((entry.value for entry in proto.metadata_props if entry.key == "normrewrite.precision"), None)
     if said in PRECISIONS:
         return cast(Precision, said)
     if any(node.op_type == "DequantizeLinear" for node in proto.graph.node):

@@ -47,7 +47,10 @@ def quantise(
     if data is None:
         nodes = [node for node in nodes if all(name in learned for name in activations(node))]
     if not nodes:
-        raise NormRewriteError("the model has no convolution and no product with a weight, so nothing to quantise.")
+        raise NormRewriteError(
+            "int8: nothing to quantise: no convolution and no product with a weight, but for what is kept in floating point or "
+            "has no range. Use --precision fp32 or fp16."
+        )
     with _quiet():
         try:
             found = _by_ranges(proto, nodes, learned) if data is None else _by_data(proto, nodes, data, ranges, learned)

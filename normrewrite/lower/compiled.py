@@ -20,15 +20,11 @@ from normrewrite.norms import Metric
 _KINDS = 64  # dtypes, with and without weight and bias, sizes of one: torch gives up after eight
 
 
-def why_not(x: Tensor, row: Metric) -> str | None:
-    """Why torch's operators compute this norm of x, or None if the compiled functions do."""
-    if x.device.type != "cpu":
-        return f"they are for the CPU, got a tensor on {x.device}"
-    if row.family != "mean":
-        return f"they are for dense rows; {row} reads few elements, which eager kernels find as fast"
-    if not x.numel() or not (x.is_contiguous() or _rows(x).is_contiguous()):
-        return "they are for tensors without gaps, channels first or last, with at least one element"
-    return None
+def serves(x: Tensor, row: Metric) -> bool:
+    """Whether the compiled functions compute this norm of x: a dense row on a CPU, of a tensor without gaps, channels first or
+    last. Sparse rows read few elements, which eager kernels find as fast."""
+    here = x.device.type == "cpu" and row.family == "mean" and x.numel() > 0
+    return here and (x.is_contiguous() or _rows(x).is_contiguous())
 
 
 def forward(

@@ -178,9 +178,7 @@ def _largest_here(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """This rank's k largest of each row, (rows, k), and where they stand; -inf at 0 where it has not as many."""
     held = min(k, values.shape[1])
     if held == 0:
-        return values.new_full((len(values), k), -torch.inf), torch.zeros(len(values), k, dtype=torch.int64).to(
-            values.device
-        )
+        return values.new_full((len(values), k), -torch.inf), values.new_zeros(len(values), k, dtype=torch.int64)
     best, indices = largest(values, held)
     return pad(best, (0, k - held), value=-torch.inf), pad(indices, (0, k - held))
 

@@ -67,20 +67,17 @@ def chosen() -> str:
 
 def compiles(x: Tensor, row: Metric) -> bool:
     """Whether compiled.py is to compute this norm of x: (N, C, *), by channel."""
-    return chosen() == "compiled" and compiled.why_not(x, row) is None
+    return chosen() == "compiled" and compiled.serves(x, row)
 
 
 def why_not(x: Tensor, row: Metric, *, sample: bool = False, int8: bool = False) -> str | None:
     """Why the kernels can't compute this norm of x, or None if they can. int8: whether that is among the dtypes that may be."""
-    return (
-        _why_not_here(x.device)
-        or (
-            None
-            if x.dtype in _DTYPES or (int8 and x.dtype is torch.int8)
-            else f"the kernels take fp32, fp16 and bf16, got {x.dtype}"
-        )
-        or geometry.why_not(x.shape, row, sample)
-    )
+    elsewhere = _why_not_here(x.device)
+    if elsewhere is not None:
+        return elsewhere
+    if x.dtype not in _DTYPES and not (int8 and x.dtype is torch.int8):
+        return f"the kernels take fp32, fp16 and bf16, got {x.dtype}"
+    return geometry.why_not(x.shape, row, sample)
 
 
 @cache

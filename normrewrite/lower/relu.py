@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad, relu
 
 from normrewrite.lower import eager, rows  # noqa: F401 -- their operators
-from normrewrite.lower.families import laid_out_as, taken, wide
+from normrewrite.lower.families import laid_out_as, taken, wide, wide_dtype
 from normrewrite.lower.kernels import serving
 from normrewrite.lower.triton import geometry
 from normrewrite.lower.triton.geometry import Geometry
@@ -67,12 +67,11 @@ def _(
     centred: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     n = x.shape[2] * x.shape[3] if sample else x.numel() // x.shape[1]
-    dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
-    mean = x.new_empty(x.shape[:2] if sample else x.shape[1:2], dtype=dtype)
+    mean = x.new_empty(x.shape[:2] if sample else x.shape[1:2], dtype=wide_dtype(x))
     row = row_of(metric)
     shape = taken(row, mean.numel(), n)
     kept = (mean.numel(), 1) if row.family == "mean" and not sample else shape
-    indices, signs = x.new_empty(shape, dtype=torch.int64), x.new_empty(kept, dtype=dtype)
+    indices, signs = x.new_empty(shape, dtype=torch.int64), mean.new_empty(kept)
     bits = 0 if residual is None else geometry.of(x, sample).bits
     return torch.empty_like(x), mean, torch.empty_like(mean), indices, signs, x.new_empty(bits, dtype=torch.uint8)
 

@@ -90,47 +90,49 @@ class BatchNorm(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
             return as_one_node(self, input)
-        self._check_input(input)
-        return through_tail(self, self._normalised(input, self.training))
+        return through_tail(self, self._checked(input))
 
     def forward_relu(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """relu(norm(input) + residual), without hooks and tail: what `norm_relu` calls."""
-        self._check_input(input)
-        return self._normalised(input, self.training, relu=True, residual=residual)
+        return self._checked(input, relu=True, residual=residual)
 
-    def _normalised(self, input: Tensor, training: bool, relu: bool = False, residual: Tensor | None = None) -> Tensor:
-        live = training or self.running_mean is None
-        updating = training and self.track_running_stats
-        group = group_of(self) if training else None
+    def _checked(self, input: Tensor, relu: bool = False, residual: Tensor | None = None) -> Tensor:
+        """`_normalised` of an input that fits, its errors with the site."""
+        self._check_input(input)
         try:
-            return batch_norm(
-                input,
-                self.running_mean if updating or not live else None,
-                self.running_scale if updating or not live else None,
-                self.weight,
-                self.bias,
-                live,
-                averaging_factor(self, input, group) if updating else 0.0,
-                self.eps,
-                self.metric,
-                self.gain,
-                group,
-                relu,
-                residual,
-            )
+            return self._normalised(input, self.training, relu, residual)
         except NormRewriteError as error:
             if not self.site:
                 raise
             raise NormRewriteError(f"{self.site}: {error} (input {tuple(input.shape)})") from error
 
+    def _normalised(self, input: Tensor, training: bool, relu: bool = False, residual: Tensor | None = None) -> Tensor:
+        live = training or self.running_mean is None
+        updating = training and self.track_running_stats
+        group = group_of(self) if training else None
+        return batch_norm(
+            input,
+            self.running_mean if updating or not live else None,
+            self.running_scale if updating or not live else None,
+            self.weight,
+            self.bias,
+            live,
+            averaging_factor(self, input, group) if updating else 0.0,
+            self.eps,
+            self.metric,
+            self.gain,
+            group,
+            relu,
+            residual,
+        )
+
     def _check_input(self, input: Tensor) -> None:
+        where = self.site or type(self).__name__
         if self.ranks is not None and input.dim() not in self.ranks:
             wanted = " or ".join(f"{rank}D" for rank in self.ranks)
-            raise NormRewriteError(f"{type(self).__name__} expects {wanted} input, got shape {tuple(input.shape)}.")
+            raise NormRewriteError(f"{where} expects {wanted} input, got shape {tuple(input.shape)}.")
         if input.dim() < 2 or input.shape[1] != self.num_features:
-            raise NormRewriteError(
-                f"{self.site or type(self).__name__} expects (N, {self.num_features}, *), got shape {tuple(input.shape)}."
-            )
+            raise NormRewriteError(f"{where} expects (N, {self.num_features}, *), got shape {tuple(input.shape)}.")
 
     @property
     def running_var(self) -> Tensor | None:

@@ -10,7 +10,7 @@ from torch.fx import Proxy
 from normrewrite.errors import NormRewriteError
 from normrewrite.lower import distributed, half
 from normrewrite.lower.accumulate import Accumulator
-from normrewrite.lower.eager import per_channel
+from normrewrite.lower.eager import over, per_channel
 from normrewrite.lower.families import wide
 from normrewrite.nn.functional import average_in, averaging_factor, group_of, not_shared
 from normrewrite.nn.origin import Origin
@@ -54,9 +54,8 @@ class MeanOnlyBatchNorm(nn.Module):
         self.momentum = momentum
         self.site = ""  # the dotted name in a converted model, for errors
         self.origin: Origin | None = None  # what it was before a rewrite
-        self.layer: tuple[
-            nn.Module, ...
-        ] = ()  # the one that has its scale; in a tuple, so that it is not registered here too
+        # the one that has its scale; in a tuple, so that it is not registered here too
+        self.layer: tuple[nn.Module, ...] = ()
         self.tail: tuple[str, ...] = ()  # children that are applied behind the norm: a fused activation, dropout
         self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
         mean = torch.zeros(num_features, device=device, dtype=statistics_dtype(self.bias.dtype))
@@ -77,7 +76,7 @@ class MeanOnlyBatchNorm(nn.Module):
 
     def _batch_mean(self, x: Tensor) -> Tensor:
         group = group_of(self)
-        mean = x.mean([0, *range(2, x.dim())]) if group is None else distributed.mean(x, group)
+        mean = x.mean(over(x)) if group is None else distributed.mean(x, group)
         average_in(averaging_factor(self, x, group), (self.running_mean, mean))
         return mean
 

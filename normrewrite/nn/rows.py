@@ -320,8 +320,7 @@ class InstanceNorm(RowNorm):
 
     def _check_input(self, input: Tensor) -> None:
         if self.ranks is not None and input.dim() not in self.ranks:
-            wanted = " or ".join(f"{rank}D" for rank in self.ranks)
-            raise NormRewriteError(f"{type(self).__name__} expects {wanted} input, got shape {tuple(input.shape)}.")
+            self._refuse(f"{' or '.join(f'{rank}D' for rank in self.ranks)} input", input)
         channels = input.shape[0 if self._alone(input) else 1] if input.dim() > 1 else None
         sized = self.weight is not None or self.running_mean is not None  # torch, too, takes any width without
         if channels is None or (sized and channels != self.num_features):

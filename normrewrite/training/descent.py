@@ -45,18 +45,18 @@ class Descent:
         """One update by the gradients that came in, averaged over processes; returns the ranges that it changed. factor: of
         the learning rate. Gradients that are not finite change nothing."""
         changed = {name: log for name, log in self.logs.items() if log.grad is not None}
-        if self.optimizer is not None and self._averaged([log.grad for log in changed.values()]):
+        if self.optimizer is None or not changed:
+            return {}
+        finite = self._averaged([log.grad for log in changed.values()])
+        if finite:
             self.optimizer.param_groups[0]["lr"] = LR * factor
             self.optimizer.step()
-            self.optimizer.zero_grad()
-            return {name: log.detach().exp() for name, log in changed.items()}
-        return {}
+        self.optimizer.zero_grad()  # the next backward adds to what stands here: NaN would stay for ever
+        return {name: log.detach().exp() for name, log in changed.items()} if finite else {}
 
     @staticmethod
     def _averaged(gradients: list[Any]) -> bool:
-        """In place; whether there is anything, and all of it is finite."""
-        if not gradients:
-            return False
+        """In place; whether all of it is finite."""
         joined = torch.stack(gradients)
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(joined.div_(dist.get_world_size()))

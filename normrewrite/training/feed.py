@@ -32,7 +32,7 @@ class Feed:
     ranks: int = 1
 
     @property
-    def _batches(self) -> int:
+    def _batches_a_step(self) -> int:
         return self.accumulate * self.ranks
 
     @cached_property
@@ -40,16 +40,16 @@ class Feed:
         """Steps an epoch. A stream is gone through once to tell."""
         if self.data.whole is None:
             found = sum(1 for _ in self.data.batches(self.batch_size))
-            return self._enough(found // self._batches, f"{found} batches")
+            return self._enough(found // self._batches_a_step, f"{found} batches")
         rows = len(self.data.whole)
         return self._enough(
-            max(rows // (self.batch_size * self._batches), int(rows >= self._batches)), f"{rows} inputs"
+            max(rows // (self.batch_size * self._batches_a_step), int(rows >= self._batches_a_step)), f"{rows} inputs"
         )
 
     def _enough(self, steps: int, found: str) -> int:
         if not steps:
             raise NormRewriteError(
-                f"the data hold {found}, and a step takes {self._batches} batches (--accumulate {self.accumulate}, "
+                f"the data hold {found}, and a step takes {self._batches_a_step} batches (--accumulate {self.accumulate}, "
                 f"{self.ranks} processes). Give more data, or lower --accumulate."
             )
         return steps
@@ -62,17 +62,17 @@ class Feed:
         assert self.data.whole is not None
         rows = len(self.data.whole)
         order = torch.randperm(rows, generator=randomness.generator(self.seed, number))
-        size = min(self.batch_size, rows // self._batches)
+        size = min(self.batch_size, rows // self._batches_a_step)
         for step in range(start, self.steps):
-            batches = order[step * size * self._batches :][: size * self._batches].split(size)
+            batches = order[step * size * self._batches_a_step :][: size * self._batches_a_step].split(size)
             yield [_rows(self.data.whole, chosen) for chosen in batches[self.rank :: self.ranks]]
 
     def _streamed(self, number: int, start: int) -> Iterator[list[Batch]]:
         batches = self.data.batches(self.batch_size)
         for step in range(self.steps):
             randomness.seed(self.seed, number, step)  # what the user's code draws depends on the step alone
-            found = list(islice(batches, self._batches))
-            if step >= start and len(found) == self._batches:
+            found = list(islice(batches, self._batches_a_step))
+            if step >= start and len(found) == self._batches_a_step:
                 yield found[self.rank :: self.ranks]
 
 

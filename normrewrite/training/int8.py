@@ -29,7 +29,8 @@ from torch.overrides import TorchFunctionMode
 
 from normrewrite import sites
 from normrewrite.errors import NormRewriteError, nearest
-from normrewrite.nn.batch import BatchNorm
+from normrewrite.nn.batch import BatchNorm, FrozenBatchNorm
+from normrewrite.norms import metric as row_of
 from normrewrite.records.ranges import SIDES, LearnedRanges, called, check
 from normrewrite.training.descent import Descent
 from normrewrite.training.products import (
@@ -330,7 +331,7 @@ def kept(model: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
 
 def notes(model: nn.Module) -> list[str]:
     """What people should know of the norms between 8-bit layers."""
-    squares = [site.name for site in sites.find(model) if not (isinstance(site.module, BatchNorm))]
+    squares = [site.name for site in sites.find(model) if _measures_squares(site.module)]
     if not squares:
         return []
     more = ", ..." if len(squares) > 3 else ""
@@ -338,3 +339,9 @@ def notes(model: nn.Module) -> list[str]:
         f"{len(squares)} batch norms between 8-bit layers measure squares ({', '.join(squares[:3])}{more}): converted to l1 or "
         "range they need none"
     ]
+
+
+def _measures_squares(norm: nn.Module) -> bool:
+    if isinstance(norm, BatchNorm):
+        return row_of(norm.metric).power == 2 and not isinstance(norm, FrozenBatchNorm)
+    return True

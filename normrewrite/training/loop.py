@@ -1,6 +1,6 @@
 """The loop: steps in epochs, validation, early stop, checkpoints. Everything that a next step depends on has a state.
 
->>> progress = Loop(machine, recipe, model, teacher, data, val).run()
+>>> progress = Loop(machine, recipe, weights, teacher, data, val).run()
 """
 
 import math
@@ -43,8 +43,8 @@ class Step:
 
 
 class Loop:
-    """A training of `model`, in place. teacher: in eval, on the model's device. Each step's randomness follows from its
-    number, so nothing of it has to be saved."""
+    """A training of `weights.model`, in place. teacher: in eval. Each step's randomness follows from its number, so nothing
+    of it has to be saved."""
 
     def __init__(
         self,
@@ -227,7 +227,8 @@ class Loop:
                 if val.whole is None:
                     check_finite(batch, "the validation data")
                 found = counted(self.judge(network, batch.to(self.machine.device)))
-                tally += found if new else Tally()
+                if new:
+                    tally += found
         return self._joined(tally)
 
     def _share(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, bool]]:

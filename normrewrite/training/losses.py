@@ -60,13 +60,13 @@ class Objective:
         self.distance = DISTANCES.get(recipe.loss)
         self.function = None if self.distance else _function(recipe.loss)
         names = _matching(recipe.features, model, teacher) if teacher is not None and recipe.features else []
-        self.sites = [model.get_submodule(name) for name in names]
+        self.featured = [model.get_submodule(name) for name in names]
         self.teachers = [teacher.get_submodule(name) for name in names] if teacher is not None else []
 
     def __call__(self, model: nn.Module, batch: Batch) -> Outcome:
         with recorded(self.teachers) as goals:
             taught = self._taught(batch)
-        with recorded(self.sites) as features:
+        with recorded(self.featured) as features:
             outputs = call(model, batch, self.names)
         mine, goal = _floats(outputs), None if taught is None else _floats(taught)
         if self.recipe.labels:
@@ -75,7 +75,7 @@ class Objective:
             loss = _whole(self.function(outputs, taught, batch.labels), self.recipe.loss)
         else:
             loss = self._loss(mine, goal, batch.labels)
-        if self.sites:
+        if self.featured:
             loss = loss + self.recipe.feature_weight * feature_distance(features, goals)
         return Outcome(loss, _right(mine, goal, batch.labels), len(batch))
 
@@ -99,7 +99,10 @@ class Objective:
         assert self.distance is not None
         shapes = [{name: tuple(value.shape) for name, value in each.items()} for each in (mine, goal)]
         if shapes[0] != shapes[1] or not mine:
-            raise NormRewriteError(f"outputs {shapes[0]} can't be compared to the teacher's {shapes[1]}.")
+            raise NormRewriteError(
+                f"outputs {shapes[0]} can't be compared to the teacher's {shapes[1]}. Give a teacher with the same outputs, or "
+                "--loss module:function."
+            )
         if self.recipe.loss != "mse" and any(value.dim() < 2 for value in mine.values()):
             raise NormRewriteError(f"--loss {self.recipe.loss} needs logits (N, classes). Use --loss mse.")
         return torch.stack([self.distance(mine[name], goal[name]) for name in mine]).mean()
@@ -148,7 +151,7 @@ def _whole(loss: object, name: str) -> Tensor:
     return loss.reshape(())
 
 
-# --- features by site -------------------------------------------------------------------------------------------------
+# --- features by module -----------------------------------------------------------------------------------------------
 
 
 def _matching(patterns: tuple[str, ...], model: nn.Module, teacher: nn.Module) -> list[str]:
@@ -182,7 +185,7 @@ def recorded(modules: list[nn.Module]) -> Iterator[list[Tensor]]:
 
 
 def feature_distance(features: list[Tensor], goals: list[Tensor]) -> Tensor:
-    """Mean over sites of the mean square error in units of the teacher's variance, so that every depth counts alike."""
+    """Mean over modules of the mean square error in units of the teacher's variance, so that every depth counts alike."""
     shapes = [[tuple(value.shape) for value in values] for values in (features, goals)]
     if shapes[0] != shapes[1]:
         raise NormRewriteError(

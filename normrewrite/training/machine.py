@@ -73,9 +73,8 @@ def _made(device: torch.device, recipe: Recipe, log: Path | None) -> Any:
     if _asked_for("FSDP") and device.type == "cpu":
         _shard_on_cpus(found)
     if sharded(found):
-        found.state.fsdp_plugin.cpu_ram_efficient_loading = (
-            False  # accelerate's own fails at buffers; all have read the file
-        )
+        # all have read the file; accelerate's own way fails at buffers
+        found.state.fsdp_plugin.cpu_ram_efficient_loading = False
     return found
 
 

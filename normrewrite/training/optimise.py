@@ -27,7 +27,8 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
     groups = [group for group in groups if group["params"]]
     if not groups:
         raise NormRewriteError(
-            f"{type(model).__name__}: no parameter requires a gradient, so there is nothing to train."
+            f"{type(model).__name__}: no parameter requires a gradient, so there is nothing to train. Unfreeze some "
+            "(requires_grad_())."
         )
     if recipe.optimizer == "adamw":
         return AdamW(groups, recipe.lr, weight_decay=recipe.weight_decay)

@@ -1,6 +1,6 @@
 """How far a training is: all of it that isn't in the model, the optimiser or the schedule, so that a checkpoint holds it.
 
->>> progress = Progress(); progress.add(loss=0.3, right=50, inputs=64)
+>>> progress = Progress(); progress.tally += Tally(loss=0.3, right=50, rated=64, inputs=64); progress.step += 1
 """
 
 from dataclasses import asdict, dataclass, field, fields

@@ -129,14 +129,13 @@ class HalfWeights(Weights):
 
     def notes(self) -> list[str]:
         """What was not computed in half arithmetic."""
+        told = []
+        if self.elsewhere:
+            told.append(f"norms of code of their own, not in half arithmetic: {', '.join(self.elsewhere)}")
         lengths = sum(isinstance(module, WeightNorm) for module in self.model.modules())
-        return [
-            *(
-                [f"norms of code of their own, not in half arithmetic: {', '.join(self.elsewhere)}"]
-                * bool(self.elsewhere)
-            ),
-            *([f"{lengths} weight norms, computed in fp32 and rounded once"] * bool(lengths)),
-        ]
+        if lengths:
+            told.append(f"{lengths} weight norms, computed in fp32 and rounded once")
+        return told
 
     def wide(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: self._wide(name, value) for name, value in state.items()}

@@ -119,7 +119,6 @@ class Recipe:
                 f"--weight-decay-as lr stands for the weight decay of sgd; got --optimizer {self.optimizer} --weight-decay "
                 f"{self.weight_decay:g}. Give --optimizer sgd and the weight decay that it is to stand for."
             )
-
         if self.precision != "int8" and (self.int8_gradients or self.int8_keep or self.int8_ranges != "percentile"):
             raise NormRewriteError(
                 "--int8-gradients, --int8-ranges and --int8-keep go with --precision int8: add that, or leave them out."

@@ -3,7 +3,8 @@
 >>> twin, result = finetune(twin, images); print(result)
 """
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -37,7 +38,8 @@ class Finetuned:
     last_ranges: LearnedRanges | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if not name.startswith("last")}
+        without_last = replace(self, last=None, last_ranges=None)  # asdict copies, and these are a network's weights
+        return {name: value for name, value in asdict(without_last).items() if not name.startswith("last")}
 
     @property
     def inputs_per_second(self) -> float:
@@ -53,23 +55,22 @@ class Finetuned:
         titles = ("epoch", "step", "loss", share, "validation loss", share)
         return "\n".join([head, table(titles, map(_row, self.epochs)), *self._remarks(), *self.notes])
 
-    def _sums(self) -> str:
-        return f"norms' by {self.accumulator}, those of convolutions and matrix products in fp32, rounded to half"
-
-    def _remarks(self) -> list[str]:
-        return [
-            *([f"sums in half arithmetic: {self._sums()}"] * (self.accumulator is not None)),
-            *(
-                [f"{self.skipped_steps} steps were skipped, as loss or gradient were not finite"]
-                * bool(self.skipped_steps)
-            ),
-            *([f"{self.nonfinite_batches} batches {_SPOILT}"] * bool(self.nonfinite_batches)),
-            *(["stopped early: no progress in validation"] * self.stopped_early),
-            *([f"the weights are those of epoch {self.best}, the best in validation"] * (self.best is not None)),
-        ]
-
-
-_SPOILT = "gave norm statistics that were not finite, which entered no running ones"
+    def _remarks(self) -> Iterator[str]:
+        if self.accumulator is not None:
+            yield (
+                f"sums in half arithmetic: norms' by {self.accumulator}, those of convolutions and matrix products in fp32, "
+                "rounded to half"
+            )
+        if self.skipped_steps:
+            yield f"{self.skipped_steps} steps were skipped, as loss or gradient were not finite"
+        if self.nonfinite_batches:
+            yield (
+                f"{self.nonfinite_batches} batches gave norm statistics that were not finite, which entered no running ones"
+            )
+        if self.stopped_early:
+            yield "stopped early: no progress in validation"
+        if self.best is not None:
+            yield f"the weights are those of epoch {self.best}, the best in validation"
 
 
 def _row(epoch: Epoch) -> tuple[str, ...]:

@@ -117,25 +117,25 @@ def _result(loop: Loop, progress: Progress, examples: Data, model: nn.Module) ->
     ranges = None if loop.quantised is None else loop.quantised.ranges
     skipped = examples.skipped + (loop.val.skipped if loop.val else ())
     return Finetuned(
-        plan.precision,
-        plan.labels,
-        progress.step,
-        progress.inputs,
-        progress.seconds,
-        progress.skipped,
-        progress.stopped,
-        progress.epochs,
-        progress.best,
-        [
+        precision=plan.precision,
+        labels=plan.labels,
+        steps=progress.step,
+        inputs=progress.inputs,
+        seconds=progress.seconds,
+        skipped_steps=progress.skipped,
+        stopped_early=progress.stopped,
+        epochs=progress.epochs,
+        best=progress.best,
+        notes=[
             *([f"left out, as they can't be read: {_some(skipped)}"] if skipped else []),
             *loop.weights.notes(),
             *([] if ranges is None or plan.freeze_statistics else notes(model)),
         ],
-        last,
-        str(accumulator(plan.accumulator)) if plan.precision == "fp16-pure" else None,
-        progress.spoilt,
-        LearnedRanges(progress.ranges, ranges.kept) if ranges is not None and best else ranges,
-        ranges if best else None,
+        last=last,
+        accumulator=str(accumulator(plan.accumulator)) if plan.precision == "fp16-pure" else None,
+        nonfinite_batches=progress.spoilt,
+        ranges=LearnedRanges(progress.ranges, ranges.kept) if ranges is not None and best else ranges,
+        last_ranges=ranges if best else None,
     )
 
 

@@ -2,7 +2,6 @@
 
 #include <cstring>
 #include <limits>
-#include <set>
 #include <sstream>
 #include <unordered_map>
 

@@ -3,7 +3,6 @@
 
 #include <cstdio>
 #include <memory>
-#include <set>
 
 #include "norm.h"
 #include "refused.h"

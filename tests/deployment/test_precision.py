@@ -32,3 +32,11 @@ def test_half_precisions(tmp_path: Path, kind: Any, code: int) -> None:
 def test_precision_of_files_by_others(kinds: tuple[int, ...], said: str) -> None:
     tensors = [onnx.TensorProto(name=str(kind), data_type=kind, dims=[1]) for kind in kinds]
     assert precision.of(onnx.ModelProto(graph=onnx.GraphProto(initializer=tensors))) == said
+
+
+def test_what_a_file_says_counts_before_its_weights(tmp_path: Path) -> None:
+    tensors = [onnx.TensorProto(name="weight", data_type=onnx.TensorProto.FLOAT, dims=[1])]
+    proto = onnx.ModelProto(graph=onnx.GraphProto(initializer=tensors))
+    nr.export(residual(), images(), tmp_path / "half.onnx", precision="fp16")
+    proto.metadata_props.extend(onnx.load(tmp_path / "half.onnx").metadata_props)
+    assert precision.of(proto) == "fp16"

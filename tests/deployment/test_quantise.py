@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
+import onnx.parser
 import pytest
 
 import normrewrite as nr
 from normrewrite.deployment import precision
+from normrewrite.deployment.quantise import quantise
 from tests.verbs.test_export import images, live, operators, residual
 
 INT8 = 5e-2  # of max(1, largest output): a few layers of 8 bits, on the inputs that they were calibrated on
@@ -32,6 +33,14 @@ def test_int8_is_symmetric_and_by_channel(tmp_path: Path, ranges: Any) -> None:
     # entropy clips a small net's rare large values: it is meant for deep ones
     assert nr.verify(path, model, x, tolerance=INT8 if ranges != "entropy" else 5 * INT8).ok
     assert precision.of(proto) == "int8"
+
+
+def test_nothing_to_quantise() -> None:
+    proto = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 20]> g (float[2] x) => (float[2] y) { y = Relu (x) }'
+    )
+    with pytest.raises(nr.NormRewriteError, match=r"int8: nothing to quantise: .* Use --precision fp32 or fp16"):
+        quantise(proto, None)
 
 
 @pytest.mark.parametrize("deploy", ["op", "fold"])

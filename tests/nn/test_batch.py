@@ -209,6 +209,8 @@ def test_wrong_channel_count(training: bool) -> None:
     norm.site = "layer1.bn2"
     with pytest.raises(NormRewriteError, match=r"layer1\.bn2 expects \(N, 3, \*\)"):
         norm(torch.randn(2, 4, 5, 5))
+    with pytest.raises(NormRewriteError, match=r"layer1\.bn2 expects 4D input, got shape \(2, 3\)"):
+        norm(torch.randn(2, 3))
 
 
 def test_one_value_a_channel() -> None:

@@ -195,6 +195,7 @@ def test_wrong_shapes_name_the_site() -> None:
         (GroupNorm(2, 4), (2, 6, 3), r"\(N, 4, \*\)"),
         (GroupNorm(2, 4), (4,), r"\(N, 4, \*\)"),
         (InstanceNorm(4, affine=True), (2, 6, 3), r"\(N, 4, \*\)"),
+        (InstanceNorm2d(4), (2, 4), "3D or 4D input"),
     ]
     for norm, shape, wanted in cases:
         with pytest.raises(NormRewriteError, match=rf"{type(norm).__name__} expects {wanted}, got shape"):

@@ -64,6 +64,7 @@ def test_missing_attributes_have_the_bodys_defaults() -> None:
         ("NormRewriteMean", {"reads": [1.0, 2.0]}, ".*out of range: it is 5 finite numbers"),
         ("NormRewriteMean", {"eps": [1e-5, 1e-5]}, "attribute eps .*out of range"),
         ("NormRewriteTop", {"count": -1}, "attribute count is -1, out of range: it is a whole number from 0"),
+        ("NormRewriteTop", {"count": float("nan")}, "attribute count is nan, out of range"),
         ("NormRewriteTop", {"count": 3, "percent": 5.0}, "count 3 and percent 5 exclude each other"),
         ("NormRewriteTop", {"percent": 101.0}, "attribute percent is 101.0, out of range: it is 0 to 100"),
         ("NormRewritePower", {"power": 0.0}, "attribute power is 0.0, out of range: it is above 0"),

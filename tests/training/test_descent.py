@@ -77,6 +77,13 @@ def test_what_is_not_finite_shows_and_changes_nothing(bad: float) -> None:
     assert not y.isfinite().any() and again.ranges == before
 
 
+def test_a_gradient_that_is_not_finite_spoils_no_later_step() -> None:
+    model, x = nn.Linear(8, 4), heavy()
+    broken = x.clone()
+    broken[0, 0] = torch.nan
+    assert learning(model, x, broken, x).ranges.amax == learning(model, x, x).ranges.amax
+
+
 def test_zeros_wait_for_the_first_numbers() -> None:
     model, x = nn.Linear(8, 4), heavy()
     quantised = learning(model, 0 * x, x, x)

@@ -253,4 +253,6 @@ def test_what_cannot_be_asked_for() -> None:
 def test_norms_that_measure_squares_are_told() -> None:
     (note,) = notes(residual())
     assert note.startswith("1 batch norms between 8-bit layers measure squares (norm)")
-    assert notes(nr.convert(residual(), to="range")) == []
+    (note,) = notes(nr.convert(residual(), to="renorm"))  # ours, and l2
+    assert "measure squares (norm)" in note
+    assert notes(nr.convert(residual(), to="range")) == notes(nr.convert(residual(), to="frozen")) == []

@@ -6,12 +6,12 @@ from benchmarks.norm_matters.judge import above
 from benchmarks.norm_matters.run import Arms, Budget, Norm
 from benchmarks.norm_matters.studies import SCRATCH
 
+TIMES = {"¼": 0.25, "1": 1.0, "4": 4.0}
+
 
 def arms(budget: Budget) -> Arms:
     return {f"C × {name}": SCRATCH[budget].arm(Norm("l1", times=times)) for name, times in TIMES.items()}
 
-
-TIMES = {"¼": 0.25, "1": 1.0, "4": 4.0}
 
 CLAIM = Claim(
     2,

@@ -37,9 +37,8 @@ class Fixed(Tuning):
         across = -(-geometry.channels // lanes) * (geometry.lanes // geometry.channels)
         blocks = across if geometry.columns else -(-geometry.lanes // lanes)
         tiles = -(-geometry.length // steps)
-        each = (
-            part // steps if k else min(iterations or part // steps, max(1, tiles))
-        )  # a searched part is always whole
+        whole = part // steps
+        each = whole if k else min(iterations or whole, max(1, tiles))  # a searched part is always whole
         return Cut(lanes, steps, blocks, -(-tiles // each), each, access(geometry.width, bytes_each))
 
     def room(self, count: int, most: int) -> int:

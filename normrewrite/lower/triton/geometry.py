@@ -108,41 +108,6 @@ def family(row: Metric) -> str:
 
 
 @dataclass(frozen=True)
-class Tuning:
-    """What may be changed without changing a result by more than rounding; never measured at run time: same bits every run."""
-
-    tile: int = 2048  # elements a program holds at once
-    across: int = 128  # of them side by side in memory at most, channels-last
-    along: int = 512  # the same, channels-first
-    programs: int = 2048  # aimed at by kernels that reduce: some eight for each of 132 multiprocessors
-    repeat: int = 4  # tiles a program of the others takes, as it reads its parameters once
-    members: int = 1024  # parts that are combined at once
-    peaks: int = 4096  # parts that are searched at once
-    row_width: int = 8192  # the longest row that is kept in registers
-    sparse_width: int = 4096  # the same where a family reads few elements: their places need registers, too
-    row_programs: int = 512  # in the backward of rows: as many sums of columns are written
-    largest_k: int = 128  # a larger k is torch's to find
-    candidates: int = 4096  # elements that are read again to find extremes, of each side
-
-    def cut(self, geometry: Geometry, bytes_each: int, iterations: int | None = None, k: int = 0) -> "Cut":
-        """What the function of this name says."""
-        return cut(geometry, bytes_each, self, iterations, k)
-
-    def room(self, count: int, most: int) -> int:
-        """How many of `count` a kernel takes at once."""
-        return room(count, most)
-
-    def searched(self, k: int) -> int:
-        """For how many extremes a kernel is made that finds k."""
-        return power_of_two(k)
-
-    def rows(self, samples: int, n: int, bytes_each: int) -> tuple[int, int, int]:
-        """Of rows of n elements in registers: how many a program takes, in how many columns, elements an access."""
-        width = max(16, power_of_two(n))
-        return max(1, min(self.tile // 4 // width, power_of_two(samples))), width, vector(n, bytes_each)
-
-
-@dataclass(frozen=True)
 class Cut:
     """A geometry cut into `blocks` of lanes and `parts` of `iterations` tiles each."""
 
@@ -173,32 +138,61 @@ class Cut:
         return max(1, min(8, self.lanes * self.steps // 256))
 
 
-def cut(geometry: Geometry, bytes_each: int, tuning: Tuning, iterations: int | None = None, k: int = 0) -> Cut:
-    """Tiles for a kernel that takes `iterations` tiles a program; None: as few parts as keep the machine busy.
+@dataclass(frozen=True)
+class Tuning:
+    """What may be changed without changing a result by more than rounding; never measured at run time: same bits every run."""
 
-    k > 0: parts as short as a search for k extremes wants them, a power of two. Each costs 24 bytes a lane to write and
-    read its sums, and k of them a side are read again, channels-last in sectors of 32 bytes: sqrt(24 n / 64 k) is least.
-    """
-    most = tuning.candidates // power_of_two(k) if k else tuning.tile
-    lanes, steps = _tile(geometry, tuning, most)
-    across = _quotient(geometry.channels, lanes) * (geometry.lanes // geometry.channels)
-    blocks = across if geometry.columns else _quotient(geometry.lanes, lanes)
-    tiles = _quotient(geometry.length, steps)
-    if k:
-        iterations = min(power_of_two(int(math.sqrt(24 * geometry.n / (64 * k)))), most) // steps
-    elif iterations is None:
-        iterations = _quotient(tiles * blocks, tuning.programs)
-    iterations = max(1, min(iterations, tiles if not k else power_of_two(tiles)))
-    return Cut(lanes, steps, blocks, _quotient(tiles, iterations), iterations, vector(geometry.width, bytes_each))
+    tile: int = 2048  # elements a program holds at once
+    across: int = 128  # of them side by side in memory at most, channels-last
+    along: int = 512  # the same, channels-first
+    programs: int = 2048  # aimed at by kernels that reduce: some eight for each of 132 multiprocessors
+    repeat: int = 4  # tiles a program of the others takes, as it reads its parameters once
+    members: int = 1024  # parts that are combined at once
+    peaks: int = 4096  # parts that are searched at once
+    row_width: int = 8192  # the longest row that is kept in registers
+    sparse_width: int = 4096  # the same where a family reads few elements: their places need registers, too
+    row_programs: int = 512  # in the backward of rows: as many sums of columns are written
+    largest_k: int = 128  # a larger k is torch's to find
+    candidates: int = 4096  # elements that are read again to find extremes, of each side
 
+    def cut(self, geometry: Geometry, bytes_each: int, iterations: int | None = None, k: int = 0) -> Cut:
+        """Tiles for a kernel that takes `iterations` tiles a program; None: as few parts as keep the machine busy.
 
-def _tile(geometry: Geometry, tuning: Tuning, most: int) -> tuple[int, int]:
-    """(lanes, steps <= most): at least eight elements side by side, as bits are packed."""
-    if geometry.columns:
-        lanes = max(8, min(tuning.across, power_of_two(geometry.width)))
-        return lanes, max(1, min(tuning.tile // lanes, power_of_two(geometry.length), most))
-    steps = max(8, min(tuning.along, power_of_two(geometry.width), most))
-    return max(1, min(tuning.tile // steps, power_of_two(geometry.lanes))), steps
+        k > 0: parts as short as a search for k extremes wants them, a power of two. Each costs 24 bytes a lane to write and
+        read its sums, and k of them a side are read again, channels-last in sectors of 32 bytes: sqrt(24 n / 64 k) is least.
+        """
+        most = self.candidates // power_of_two(k) if k else self.tile
+        lanes, steps = self._tile(geometry, most)
+        across = _quotient(geometry.channels, lanes) * (geometry.lanes // geometry.channels)
+        blocks = across if geometry.columns else _quotient(geometry.lanes, lanes)
+        tiles = _quotient(geometry.length, steps)
+        if k:
+            iterations = min(power_of_two(int(math.sqrt(24 * geometry.n / (64 * k)))), most) // steps
+        elif iterations is None:
+            iterations = _quotient(tiles * blocks, self.programs)
+        iterations = max(1, min(iterations, tiles if not k else power_of_two(tiles)))
+        return Cut(lanes, steps, blocks, _quotient(tiles, iterations), iterations, vector(geometry.width, bytes_each))
+
+    def _tile(self, geometry: Geometry, most: int) -> tuple[int, int]:
+        """(lanes, steps <= most): at least eight elements side by side, as bits are packed."""
+        if geometry.columns:
+            lanes = max(8, min(self.across, power_of_two(geometry.width)))
+            return lanes, max(1, min(self.tile // lanes, power_of_two(geometry.length), most))
+        steps = max(8, min(self.along, power_of_two(geometry.width), most))
+        return max(1, min(self.tile // steps, power_of_two(geometry.lanes))), steps
+
+    def room(self, count: int, most: int) -> int:
+        """How many of `count` a kernel takes at once: a power of eight or `most`, so that few kernels serve all counts."""
+        return min(most, 1 << 3 * math.ceil(math.log(max(2, count), 8)))
+
+    def searched(self, k: int) -> int:
+        """For how many extremes a kernel is made that finds k."""
+        return power_of_two(k)
+
+    def rows(self, samples: int, n: int, bytes_each: int) -> tuple[int, int, int]:
+        """Of rows of n elements in registers: how many a program takes, in how many columns, elements an access."""
+        width = max(16, power_of_two(n))
+        return max(1, min(self.tile // 4 // width, power_of_two(samples))), width, vector(n, bytes_each)
 
 
 def vector(width: int, bytes_each: int) -> int:
@@ -209,11 +203,6 @@ def vector(width: int, bytes_each: int) -> int:
 def power_of_two(n: int) -> int:
     """The next from n on."""
     return 1 << max(0, n - 1).bit_length()
-
-
-def room(count: int, most: int) -> int:
-    """How many a kernel takes at once: a power of eight or `most`, so that few kernels serve all counts."""
-    return min(most, 1 << 3 * math.ceil(math.log(max(2, count), 8)))
 
 
 def _quotient(a: int, b: int) -> int:

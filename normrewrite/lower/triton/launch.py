@@ -50,14 +50,14 @@ def forward(
         out = torch.empty_like(x)
     live = x.new_empty(norm.geometry.bits if relu and residual is not None else 0, dtype=torch.uint8)
     if norm.resident and not relu:
-        y, measured = norm.rows(x, weight, bias, out)
+        mean, spread, indices, signs = norm.rows(x, weight, bias, out)
     else:
-        measured = norm.measure(x)
+        mean, spread, indices, signs = norm.measure(x)
         residual = None if residual is None else laid_out_as(residual, x)
-        y = norm.apply(x, residual, weight, bias, measured, relu, live if live.numel() else None, out)
-    mean, spread, indices, signs = measured
+        bits = live if live.numel() else None
+        _apply(x, residual, weight, bias, mean, spread, eps, norm.geometry, relu, bits, out)
     shape = like.shape[:2] if sample else like.shape[1:2]
-    return laid_out_as(y, like), mean.view(shape), spread.view(shape), indices, signs, live
+    return laid_out_as(out, like), mean.view(shape), spread.view(shape), indices, signs, live
 
 
 def backward(
@@ -104,9 +104,9 @@ def affine(
 ) -> Tensor:
     """relu(weight * (x - mean) / scale + bias + residual), as x: (N, C, *), with statistics that stand, (C,)."""
     like, x = x, shapes.laid_out(x, False)
-    geometry = shapes.of_batch(x)
-    residual = None if residual is None else laid_out_as(residual, x)
-    return laid_out_as(_apply(x, residual, weight, bias, mean.float(), scale.float(), 0.0, geometry, relu, None), like)
+    residual, y = None if residual is None else laid_out_as(residual, x), torch.empty_like(x)
+    _apply(x, residual, weight, bias, mean.float(), scale.float(), 0.0, shapes.of_batch(x), relu, None, y)
+    return laid_out_as(y, like)
 
 
 def run(kernel: Any, programs: int, warps: int, arguments: dict[str, Any], registers: int | None = None) -> None:
@@ -143,21 +143,20 @@ def _apply(
     geometry: Geometry,
     relu: bool,
     live: Tensor | None,
-    out: Tensor | None = None,
-) -> Tensor:
-    y = torch.empty_like(x) if out is None else out
+    y: Tensor,
+) -> None:
+    """Write y from x and what was measured; live: memory for the bits of what ReLU lets through."""
     pieces = TUNING.cut(geometry, x.element_size(), TUNING.repeat)
     tensors = _pointers(x=x, residual=residual, weight=weight, bias=bias, mean=mean, scale=spread, y=y, live=live)
     told = tensors | _walk(geometry, pieces) | {"eps": eps, "RELU": relu}
     _launch(fore.apply, pieces.programs, pieces.warps, told)
-    return y
 
 
 class _Norm:
     """One norm on one input: its geometry, its row, and its constants."""
 
     def __init__(self, x: Tensor, row: Metric, gain: Gain, eps: float, sample: bool, centred: bool) -> None:
-        self.row, self.eps, self.centred = row, eps, centred
+        self.row, self.centred = row, centred
         self.geometry = shapes.of(x, sample)
         self.resident = sample and x.shape[3] == 1
         n = self.geometry.n
@@ -180,7 +179,7 @@ class _Norm:
         mean, spread = (x.new_zeros(groups, dtype=torch.float32) for _ in range(2))
         pieces = TUNING.cut(self.geometry, x.element_size())
         sums = x.new_empty(2, pieces.parts, self.geometry.lanes, dtype=torch.float32)
-        indices, signs = self._taken(x, groups, self.geometry.n)
+        indices, signs = self._taken(x)
         told = _pointers(x=x, partial=sums, mean=mean, spread=spread, signs=signs) | _walk(self.geometry, pieces)
         told |= self.constants | {"SQUARES": squares, "EXTREMES": False, "SIGNS": signs.numel() > 0}
         if squares or self.centred:
@@ -194,7 +193,7 @@ class _Norm:
     def _sparse(self, x: Tensor) -> Measured:
         groups = self.geometry.groups
         mean, spread = (x.new_empty(groups, dtype=torch.float32) for _ in range(2))
-        indices, signs = self._taken(x, groups, self.geometry.n)
+        indices, signs = self._taken(x)
         pieces = TUNING.cut(self.geometry, x.element_size(), k=self.k)
         sums = x.new_empty(3, pieces.parts, self.geometry.lanes, dtype=torch.float32)
         told = _pointers(x=x, partial=sums, mean=mean, spread=spread, indices=indices, signs=signs)
@@ -204,12 +203,13 @@ class _Norm:
         _launch(fore.select, groups, 4 if self.k == 1 and told["MEMBERS"] <= 512 else 8, told)
         return mean, spread, indices, signs
 
-    def _taken(self, x: Tensor, rows: int, n: int) -> tuple[Tensor, Tensor]:
-        """Room for the indices and signs of `rows` groups; of a dense family by batch, for its sum of signs."""
-        shape = taken(self.row, rows, n)
+    def _taken(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Room for the indices and signs of every group; of a dense family by batch, for its sum of signs."""
+        groups = self.geometry.groups
+        shape = taken(self.row, groups, self.geometry.n)
         indices = x.new_empty(shape, dtype=torch.int64)
         if self.row.family == "mean" and not self.geometry.sample:
-            return indices, x.new_zeros((rows, 1), dtype=torch.float32)
+            return indices, x.new_zeros((groups, 1), dtype=torch.float32)
         return indices, x.new_empty(shape, dtype=torch.float32)
 
     def _by_torch(self, x: Tensor) -> Measured:
@@ -219,25 +219,11 @@ class _Norm:
             mean = values.mean((2, 3)) if self.centred else values.new_zeros(x.shape[:2])
             raw, sparse = rows.measure(values - mean[:, :, None, None], self.row)
         else:
-            mean = values.mean([0, *range(2, x.dim())])
+            mean = values.mean(eager.over(x))
             raw, sparse = eager.measure(values, mean, self.row)
         assert sparse is not None  # of a family that takes k
         indices, signs = sparse
         return mean.flatten(), (raw * self.gain).flatten(), indices, signs
-
-    def apply(
-        self,
-        x: Tensor,
-        residual: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        measured: Measured,
-        relu: bool,
-        live: Tensor | None,
-        out: Tensor,
-    ) -> Tensor:
-        """y from x and what was measured, written to out."""
-        return _apply(x, residual, weight, bias, *measured[:2], self.eps, self.geometry, relu, live, out)
 
     # --- backward ----------------------------------------------------------------------------------------------------
 
@@ -294,16 +280,16 @@ class _Norm:
 
     # --- rows in registers -------------------------------------------------------------------------------------------
 
-    def rows(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor) -> tuple[Tensor, Measured]:
-        """y, written as given, and what was measured, of rows that are kept in registers."""
-        samples, groups, n, _ = x.shape
+    def rows(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor) -> Measured:
+        """What was measured, and y written, of rows that are kept in registers."""
+        samples, groups, *_ = x.shape
         mean, spread = (x.new_empty(samples * groups, dtype=torch.float32) for _ in range(2))
-        indices, signs = self._taken(x, samples * groups, n)
+        indices, signs = self._taken(x)
         sizes = self._row_sizes(x)
         told = _pointers(x=x, weight=weight, bias=bias, y=y, mean=mean, spread=spread, indices=indices, signs=signs)
         programs = -(-samples // sizes["ROWS"]) * groups
         _launch(resident.row_forward, programs, _warps(sizes), told | self.constants | sizes | {"POSITIONS": 1})
-        return y, (mean, spread, indices, signs)
+        return mean, spread, indices, signs
 
     def rows_backward(
         self, g: Tensor, x: Tensor, weight: Tensor | None, measured: Measured

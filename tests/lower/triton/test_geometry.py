@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from normrewrite.lower.triton import geometry
-from normrewrite.lower.triton.geometry import Geometry, Tuning, cut, power_of_two
+from normrewrite.lower.triton.geometry import Geometry, Tuning, power_of_two
 from normrewrite.norms import metric
 from tests.lower.triton.conftest import SMALL
 
@@ -61,7 +61,7 @@ def test_parts_cover_lanes_once(
 ) -> None:
     x = torch.empty(shape).to(memory_format=torch.channels_last if last else torch.contiguous_format)
     tuning, seen = SMALL if small else Tuning(), geometry.of_batch(x)
-    pieces = cut(seen, 4, tuning, repeat, k)
+    pieces = tuning.cut(seen, 4, repeat, k)
     assert power_of_two(pieces.lanes) == pieces.lanes and power_of_two(pieces.steps) == pieces.steps
     assert pieces.part * pieces.parts >= seen.length > pieces.part * (pieces.parts - 1)
     assert pieces.blocks * pieces.lanes >= seen.lanes and seen.width % pieces.vector == 0
@@ -72,7 +72,7 @@ def test_parts_cover_lanes_once(
 
 def test_large_tensors_make_few_programs_and_full_tiles() -> None:
     x = torch.empty(256, 256, 56, 56, device="meta").to(memory_format=torch.channels_last)
-    pieces = cut(geometry.of_batch(x), 2, Tuning())
+    pieces = Tuning().cut(geometry.of_batch(x), 2)
     assert (pieces.lanes * pieces.steps, pieces.vector, pieces.warps) == (2048, 8, 8)
     assert 1024 <= pieces.programs <= 2048
 
