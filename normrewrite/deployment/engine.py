@@ -24,6 +24,9 @@ _TYPES = {
     "BF16": torch.bfloat16,
     "INT32": torch.int32,
     "INT64": torch.int64,
+    "INT8": torch.int8,
+    "UINT8": torch.uint8,
+    "BOOL": torch.bool,
 }
 
 
