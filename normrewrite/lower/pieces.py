@@ -18,7 +18,8 @@ from normrewrite.lower.families import wide_dtype
 # Of fp32 a thread: two megabytes, few of which fit into a shared cache; smaller ones cost more to start.
 _ELEMENTS = 1 << 19
 _LONGEST, _SHORTEST = 256, 7  # elements of a cell
-_FEW = 512  # positions of a sample: torch reduces across samples then, in whole vectors
+_FEW, _ACROSS = 512, 16  # positions of a sample: then a cell lies across so many samples, in whole vectors, ...
+_PLANE = 128  # ... unless a sample's positions are one good cell
 
 
 def pieces(tensors: tuple[Tensor, ...], of_channels: tuple[Tensor, ...] = ()) -> Iterator[tuple[Tensor, ...]]:
@@ -123,7 +124,8 @@ def _in_order(x: Tensor, longest: int) -> tuple[Tensor | None, int]:
         samples, across = rows.reshape(-1, channels, 1), _length(n * positions, longest)
     else:
         samples = x.contiguous().view(n, channels, positions)
-        across = _length(n, longest) if positions < _FEW else None
+        few = positions < _FEW and not _PLANE <= positions <= longest
+        across = _length(n, min(longest, _ACROSS)) if few else None
     if across is not None:
         return samples.unflatten(0, (-1, across)), 1
     length = _length(positions, longest)
