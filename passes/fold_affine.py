@@ -90,8 +90,8 @@ class FoldAffine(Rewrite):
 
     def __call__(self, graph_module: GraphModule) -> PassResult:
         self.outcome = Outcome([], [])
-        own_parents(graph_module)
-        LiftFunctional()(graph_module)
+        own_parents(graph_module, self.wants)
+        lifted = LiftFunctional()(graph_module).modified
         ranks = neighbours.ranks_of(graph_module, self.example_inputs)
         norms = {id(site.module): site for site in sites.find(graph_module, self.wants) if self.why_not(site) is None}
         called = False
@@ -105,7 +105,7 @@ class FoldAffine(Rewrite):
                 graph_module.delete_submodule(name)
         graph_module.graph.lint()
         graph_module.recompile()
-        return PassResult(graph_module, called)
+        return PassResult(graph_module, lifted or called)
 
     def _fold_call(self, graph_module: GraphModule, node: Node, norm: nn.Module, ranks: dict[Node, int]) -> None:
         affine = affine_of(norm)
@@ -127,6 +127,7 @@ class FoldAffine(Rewrite):
         else:
             self._leave_affine(graph_module, node, norm)
             return
+        self.outcome.into_neighbour.append(str(node.target))
         tail = tail_of(norm)
         if tail is None:
             node.replace_all_uses_with(before)  # type: ignore[arg-type]
@@ -134,10 +135,7 @@ class FoldAffine(Rewrite):
         else:
             name = free_name(graph_module, f"{node.target}_tail")  # another call of the norm still needs the norm
             graph_module.add_submodule(name, tail)
-            self.outcome.into_neighbour.append(str(node.target))
             node.target = name
-            return
-        self.outcome.into_neighbour.append(str(node.target))
 
     def _leave_affine(self, graph_module: GraphModule, node: Node, norm: nn.Module) -> None:
         site = Site((str(node.target),), norm, ())
@@ -215,9 +213,9 @@ def into_next(layer: nn.Module, affine: Affine) -> nn.Module:
 def _parts(layer: nn.Module) -> tuple[Tensor, Tensor]:
     assert isinstance(layer.weight, Tensor)
     weight = layer.weight.detach().double()
-    return weight, torch.zeros(
-        (), dtype=torch.float64, device=weight.device
-    ) if layer.bias is None else layer.bias.detach().double()  # type: ignore[operator]
+    if layer.bias is None:
+        return weight, torch.zeros((), dtype=torch.float64, device=weight.device)
+    return weight, layer.bias.detach().double()  # type: ignore[operator]
 
 
 def _with(layer: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:

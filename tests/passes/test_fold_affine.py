@@ -161,3 +161,17 @@ def test_a_wrong_factor_is_caught(fold: Callable[..., nn.Module]) -> None:
     torch.testing.assert_close(fold(conv, (a, b))(x), expected, **EXACT)
     with pytest.raises(AssertionError):
         torch.testing.assert_close(fold(conv, (1.01 * a, b))(x), expected, **EXACT)
+
+
+class _Live(nn.Module):
+    """A norm of each batch, without statistics that could be folded."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, None, None, training=self.training)
+
+
+def test_a_graph_whose_calls_were_only_lifted_says_that_it_changed() -> None:
+    graph_module = torch.fx.symbolic_trace(_Live().train())
+    result = FoldAffine()(graph_module)
+    assert result.modified and [node.op for node in graph_module.graph.nodes][1] == "call_module"
+    assert not FoldAffine()(graph_module).modified
