@@ -72,11 +72,16 @@ class Metric:
 
     def gain(self, n: int, which: Gain = "exact") -> float:
         """C(n), so that C * S estimates the standard deviation of Gaussian data."""
-        if which not in GAINS:
-            raise NormRewriteError(f"unknown gain {which!r}. Known: {', '.join(GAINS)}.")
+        require_gain(which)
         if n < 2:
             raise NormRewriteError(f"{self} needs at least 2 elements that share statistics, got {n}.")
         return _cached_gain(self, n, self.k(n), which)
+
+
+def require_gain(which: str) -> None:
+    """Raises for what is no `exact` or `paper`."""
+    if which not in GAINS:
+        raise NormRewriteError(f"unknown gain {which!r}. Known: {', '.join(GAINS)}.")
 
 
 def _short(percent: float) -> str:

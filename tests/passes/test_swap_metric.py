@@ -126,3 +126,8 @@ def test_twins_trace_with_one_node_a_norm_and_a_live_training_flag(small: "objec
     assert len(norms) == 2 and not [node for node in traced.graph.nodes if node.op == "call_function"]
     x = 3 + torch.randn(2, 3, 4, 4)
     assert not torch.equal(traced.train()(x), traced.eval()(x))
+
+
+def test_an_unknown_gain_is_told_before_training_meets_it() -> None:
+    with pytest.raises(nr.NormRewriteError, match=r"unknown gain 'Exact'\. Known: exact, paper"):
+        SwapMetric("l1", "Exact")  # type: ignore[arg-type]
