@@ -1,6 +1,6 @@
 """Data: what a model is run on, from a file, a folder of images, or code.
 
->>> for batch in open_data("digits.npz", model).batches(250):
+>>> for batch in open_data("digits.npz", argument_names(model)).batches(250):
 ...     logits = model(**batch.inputs); batch.labels
 """
 
@@ -65,6 +65,8 @@ class Data:
     skipped: tuple[str, ...] = ()
 
     def batches(self, size: int = 250) -> Iterator[Batch]:
+        if size < 1:
+            raise NormRewriteError(f"batch size {size}: give a whole number from 1.")
         if self.whole is None:
             yield from self.stream or ()
             return

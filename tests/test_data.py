@@ -62,6 +62,8 @@ def test_batches_hold_every_row_once_and_in_order(size: int) -> None:
 
 def test_batches_of_nothing() -> None:
     assert list(Data().batches()) == []
+    with pytest.raises(NormRewriteError, match="batch size 0: give a whole number from 1"):
+        list(Data().batches(0))
 
 
 class Positional(nn.Module):
