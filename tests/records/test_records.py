@@ -17,7 +17,9 @@ import torch
 from torch import nn
 
 import normrewrite as nr
-from normrewrite.records import digests, manifest
+from normrewrite.commands.rewriting import calibrate, convert
+from normrewrite.commands.source import Source
+from normrewrite.records import digests, history, manifest
 from tests.commands.test_rewriting import Command, run  # noqa: F401 (a fixture; it takes the folder below)
 from tests.conftest import ROOT
 
@@ -32,9 +34,6 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("records")
     for name in ("digits.pt", "digits.py", "digits.npz"):
         shutil.copy(ROOT / "examples" / name, folder)
-    from normrewrite.commands.rewriting import convert
-    from normrewrite.commands.source import Source
-
     torch.save(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)).eval(), folder / "module.pt")
     convert(Source(folder / "module.pt"), "l1", output=folder / "pickled.pt", manifest=folder / "pickled.json")
     source = Source(folder / "digits.pt", f"{folder / 'digits.py'}:digits_resnet")
@@ -157,6 +156,11 @@ def test_history_grows_with_every_command(run: Command, folder: Path) -> None:
     assert run(f"verify --manifest twin.calibrated.pt --original digits.pt {ARCH}").code == 0
     assert run(f"revert twin.calibrated.pt {ARCH} -o back.pt").code == 0
     assert "report" not in loaded("back.pt")["normrewrite"]
+
+
+def test_numbers_of_a_recorded_command_keep_their_digits(folder: Path) -> None:
+    step = history.step(calibrate, Source(folder / "digits.pt"), {"data": "digits.npz", "mean": [0.49139968, 0.5]})
+    assert step["command"][-2:] == ["--mean", "0.49139968,0.5"]
 
 
 # --- verify --manifest ------------------------------------------------------------------------------------------------
