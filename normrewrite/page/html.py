@@ -141,14 +141,14 @@ def _cell_style(row: Row, column: Column) -> str:
 def _histograms(rows: list[Row], anchors: dict[str, str]) -> list[dict[str, Any]]:
     from normrewrite.page.drawing import histogram
 
-    shown = [row for row in rows if row.histogram]
     return [
         {
             "anchor": anchors[row.name],
             "label": row.label,
             "svg": histogram(row.histogram, f"inputs of {row.label} against a Gaussian"),
         }
-        for row in shown
+        for row in rows
+        if row.histogram
     ]
 
 

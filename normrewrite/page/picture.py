@@ -1,6 +1,6 @@
 """A network as people draw it: blocks in the order of execution, each a line of nodes, with what skips over some of them.
 
->>> [(block.name, [node.label for node in block.nodes]) for block in blocks(model)][1]
+>>> [(block.name, [node.label for node in block.nodes]) for block in picture(model, names).blocks][1]
 ('layer1.0', ['3×3', 'bn1', 'relu', '3×3', 'bn2', '+', 'relu'])
 
 Nodes are calls in the torch.fx graph, without those that only carry shapes about. Where the model can't be traced they are
@@ -224,8 +224,3 @@ def _listed(modules: dict[str, nn.Module], homes: dict[str, str], names: set[str
         kind, label, told = _told(name, module, names)
         drawn[-1].nodes.append(Node(kind, label, told, (len(drawn[-1].nodes) - 1,)))
     return drawn
-
-
-def norms_in(model: nn.Module) -> set[str]:
-    """Names of the norms and rewritten places of a model, the first of each."""
-    return {site.name for site in sites.find(model, lambda each: sites.is_norm(each) or sites.is_rewritten(each))}

@@ -7,12 +7,18 @@ import pytest
 from torch import nn
 
 import normrewrite as nr
+from normrewrite import sites
 from normrewrite.page.drawing import WIDTH, Look, block, histogram
-from normrewrite.page.picture import ENTRY, norms_in, picture
+from normrewrite.page.picture import ENTRY, picture
 from tests.page.networks import EVIL, networks
 
 MAKE = networks()
 SVG = "{http://www.w3.org/2000/svg}"
+
+
+def norms_in(model: nn.Module) -> set[str]:
+    """Names of the norms and rewritten places of a model, the first of each."""
+    return {site.name for site in sites.find(model, lambda each: sites.is_norm(each) or sites.is_rewritten(each))}
 
 
 @pytest.fixture(params=MAKE)
