@@ -13,7 +13,6 @@ of a group in front of a group norm, the whole weight in front of a layer norm. 
 
 import math
 from dataclasses import dataclass, field
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -91,7 +90,7 @@ def scale_invariant(model: nn.Module) -> Invariance:
     except graph.Untraceable as error:
         return Invariance(left={site.name: str(error) for site in layers}, untraceable=str(error))
     shared = sites.shared_parameters(model)
-    read = _read_by_the_graph(graph_module)
+    read = graph.read_past_modules(graph_module)
     weights, left = [], {}
     for site in layers:
         known = "shares its weight" if id(site.module.weight) in shared else None
@@ -126,13 +125,6 @@ def param_groups(model: nn.Module, weight_decay: float = 0.0, rest: float | None
 def out_channels(layer: Any) -> int:
     channels: int = layer.out_channels if isinstance(layer, _ConvNd) else layer.out_features
     return channels
-
-
-def _read_by_the_graph(graph_module: GraphModule) -> set[int]:
-    """Tensors (by id) that the graph reads itself, past their modules."""
-    return {
-        id(attrgetter(str(node.target))(graph_module)) for node in graph_module.graph.nodes if node.op == "get_attr"
-    }
 
 
 def _blocks_of_layer(graph_module: GraphModule, layer: nn.Module) -> int | str:
