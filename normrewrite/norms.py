@@ -58,6 +58,11 @@ class Metric:
             return self.name
         return f"{self.name}:{_short(self.percent)}%" if self.percent is not None else f"{self.name}:{self.count}"
 
+    @property
+    def spelling(self) -> str:
+        """How it may be written, for help texts: `l1`, `topk:K`."""
+        return f"{self.name}:K" if self.countable else self.name
+
     def k(self, n: int) -> int:
         """How many of n elements the statistic reads; raises where n has fewer than the metric asks for."""
         if self.percent is not None:
@@ -231,7 +236,7 @@ METRICS: dict[str, Metric] = {
 
 def spellings() -> list[str]:
     """How targets may be written, for help texts: `l2`, `l1`, `linf`, `topk:K`, `range`."""
-    return [f"{row.name}:K" if row.countable else row.name for row in METRICS.values()]
+    return [row.spelling for row in METRICS.values()]
 
 
 @lru_cache(maxsize=256)

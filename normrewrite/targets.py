@@ -93,16 +93,13 @@ def _weights(bounded: bool) -> Callable[..., Rewrite]:
     return make
 
 
-def _metric(row: norms.Metric) -> Target:
-    def make(spec: str, **options: Any) -> Rewrite:
-        return SwapMetric(spec, **options)
-
-    return Target(f"{row.name}:K" if row.countable else row.name, row.summary, row.source, make, _BATCH)
-
-
 _WU_HE = "Wu & He 2018, arXiv:1803.08494"
 
-TARGETS: dict[str, Target] = {row.name: _metric(row) for row in norms.METRICS.values() if not row.native} | {
+TARGETS: dict[str, Target] = {
+    row.name: Target(row.spelling, row.summary, row.source, SwapMetric, _BATCH)
+    for row in norms.METRICS.values()
+    if not row.native
+} | {
     "l2": Target(
         "l2",
         "torch's own norms back from ours",
