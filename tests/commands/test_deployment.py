@@ -136,6 +136,8 @@ def test_bench(run: Command, runtime: str) -> None:
     found = json.loads(run(f"{line} --data few.npz --batch-size 10 --json").out)
     assert (found["inputs"], found["rounds"], found["runtime"]) == (10, 5, runtime)
     assert found["ratio"] > 0 and set(found["seconds"]) == {"a", "b"}
+    both = json.loads(run(f"{line} --data few.npz --input-shape 3,1,8,8 --json").out)
+    assert both["inputs"] == 3  # the shape is the whole batch, data or not
     text = run(f"{line} --input-shape 3,1,8,8")
     assert text.code == 0 and "batches of 3, 5 rounds" in text.out and "B digits.onnx" in text.out
 
