@@ -62,9 +62,8 @@ def load(
     A file of normrewrite's is rewritten by its manifest first. Raises NormRewriteError with what to do.
     """
     model = read(path, arch, arch_args=arch_args, key=key, allow=allow, trust=trust).model
-    return (
-        model if isinstance(arch, nn.Module) else deepcopy(model)
-    )  # else who writes over the file pulls its memory away
+    # A copy, else who writes over the file pulls its memory away; the caller's own module has its own.
+    return model if isinstance(arch, nn.Module) else deepcopy(model)
 
 
 def read(

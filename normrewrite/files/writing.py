@@ -53,12 +53,8 @@ def save(
             whole = model if learned is None else {"model": model, manifest.KEY: record}
             write_atomically(path, lambda temporary: torch.save(whole, temporary), force)
             return form
-        except (
-            pickle.PicklingError,
-            AttributeError,
-            TypeError,
-        ):  # a lambda, a local class: the tensors can still be had
-            pass
+        except (pickle.PicklingError, AttributeError, TypeError):
+            pass  # a lambda, a local class: the tensors can still be had
     if form == "safetensors":
         write_tensors(state, path, force, {manifest.KEY: json.dumps(record)})
     else:

@@ -211,7 +211,6 @@ _NOTES: tuple[tuple[Callable[[SiteAdvice], bool], str], ...] = (
 )
 
 
-@torch.no_grad()
 def advise(
     model: nn.Module,
     data: Tensor | Data | Iterable[Any],

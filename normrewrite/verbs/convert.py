@@ -4,7 +4,6 @@
 >>> plan_ = plan(model, to="topk:10"); print(plan_); twin, report = plan_.apply()
 """
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -205,7 +204,7 @@ def _find(model: nn.Module, passes: list[Rewrite]) -> tuple[list[Site], list[str
     found = sites.find(model, lambda module: any(rewrite.wants(module) for rewrite in passes))
     lifts, refused = [], []
     for candidate in candidates(model):
-        new = lifted(copy.deepcopy(candidate.module))  # a trace runs the module's own code
+        new = lifted(deepcopy(candidate.module))  # a trace runs the module's own code
         found = [site for site in found if site.module is not candidate.module]
         if isinstance(new, str):
             refused.append((candidate, new))
