@@ -56,6 +56,8 @@ def load(
 ) -> nn.Module:
     """The model in a file: a checkpoint or state_dict (with `arch`), .safetensors, or a pickled module.
 
+    >>> twin = load("twin.pt", arch="zoo.py:cifar10_resnet20")
+
     arch: `PATH.py:factory`, `module:factory`, `timm:NAME`, `torchvision:NAME`, a callable or a module to fill.
     key: where in a checkpoint the state_dict is, dotted, if not under state_dict, model or ema.
     allow, trust: see normrewrite.files.unpickle; nothing is unpickled freely without `trust`.

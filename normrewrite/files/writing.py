@@ -37,6 +37,9 @@ def save(
 ) -> Form:
     """Write a model and its manifest; whole or not at all, and never over an existing file without `force`.
 
+    >>> save(twin, "twin.pt", report=report)
+    'state_dict'
+
     form: `state_dict` (one dict with `state_dict` and `normrewrite`, which torch.load reads with weights_only=True),
     `safetensors` (manifest in the metadata), or `module` (pickled; where it can't be, a state_dict is written).
     learned: ranges of an int8 training, for export; a pickled module then is a dict's `model`, beside the manifest.

@@ -79,6 +79,9 @@ class Invariance:
 def scale_invariant(model: nn.Module) -> Invariance:
     """The weights of convolutions and linear layers whose output goes into norms alone, by the model's torch.fx graph.
 
+    >>> [weight.name for weight in scale_invariant(model).weights]
+    ['conv1.weight', 'layer1.0.conv1.weight']
+
     Norms are torch's, ours and what `recognise` finds, of batch, group, layer, instance or rms scope. Not among them: weights
     in front of Batch Renorm or a frozen norm, which measure by fixed statistics; parametrised and shared weights; layers
     with a bias that the norm doesn't subtract. Nothing is changed, and nothing raised: a model that can't be traced has none.

@@ -220,6 +220,9 @@ def advise(
 ) -> Advice:
     """Read every batch norm's input in eval, and say which target suits it and why. The model is left as it is.
 
+    >>> advise(model, images, batch_size=64).options
+    "--to l1 --rule 'head.norm=renorm'"
+
     data: (N, ...) inputs, Data, or an iterable of batches (a tensor, (tensor, labels) or a dict each), no labels needed.
     batch_size: that of the training to come; a smaller last batch is left out. each: called with the inputs done.
     Raises NormRewriteError where the model holds no batch norm or the data doesn't fit it.

@@ -123,6 +123,8 @@ def calibrate(
 ) -> tuple[nn.Module, Calibration]:
     """A copy of `twin` whose norms read 1 where the original's did; `calibrate_` does it in place.
 
+    >>> twin, calibration = calibrate(convert(model, to="l1"), images, batch_size=64)
+
     Norms that can't be exact (group, layer, ...) are fitted to what the original computes (normrewrite.measure.least_squares); it
     is had back from the twin, or given as `original` where the twin was trained since.
     data: (N, ...) inputs, Data, or an iterable of batches (a tensor, (tensor, labels) or a dict each), no labels needed.

@@ -154,6 +154,8 @@ def plan(
 ) -> Plan:
     """Decide for every norm of `model` what it becomes; touches nothing.
 
+    >>> twin, report = plan(model, to="l1", rules={"layer4.*": "linf", "stem.bn": None}).apply()
+
     to: a target of normrewrite.targets: `l1`, `topk:1%`, `group:4`, `wn`, ..., or `l2` for torch's own norms back from ours.
     scope: for metrics, which norms are meant: `batch`, `layer`, `group`, `instance`, `rms`, several of them, or `all`.
     example_inputs: forward's arguments; only targets that fold norms into linear layers ask for them.

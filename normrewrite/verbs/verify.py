@@ -149,6 +149,9 @@ def verify(
     """Compare two networks in eval on the same inputs: torch modules, ONNX files run in onnxruntime, or engines
     where their GPU is.
 
+    >>> verify(model, "twin.onnx", images, labels).ok
+    True
+
     inputs: forward's arguments as a tensor, a sequence or a mapping, (N, ...) each; or Data, gone through in batches.
     labels: (N,), for top-1. tolerance: of max(1, largest output); by default that of the precision, 1e-4 for fp32.
     each: called with the number of inputs after every batch. Raises NormRewriteError where outputs can't be compared.
