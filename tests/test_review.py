@@ -16,6 +16,7 @@ from normrewrite.passes import FoldAffine, SwapMetric
 from normrewrite.verbs.export import fold
 from normrewrite.verbs.revert import reverted
 from tests.conftest import randomise
+from tests.passes.test_lift_functional import Block
 from tests.sites.test_kinds import NormAct
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -164,8 +165,6 @@ def test_optional_arguments_are_not_baked_in() -> None:
 
 
 def test_what_is_excluded_is_not_traced_either() -> None:
-    from tests.passes.test_lift_functional import Block
-
     model = nn.Sequential(Block(3), randomise(nn.BatchNorm2d(3))).eval()
     twin = nr.convert(model, exclude="0.*")
     assert type(twin[0]) is Block  # type: ignore[index]

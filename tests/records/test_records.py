@@ -1,4 +1,3 @@
-# ruff: noqa: F811 (the fixture `run`)
 """Manifests as people meet them: digests and history in the file, verify --manifest, diff, convert --replay."""
 
 import copy
@@ -19,9 +18,9 @@ from torch import nn
 import normrewrite as nr
 from normrewrite.commands.rewriting import calibrate, convert
 from normrewrite.commands.source import Source
+from normrewrite.measure.exactness import Probe, measured
 from normrewrite.records import digests, history, manifest
-from tests.commands.test_rewriting import Command, run  # noqa: F401 (a fixture; it takes the folder below)
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Command
 
 ARCH = "--arch digits.py:digits_resnet"
 WHOLE = f"verify --manifest twin.pt --original digits.pt {ARCH}"
@@ -127,8 +126,6 @@ def test_error_is_that_of_a_float64_reference(small: Callable[[], nn.Module], to
 
 
 def test_error_of_a_false_norm_is_large(small: Callable[[], nn.Module]) -> None:
-    from normrewrite.measure.exactness import Probe, measured
-
     model = small()
     new = nr.convert(model)[1]
     new.running_scale *= 1.01  # type: ignore[operator]
@@ -383,9 +380,8 @@ def test_what_a_manifest_names_is_imported_by_trust_alone(run: Command, folder: 
 
 
 def test_arch_of_the_manifest_serves_by_trust(run: Command, folder: Path) -> None:
-    assert (
-        run("verify --manifest twin.pt --original digits.pt --trust").code == 2
-    )  # digits.pt has no manifest to name it
+    unnamed = run("verify --manifest twin.pt --original digits.pt --trust")
+    assert unnamed.code == 2  # digits.pt has no manifest to name it
     outcome = run("verify --manifest twin.pt --trust --json")
     assert outcome.code == 0 and outcome.json["unchecked"] == ["the original's file: give it as --original"]
 
