@@ -28,6 +28,9 @@ from torch import Tensor, nn
 
 import normrewrite as nr
 from normrewrite import cli, targets
+from normrewrite.commands import rewriting
+from normrewrite.data import Batch, Data
+from normrewrite.records.report import Report
 from tests.conftest import ROOT, TARGETS, Command, Outcome, randomise
 
 EXAMPLES = ROOT / "examples"
@@ -908,3 +911,19 @@ def test_fresh_weight_norms_are_initialised_by_data(run: Command, folder: Path) 
     assert result.code == 0 and len(result.json["calibration"]["initialised"]) == 9
     trained = run(f"{CONVERT} --to wn --calibrate digits.npz")
     assert trained.code == 0 and "there is nothing to calibrate" in trained.out
+
+
+class _AnyInputs(nn.Sequential):
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return super().forward(inputs[0])  # type: ignore[no-any-return]
+
+
+def test_a_fresh_twin_is_initialised_where_it_is_and_as_its_forward_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(rewriting, "initialise_", lambda twin, batch: seen.append(batch))
+    data = Data(Batch({"input": torch.zeros(4, 1, 3, 3)}))
+    for model in (nn.Sequential(nn.Conv2d(1, 2, 3)), _AnyInputs(nn.Conv2d(1, 2, 3))):
+        twin = nr.convert(model, "wn").to("meta")
+        rewriting._made_ready(twin, Report([]), True, data, 2, print)
+    named, unnamed = seen
+    assert named["input"].is_meta and isinstance(unnamed, tuple) and unnamed[0].is_meta
