@@ -75,6 +75,13 @@ class Data:
             labels = None if self.whole.labels is None else self.whole.labels[part]
             yield Batch({name: values[part] for name, values in self.whole.inputs.items()}, labels)
 
+    def first(self, size: int) -> Batch:
+        """The first inputs, `size` of them at most, without labels. Raises NormRewriteError where there are none."""
+        batch = next(iter(self.batches(size)), None)
+        if batch is None:
+            raise NormRewriteError("the data held no batch. Give at least one input.")
+        return Batch({name: values[:size] for name, values in batch.inputs.items()})
+
 
 def argument_names(model: nn.Module) -> list[str]:
     """The names of forward's positional arguments."""

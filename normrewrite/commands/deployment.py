@@ -65,7 +65,7 @@ def export(
     )
     return export_model(
         model,
-        _first(inputs, 2).positional(names),
+        inputs.first(2).positional(names),
         output,
         opset=opset,
         dynamic_batch=dynamic_batch,
@@ -185,7 +185,7 @@ def verify(
     compared = verify_networks(*networks, inputs, batch_size=batch_size, tolerance=tolerance, each=each)
     if not layers:
         return compared
-    return Verified(compared, compare_layers(*networks, _first(inputs, 8)))
+    return Verified(compared, compare_layers(*networks, inputs.first(8)))
 
 
 def bench(
@@ -205,7 +205,7 @@ def bench(
     networks, names = _networks(source, other)
     missing = "timed on what? Give --input-shape 1,3,32,32 for random inputs, or --data FILE."
     inputs = _inputs(names, input_shape, data, mean, std, missing)
-    batch = _first(inputs, batch_size if input_shape is None else 1 << 30)
+    batch = inputs.first(batch_size if input_shape is None else 1 << 30)
     return bench_networks(*networks, batch.inputs, runtime=runtime, rounds=rounds, each=each)
 
 
@@ -224,11 +224,3 @@ def _inputs(
     if data is None:
         raise NormRewriteError(missing)
     return open_data(data, names, mean=mean, std=std)
-
-
-def _first(inputs: Data, size: int) -> Batch:
-    """The first batch, of that size at most."""
-    batch = next(iter(inputs.batches(size)), None)
-    if batch is None:
-        raise NormRewriteError("the data held no batch. Give at least one input.")
-    return Batch({name: values[:size] for name, values in batch.inputs.items()})

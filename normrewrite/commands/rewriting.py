@@ -254,8 +254,7 @@ def _some_inputs(input_shape: str | None, data: Data | None, names: list[str], d
         return [example_input(input_shape).to(device)]
     if data is None:
         return None
-    batch = next(iter(data.batches(2)), None)
-    return None if batch is None else [values.to(device) for values in batch.positional(names)]
+    return [values.to(device) for values in data.first(2).positional(names)]
 
 
 def _made_ready(
@@ -271,7 +270,7 @@ def _made_ready(
         hint = f"{len(report.inexact)} sites can't be exact: --calibrate DATA fits them to the original"
         return None, [hint] if report.inexact else []
     if fresh and any(gain_of(module) is not None for module in twin.modules()):
-        batch = next(iter(data.batches(batch_size))).to(device_of(twin))
+        batch = data.first(batch_size).to(device_of(twin))
         named = set(batch.inputs) <= set(argument_names(twin))  # forward(*inputs) has no names
         return initialise_(twin, batch.inputs if named else tuple(batch.inputs.values())), []
     if not calibratable(twin):

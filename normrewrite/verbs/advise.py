@@ -262,8 +262,7 @@ def _drawn(data: Data) -> Data:
 
 def _example(model: nn.Module, data: Data) -> Sequence[Tensor]:
     """Two rows of every input, which tell the rank of linear layers' outputs."""
-    batch = next(iter(data.batches(2)))
-    return [values[:2].to(device_of(model)) for values in batch.positional(argument_names(model))]
+    return [values.to(device_of(model)) for values in data.first(2).positional(argument_names(model))]
 
 
 def _why_not(site: Site) -> str | None:

@@ -909,6 +909,8 @@ def test_fresh_weight_norms_are_initialised_by_data(run: Command, folder: Path) 
     torch.save(network.state_dict(), folder / "fresh.pt")
     result = run(f"convert fresh.pt {DIGITS} --to wn --calibrate digits.npz --json")
     assert result.code == 0 and len(result.json["calibration"]["initialised"]) == 9
+    nothing = run(f"convert fresh.pt {DIGITS} --to wn --calibrate zoo.py:nothing -o nothing.pt")
+    assert nothing.code == 2 and "held no batch" in nothing.err and not (folder / "nothing.pt").exists()
     trained = run(f"{CONVERT} --to wn --calibrate digits.npz")
     assert trained.code == 0 and "there is nothing to calibrate" in trained.out
 
