@@ -1,6 +1,8 @@
 """The page: one file of HTML that needs no network and no script. What comes from the model is escaped by Jinja and svg.tag.
 
 >>> Path("report.html").write_bytes(page(document))
+
+Jinja2, and MarkupSafe with it, are an extra, and imported where a page is made: whoever has none of them is told so.
 """
 
 import math
