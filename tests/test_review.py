@@ -214,7 +214,7 @@ class _TwoInputs(nn.Module):
         return self.norm(self.first(a)) + self.second(b)  # type: ignore[no-any-return]
 
 
-def test_inputs_by_name_may_come_in_any_order(tmp_path: Path) -> None:
+def test_inputs_by_name_may_come_in_any_order() -> None:
     model = _TwoInputs().eval()
     batch = Batch({"b": torch.randn(5, 3), "a": torch.randn(5, 4)})
     assert [tuple(value.shape) for value in batch.positional(["a", "b"])] == [(5, 4), (5, 3)]

@@ -78,7 +78,7 @@ def picture(model: nn.Module, names: set[str]) -> Picture:
     if "" in names:
         return Picture([Block("", [Node("site", type(model).__name__, "", (ENTRY,))])])
     modules = sites.by_name(model)
-    homes = _homes(model, modules, names)
+    homes = _homes(modules, names)
     whole = {id(module) for name, module in modules.items() if name in names or _is_layer(module)}
     try:
         traced = graph.trace(model, whole)
@@ -91,7 +91,7 @@ def _is_layer(module: nn.Module) -> bool:
     return is_layer(module) or weight_norm_of(module) is not None
 
 
-def _homes(model: nn.Module, modules: dict[str, nn.Module], names: set[str]) -> dict[str, str]:
+def _homes(modules: dict[str, nn.Module], names: set[str]) -> dict[str, str]:
     """The block of each module: the largest one around it that is small enough; the root is none."""
     norms, sizes = Counter[str](), Counter[str]()
     for name, module in modules.items():

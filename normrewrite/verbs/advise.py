@@ -284,7 +284,7 @@ def _advised(site: Site, readings: Readings) -> SiteAdvice:
     return SiteAdvice(
         site.label,
         target,
-        _also(moments, noise) if target == "l1" else (),
+        _also(noise) if target == "l1" else (),
         tuple(word for word in why if word),
         site.channels,
         before,
@@ -309,7 +309,7 @@ def _target(site: Site, n: int) -> tuple[str, str]:
     return ("renorm", f"n = {n}: the scale of a batch is mostly noise") if n < FEW else ("l1", "")
 
 
-def _also(moments: Moments, noise: dict[str, float | None]) -> tuple[str, ...]:
+def _also(noise: dict[str, float | None]) -> tuple[str, ...]:
     """Metrics that read few elements, where that is quiet enough, the quietest first."""
     quiet = {
         name: value

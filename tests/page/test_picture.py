@@ -93,7 +93,7 @@ def test_histograms_of_anything(shares: list[float]) -> None:
     assert root.get("aria-label") == "<inputs>" and min(numbers) >= 0 and max(numbers) <= 168
 
 
-def test_many_blocks_stay_small(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_blocks_stay_small() -> None:
     """A thousand norms make a page, not a book."""
     make: Callable[[], nn.Module] = lambda: nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), nn.ReLU())  # noqa: E731
     model = nn.Sequential(*(make() for _ in range(300))).eval()

@@ -297,9 +297,7 @@ def test_a_resumed_run_is_the_unbroken_one_to_the_bit(
     assert not _same(finetune(tiny, labelled, **settings | {"seed": 1})[0], whole)
 
 
-def test_the_comparison_would_show_a_lost_state(
-    tiny: nn.Module, labelled: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_comparison_would_show_a_lost_state(tiny: nn.Module, labelled: Data, tmp_path: Path) -> None:
     whole, _ = finetune(tiny, labelled, **SETTINGS)
     run = SETTINGS | {"checkpoints": tmp_path / "run", "resume": True, "save_every": 3}
     with pytest.raises(Stopped):
