@@ -24,6 +24,9 @@ from normrewrite.norms import metric
 def half_arithmetic(sums: str = "fp32") -> Iterator[Accumulator]:
     """Inside, norms of half inputs compute in half too: each result is rounded, and every sum goes through an accumulator.
 
+    >>> with half_arithmetic("half:64"):
+    ...     logits = model(images.half())
+
     sums: `fp32`, `half` or `half:CHUNK`, see normrewrite.lower.accumulate; normrewrite.lower.half says which sums they are.
     It holds for norms of normrewrite and of torch (modules, and calls of F.batch_norm, F.layer_norm, F.group_norm,
     F.instance_norm and F.rms_norm) in this thread, and for their backward wherever that is run. Nothing is done to the model, and

@@ -1,6 +1,6 @@
 """Data: what a model is run on, from a file, a folder of images, or code.
 
->>> for batch in open_data("digits.npz", model).batches(250):
+>>> for batch in open_data("digits.npz", argument_names(model)).batches(250):
 ...     logits = model(**batch.inputs); batch.labels
 """
 
@@ -65,6 +65,8 @@ class Data:
     skipped: tuple[str, ...] = ()
 
     def batches(self, size: int = 250) -> Iterator[Batch]:
+        if size < 1:
+            raise NormRewriteError(f"batch size {size}: give a whole number from 1.")
         if self.whole is None:
             yield from self.stream or ()
             return
@@ -72,6 +74,13 @@ class Data:
             part = slice(start, start + size)
             labels = None if self.whole.labels is None else self.whole.labels[part]
             yield Batch({name: values[part] for name, values in self.whole.inputs.items()}, labels)
+
+    def first(self, size: int) -> Batch:
+        """The first inputs, `size` of them at most, without labels. Raises NormRewriteError where there are none."""
+        batch = next(iter(self.batches(size)), None)
+        if batch is None:
+            raise NormRewriteError("the data held no batch. Give at least one input.")
+        return Batch({name: values[:size] for name, values in batch.inputs.items()})
 
 
 def argument_names(model: nn.Module) -> list[str]:

@@ -58,6 +58,11 @@ class Metric:
             return self.name
         return f"{self.name}:{_short(self.percent)}%" if self.percent is not None else f"{self.name}:{self.count}"
 
+    @property
+    def spelling(self) -> str:
+        """How it may be written, for help texts: `l1`, `topk:K`."""
+        return f"{self.name}:K" if self.countable else self.name
+
     def k(self, n: int) -> int:
         """How many of n elements the statistic reads; raises where n has fewer than the metric asks for."""
         if self.percent is not None:
@@ -72,11 +77,16 @@ class Metric:
 
     def gain(self, n: int, which: Gain = "exact") -> float:
         """C(n), so that C * S estimates the standard deviation of Gaussian data."""
-        if which not in GAINS:
-            raise NormRewriteError(f"unknown gain {which!r}. Known: {', '.join(GAINS)}.")
+        require_gain(which)
         if n < 2:
             raise NormRewriteError(f"{self} needs at least 2 elements that share statistics, got {n}.")
         return _cached_gain(self, n, self.k(n), which)
+
+
+def require_gain(which: str) -> None:
+    """Raises for what is no `exact` or `paper`."""
+    if which not in GAINS:
+        raise NormRewriteError(f"unknown gain {which!r}. Known: {', '.join(GAINS)}.")
 
 
 def _short(percent: float) -> str:
@@ -226,7 +236,7 @@ METRICS: dict[str, Metric] = {
 
 def spellings() -> list[str]:
     """How targets may be written, for help texts: `l2`, `l1`, `linf`, `topk:K`, `range`."""
-    return [f"{row.name}:K" if row.countable else row.name for row in METRICS.values()]
+    return [row.spelling for row in METRICS.values()]
 
 
 @lru_cache(maxsize=256)

@@ -109,8 +109,8 @@ class Rewrite(ABC):
         return PassResult(graph_module, lifted or bool(done))
 
 
-def own_parents(graph_module: GraphModule, wants: Callable[[nn.Module], bool] = sites.is_norm) -> None:
-    """Give the graph module its own copy of every module that it calls whole and that holds norms inside.
+def own_parents(graph_module: GraphModule, wants: Callable[[nn.Module], bool]) -> None:
+    """Give the graph module its own copy of every module that it calls whole and that holds wanted modules inside.
 
     A trace shares such a module (torch.nn's TransformerEncoderLayer, say) with the original, down to its children.
     """

@@ -16,7 +16,7 @@ place, and norms that no layer in front can take become an affine by channel.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,8 +90,8 @@ class FoldAffine(Rewrite):
 
     def __call__(self, graph_module: GraphModule) -> PassResult:
         self.outcome = Outcome([], [])
-        own_parents(graph_module)
-        LiftFunctional()(graph_module)
+        own_parents(graph_module, self.wants)
+        lifted = LiftFunctional()(graph_module).modified
         ranks = neighbours.ranks_of(graph_module, self.example_inputs)
         norms = {id(site.module): site for site in sites.find(graph_module, self.wants) if self.why_not(site) is None}
         called = False
@@ -105,39 +105,41 @@ class FoldAffine(Rewrite):
                 graph_module.delete_submodule(name)
         graph_module.graph.lint()
         graph_module.recompile()
-        return PassResult(graph_module, called)
+        return PassResult(graph_module, lifted or called)
 
     def _fold_call(self, graph_module: GraphModule, node: Node, norm: nn.Module, ranks: dict[Node, int]) -> None:
-        affine = affine_of(norm)
-        before, after = node.args[0], next(iter(node.users), None)
-        hooks = neighbours.has_hooks(norm)
-        if not hooks and isinstance(before, Node) and _may_fold(graph_module, before, node, ranks):
-            _swap(graph_module, before, into_previous(graph_module.get_submodule(str(before.target)), affine))
-        elif (
-            self.forwards
-            and not hooks
-            and isinstance(after, Node)
-            and tail_of(norm) is None
-            and len(node.users) == 1
-            and _may_fold(graph_module, after, None, ranks)
-            and after.args == (node,)
-            and _takes_affine_input(graph_module.get_submodule(str(after.target)))
-        ):
-            _swap(graph_module, after, into_next(graph_module.get_submodule(str(after.target)), affine))
-        else:
+        taker = self._taker(graph_module, node, norm, ranks)
+        if taker is None:
             self._leave_affine(graph_module, node, norm)
             return
+        call, fold = taker
+        layer = str(call.target)
+        graph_module.set_submodule(layer, fold(graph_module.get_submodule(layer), affine_of(norm)))
+        self.outcome.into_neighbour.append(str(node.target))
         tail = tail_of(norm)
         if tail is None:
-            node.replace_all_uses_with(before)  # type: ignore[arg-type]
+            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
             graph_module.graph.erase_node(node)
         else:
             name = free_name(graph_module, f"{node.target}_tail")  # another call of the norm still needs the norm
             graph_module.add_submodule(name, tail)
-            self.outcome.into_neighbour.append(str(node.target))
             node.target = name
-            return
-        self.outcome.into_neighbour.append(str(node.target))
+
+    def _taker(
+        self, graph_module: GraphModule, node: Node, norm: nn.Module, ranks: dict[Node, int]
+    ) -> tuple[Node, Callable[[nn.Module, Affine], nn.Module]] | None:
+        """The call of a layer beside the norm's that can take its affine, in front or else behind, and how it does."""
+        if neighbours.has_hooks(norm):
+            return None
+        before = node.args[0]
+        if isinstance(before, Node) and _may_fold(graph_module, before, node, ranks):
+            return before, into_previous
+        if not self.forwards or len(node.users) != 1 or tail_of(norm) is not None:
+            return None
+        after = next(iter(node.users))
+        alone = _may_fold(graph_module, after, None, ranks) and after.args == (node,)
+        takes = alone and _takes_affine_input(graph_module.get_submodule(str(after.target)))
+        return (after, into_next) if takes else None
 
     def _leave_affine(self, graph_module: GraphModule, node: Node, norm: nn.Module) -> None:
         site = Site((str(node.target),), norm, ())
@@ -215,9 +217,9 @@ def into_next(layer: nn.Module, affine: Affine) -> nn.Module:
 def _parts(layer: nn.Module) -> tuple[Tensor, Tensor]:
     assert isinstance(layer.weight, Tensor)
     weight = layer.weight.detach().double()
-    return weight, torch.zeros(
-        (), dtype=torch.float64, device=weight.device
-    ) if layer.bias is None else layer.bias.detach().double()  # type: ignore[operator]
+    if layer.bias is None:
+        return weight, torch.zeros((), dtype=torch.float64, device=weight.device)
+    return weight, layer.bias.detach().double()  # type: ignore[operator]
 
 
 def _with(layer: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
@@ -241,7 +243,3 @@ def _takes_affine_input(layer: nn.Module) -> bool:
         return False
     padded = layer.padding == "same" or (layer.padding != "valid" and any(layer.padding))
     return not padded or layer.padding_mode != "zeros"
-
-
-def _swap(graph_module: GraphModule, node: Node, layer: nn.Module) -> None:
-    graph_module.set_submodule(str(node.target), layer)

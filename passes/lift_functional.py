@@ -12,6 +12,7 @@ bake them in.
 import dis
 import inspect
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -28,6 +29,7 @@ from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.native import AnyBatchNorm
 from normrewrite.nn.parts import assemble, attributes
 from normrewrite.sites import Site, kinds
+from normrewrite.sites.modes import same_flags
 
 _TENSORS = ("running_mean", "running_var", "weight", "bias")
 
@@ -39,18 +41,12 @@ class LiftFunctional:
     """
 
     def __call__(self, graph_module: GraphModule) -> PassResult:
-        lifted = [
-            _lift(graph_module, node) for node in _calls(graph_module) if self._why_not(graph_module, node) is None
-        ]
+        calls = [node for node in _calls(graph_module) if _why_not(node) is None]
+        # A flag that is not the graph's means a norm that works in one way whatever the mode.
+        lifted = [_lift(graph_module, node) for node in calls if _arguments(node)["training"] == graph_module.training]
         graph_module.graph.lint()
         graph_module.recompile()
         return PassResult(graph_module, bool(lifted))
-
-    @staticmethod
-    def _why_not(graph_module: GraphModule, node: Node) -> str | None:
-        if _why_not(node) is None and _arguments(node)["training"] != graph_module.training:
-            return "its training flag is not the graph's: it normalises in one way whatever the mode"
-        return _why_not(node)
 
 
 def _calls(graph_module: GraphModule) -> list[Node]:
@@ -234,21 +230,16 @@ def _flag(in_eval: bool, in_training: bool) -> str | None:
     return f"its F.batch_norm has training={in_training} whatever the mode"
 
 
-class _undisturbed:
+@contextmanager
+def _undisturbed(module: nn.Module, training: bool) -> Iterator[None]:
     """The module in a mode for the time of a trace, in which its Python runs for real: flags and counters come back."""
-
-    def __init__(self, module: nn.Module, training: bool) -> None:
-        self.module, self.training = module, training
-
-    def __enter__(self) -> None:
-        self.flags = [(child, child.training) for child in self.module.modules()]
-        self.buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers() if not buffer.is_floating_point()]
-        self.module.train(self.training)
-
-    def __exit__(self, *_: object) -> None:
-        for child, training in self.flags:
-            child.training = training
-        for buffer, before in self.buffers:
+    counters = [(buffer, buffer.clone()) for buffer in module.buffers() if not buffer.is_floating_point()]
+    try:
+        with same_flags(module):
+            module.train(training)
+            yield
+    finally:
+        for buffer, before in counters:
             buffer.copy_(before)
 
 

@@ -128,9 +128,7 @@ def _layer(old: Any) -> tuple[nn.Module, bool]:
 def _norm(old: Any) -> tuple[nn.Module, bool]:
     """The norm behind an affine, a folded place or a norm of another scope, and whether that is what it was."""
     origin, norm = old.origin, old._modules.get("norm", old)
-    apart = all(
-        unchanged(layer) for layer in getattr(old, "layer", ())
-    )  # then the layer gets back its weight as it was
+    apart = all(map(unchanged, getattr(old, "layer", ())))  # then the layer gets back its weight as it was
     if apart and origin.unchanged(norm._parameters | norm._buffers):
         return origin.module(), True
     if isinstance(norm, RowNorm | nn.GroupNorm):

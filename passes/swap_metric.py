@@ -19,7 +19,7 @@ from normrewrite.errors import NormRewriteError, nearest
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.origin import Origin
 from normrewrite.nn.parts import assemble, attributes, shallow, statistics_dtype
-from normrewrite.norms import Gain, metric
+from normrewrite.norms import Gain, metric, require_gain
 from normrewrite.passes import swap_rows
 from normrewrite.passes.base import Rewrite
 from normrewrite.sites import Site, is_norm, is_row_norm
@@ -39,6 +39,7 @@ class SwapMetric(Rewrite):
     """
 
     def __init__(self, to: str = "l1", gain: Gain = "exact", scopes: Sequence[str] = ("batch",)) -> None:
+        require_gain(gain)
         self.to = metric(to)
         self.gain: Gain = gain
         self.target = str(self.to)

@@ -1,12 +1,15 @@
-"""What several tests share: the trained networks and images that stand beside the project, where they do."""
+"""What several tests share: trained networks and images that stand beside the project, where they do; the command line."""
 
 import importlib.util
+import json
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -16,6 +19,8 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 from torch import Tensor, nn
+
+from normrewrite import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = Path(os.environ.get("NORMREWRITE_DATA", ROOT.parent / "shared" / "data"))
@@ -146,3 +151,39 @@ def small() -> Callable[[], nn.Module]:
         return randomise(nn.Sequential(*layers)).eval()
 
     return make
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command came to."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+
+
+Command = Callable[[str], Outcome]
+
+
+@pytest.fixture
+def run(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs `normrewrite ...` in this process, in the folder that a test's own file makes. An exception that comes out of it is
+    what a user sees as a traceback."""
+
+    def invoke(line: str) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["normrewrite", *shlex.split(line)])
+        capsys.readouterr()
+        code: object = 0
+        try:
+            cli.main()
+        except SystemExit as error:
+            code = error.code
+        assert isinstance(code, int)
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return invoke

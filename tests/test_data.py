@@ -62,6 +62,16 @@ def test_batches_hold_every_row_once_and_in_order(size: int) -> None:
 
 def test_batches_of_nothing() -> None:
     assert list(Data().batches()) == []
+    with pytest.raises(NormRewriteError, match="batch size 0: give a whole number from 1"):
+        list(Data().batches(0))
+    with pytest.raises(NormRewriteError, match=r"held no batch\. Give at least one input"):
+        Data().first(2)
+
+
+def test_the_first_inputs_of_a_stream_are_not_more_than_asked_for() -> None:
+    data = as_data([(torch.arange(5), torch.arange(5))], ["x"])
+    assert data.first(2).inputs["x"].tolist() == [0, 1] and data.first(9).inputs["x"].tolist() == [0, 1, 2, 3, 4]
+    assert data.first(2).labels is None
 
 
 class Positional(nn.Module):

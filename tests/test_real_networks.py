@@ -6,23 +6,16 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from torch import nn
 
 import normrewrite as nr
 from normrewrite import sites
 from normrewrite.lower import reference
 from normrewrite.norms import metric
 from tests.conftest import TARGETS, RealNetwork, real_images
+from tests.forms import same_bits
 
 LOGITS = 1e-4  # largest absolute difference in fp32, as promised in README
 TRAIN = 1e-5  # of max(1, largest output): fp32 against float64, one norm
-
-
-def _same_bits(a: nn.Module, b: nn.Module) -> bool:
-    states = a.state_dict(), b.state_dict()
-    return list(states[0]) == list(states[1]) and all(
-        torch.equal(states[0][name], states[1][name]) for name in states[0]
-    )
 
 
 def test_every_site_eval_and_the_way_back(network: RealNetwork, tmp_path: Path) -> None:
@@ -37,10 +30,10 @@ def test_every_site_eval_and_the_way_back(network: RealNetwork, tmp_path: Path) 
             assert len(report.rewritten) == len(plan.choices) == network.sites and not report.kept
             outputs.append(twin(x))
             assert (outputs[-1] - expected).abs().max() <= LOGITS
-            assert _same_bits(nr.revert(twin), model)
+            assert same_bits(nr.revert(twin), model)
             nr.save(twin, tmp_path / "twin.pt", report=report, force=True)
             again = nr.load(tmp_path / "twin.pt", arch=network.arch)
-            assert _same_bits(again, twin) and _same_bits(nr.revert(again), model)
+            assert same_bits(again, twin) and same_bits(nr.revert(again), model)
     # Eval does not depend on the metric, so that what is tested at length for one target below holds for all.
     assert all(torch.equal(output, outputs[0]) for output in outputs)
 
@@ -75,9 +68,9 @@ def test_exact_targets(network: RealNetwork, to: str, tmp_path: Path) -> None:
         assert (twin(x) - model(x)).abs().max() <= LOGITS
     nr.save(twin, tmp_path / "twin.pt")
     again = nr.load(tmp_path / "twin.pt", arch=network.arch).eval()
-    assert _same_bits(again, twin)
+    assert same_bits(again, twin)
     if to != "none":
-        assert _same_bits(nr.revert(again), model)
+        assert same_bits(nr.revert(again), model)
 
 
 @pytest.mark.slow
@@ -90,7 +83,7 @@ def test_a_norm_of_each_sample_is_fitted_without_labels(resnet20: RealNetwork, t
     assert all(fit.explained > max(0.7, fit.copied) for fit in calibration.fits)
     (output,) = nr.verify(copied, twin, x, labels).outputs
     assert output.right[1] / len(x) >= least > 0.2 > output.right[0] / len(x)
-    assert _same_bits(nr.revert(twin), model)
+    assert same_bits(nr.revert(twin), model)
 
 
 @pytest.mark.slow
@@ -102,9 +95,8 @@ def test_top1_is_unchanged(network: RealNetwork) -> None:
     (output,) = comparison.outputs
     assert comparison.ok and output.agreeing == len(x) and output.right[0] == output.right[1]
     if network.name == "cifar10_resnet20":
-        assert (
-            output.right[0] == 1849
-        )  # as of all 10,000 it is the 9173 of the data's own README: images are read as they should be
+        # As of all 10,000 it is the 9173 of the data's own README: images are read as they should be.
+        assert output.right[0] == 1849
 
 
 @pytest.mark.slow
@@ -119,8 +111,7 @@ def test_onnx_is_plain_and_agrees(network: RealNetwork, tmp_path: Path) -> None:
         n.op_type for n in proto.graph.node
     }
     assert len(written.into_neighbour) + len(written.to_affine) == network.sites and written.norms_left == 0
-    assert len(written.to_affine) == (
-        6 if network.name == "crepe_tiny" else 0
-    )  # its norms stand between ReLU and padding
+    between = 6 if network.name == "crepe_tiny" else 0  # its norms stand between ReLU and padding
+    assert len(written.to_affine) == between
     assert nr.verify(model, path, x, tolerance=LOGITS).ok  # five inputs through a file made with one: the batch is free
     assert [entry.name for entry in tmp_path.iterdir()] == ["twin.onnx"]

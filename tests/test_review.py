@@ -16,6 +16,7 @@ from normrewrite.passes import FoldAffine, SwapMetric
 from normrewrite.verbs.export import fold
 from normrewrite.verbs.revert import reverted
 from tests.conftest import randomise
+from tests.passes.test_lift_functional import Block
 from tests.sites.test_kinds import NormAct
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -164,8 +165,6 @@ def test_optional_arguments_are_not_baked_in() -> None:
 
 
 def test_what_is_excluded_is_not_traced_either() -> None:
-    from tests.passes.test_lift_functional import Block
-
     model = nn.Sequential(Block(3), randomise(nn.BatchNorm2d(3))).eval()
     twin = nr.convert(model, exclude="0.*")
     assert type(twin[0]) is Block  # type: ignore[index]
@@ -215,7 +214,7 @@ class _TwoInputs(nn.Module):
         return self.norm(self.first(a)) + self.second(b)  # type: ignore[no-any-return]
 
 
-def test_inputs_by_name_may_come_in_any_order(tmp_path: Path) -> None:
+def test_inputs_by_name_may_come_in_any_order() -> None:
     model = _TwoInputs().eval()
     batch = Batch({"b": torch.randn(5, 3), "a": torch.randn(5, 4)})
     assert [tuple(value.shape) for value in batch.positional(["a", "b"])] == [(5, 4), (5, 3)]

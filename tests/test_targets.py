@@ -178,7 +178,7 @@ def test_a_file_keeps_the_bits(form: str, network: str, tmp_path: Path) -> None:
 
 
 @every_reversible_case
-def test_revert_gives_the_bits_back(form: str, network: str, tmp_path: Path) -> None:
+def test_revert_gives_the_bits_back(form: str, network: str) -> None:
     model, twin, x = twin_of(form, network)
     assert rewritten(twin)
     back, names, trained = reverted(copy.deepcopy(twin))

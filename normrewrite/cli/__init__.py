@@ -1,4 +1,4 @@
-"""The command line. Thin: each command is the function of the same name in the file of the same name in normrewrite.commands."""
+"""The command line. Thin: each command reads its options, and hands them to a function of normrewrite.commands."""
 
 import json
 import os
@@ -70,7 +70,3 @@ def _report(message: str, exit_code: int, show: Callable[[], None] | None = None
         print(json.dumps({"error": message, "exit_code": exit_code}))
     show() if show else print(f"error: {message}", file=sys.stderr)
     sys.exit(exit_code)
-
-
-if __name__ == "__main__":
-    main()

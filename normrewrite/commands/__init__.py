@@ -1,1 +1,1 @@
-"""The verbs from file to file, a file for each of normrewrite.cli's: what they return prints itself and has `as_dict()`."""
+"""The verbs from file to file, as normrewrite.cli calls them: what they return prints itself and has `as_dict()`."""

@@ -22,7 +22,6 @@ from normrewrite.measure.remeasure import had_back, measure
 from normrewrite.records import digests, manifest
 from normrewrite.records.report import table
 
-_DERIVED = ("was", "to", "gain", "calibrated", "layer")  # what a twin tells of a site, beside figures
 _BIT_EXACT = {"convert", "calibrate", "revert"}  # commands after which the original can be had back to the bit
 _STATISTICS = ("running_mean", "running_var", "running_scale", "num_batches_tracked")
 
@@ -158,7 +157,7 @@ def _sites(record: Mapping[str, Any], twin: nn.Module) -> list[Finding]:
     findings = []
     for entry in record["sites"]:
         own = found.pop(entry["names"][0], {})
-        wrong = [key for key in _DERIVED if own.get(key) != entry.get(key)]
+        wrong = [key for key in manifest.TOLD if own.get(key) != entry.get(key)]
         told = "; ".join(f"{key} {entry.get(key)!r}, and the twin says {own.get(key)!r}" for key in wrong)
         findings.append(Finding("site", entry["names"][0], not wrong, told or f"{entry['was']} -> {entry['to']}"))
     return findings + [Finding("site", name, False, "rewritten, and not in the manifest") for name in found]

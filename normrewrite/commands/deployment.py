@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -13,13 +14,20 @@ from normrewrite.data import Batch, Data, argument_names, open_data
 from normrewrite.data import example as example_input
 from normrewrite.deployment.precision import Precision
 from normrewrite.deployment.quantise import Ranges
+from normrewrite.deployment.runtimes import RUNTIMES
 from normrewrite.errors import NormRewriteError
 from normrewrite.lower.onnx import DOMAIN
+from normrewrite.measure.layers import Layers, compare_layers
 from normrewrite.records.ranges import of_record
+from normrewrite.verbs.bench import Bench, Runtime
+from normrewrite.verbs.bench import bench as bench_networks
 from normrewrite.verbs.export import OPSET, Deploy, Exported
 from normrewrite.verbs.export import export as export_model
 from normrewrite.verbs.verify import Comparison, Network
 from normrewrite.verbs.verify import verify as verify_networks
+
+if TYPE_CHECKING:
+    from normrewrite.verbs.build import Built
 
 Numbers = Sequence[float] | None
 
@@ -57,7 +65,7 @@ def export(
     )
     return export_model(
         model,
-        _first(inputs, 2).positional(names),
+        inputs.first(2).positional(names),
         output,
         opset=opset,
         dynamic_batch=dynamic_batch,
@@ -85,9 +93,11 @@ def build(
     plugins: str = "off",
     force: bool = False,
     each: Callable[..., object] = lambda phase, **_: None,
-) -> Any:
+) -> "Built":
     """Build an engine from an ONNX file. gpu: names with commas, as in `sm86,sm89`."""
-    from normrewrite.verbs.build import build as build_engine
+    from normrewrite.verbs.build import (
+        build as build_engine,
+    )  # it imports onnx, for which the other commands don't wait
 
     gpus = [name.strip() for name in gpu.split(",") if name.strip()]
     return build_engine(
@@ -126,10 +136,7 @@ class Listed:
 
 def plugins_list() -> Listed:
     """The operators that there are plugins for."""
-    from importlib.util import find_spec
-
-    from normrewrite.deployment.runtimes import RUNTIMES
-    from normrewrite.plugins import OPS
+    from normrewrite.plugins import OPS  # as above
     from normrewrite.plugins.built import place
 
     operators = {
@@ -145,7 +152,7 @@ class Verified:
     """What `verify --layers` found: the outputs, and the layers on the way there."""
 
     comparison: Comparison
-    layers: Any
+    layers: Layers
 
     @property
     def ok(self) -> bool:
@@ -178,9 +185,7 @@ def verify(
     compared = verify_networks(*networks, inputs, batch_size=batch_size, tolerance=tolerance, each=each)
     if not layers:
         return compared
-    from normrewrite.measure.layers import compare_layers
-
-    return Verified(compared, compare_layers(*networks, _first(inputs, 8)))
+    return Verified(compared, compare_layers(*networks, inputs.first(8)))
 
 
 def bench(
@@ -192,17 +197,16 @@ def bench(
     mean: Numbers = None,
     std: Numbers = None,
     batch_size: int = 1,
-    runtime: str = "torch",
+    runtime: Runtime = "torch",
     rounds: int = 50,
     each: Callable[..., object] = lambda done, **_: None,
-) -> Any:
+) -> Bench:
     """Time two files, torch or ONNX, on the same batch. `source`'s architecture serves both."""
-    from normrewrite.verbs.bench import bench as bench_networks
-
     networks, names = _networks(source, other)
     missing = "timed on what? Give --input-shape 1,3,32,32 for random inputs, or --data FILE."
-    batch = _first(_inputs(names, input_shape, data, mean, std, missing), batch_size if data else 1 << 30)
-    return bench_networks(*networks, batch.inputs, runtime=runtime, rounds=rounds, each=each)  # type: ignore[arg-type]
+    inputs = _inputs(names, input_shape, data, mean, std, missing)
+    batch = inputs.first(batch_size if input_shape is None else 1 << 30)
+    return bench_networks(*networks, batch.inputs, runtime=runtime, rounds=rounds, each=each)
 
 
 def _networks(source: Source, other: Path) -> tuple[tuple[Network, Network], list[str]]:
@@ -220,11 +224,3 @@ def _inputs(
     if data is None:
         raise NormRewriteError(missing)
     return open_data(data, names, mean=mean, std=std)
-
-
-def _first(inputs: Data, size: int) -> Batch:
-    """The first batch, of that size at most."""
-    batch = next(iter(inputs.batches(size)), None)
-    if batch is None:
-        raise NormRewriteError("the data held no batch. Give at least one input.")
-    return Batch({name: values[:size] for name, values in batch.inputs.items()})

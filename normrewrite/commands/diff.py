@@ -19,8 +19,6 @@ from normrewrite import files
 from normrewrite.records import digests, manifest
 from normrewrite.records.report import table
 
-_TOLD = ("was", "to", "gain", "calibrated", "layer")
-
 
 @dataclass(frozen=True)
 class Side:
@@ -109,7 +107,7 @@ def read(path: Path, *, key: str | None = None, allow: Sequence[str] = (), trust
 
 
 def _by_name(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    return {entry["names"][0]: {key: entry.get(key) for key in _TOLD} for entry in record["sites"]}
+    return {entry["names"][0]: {key: entry.get(key) for key in manifest.TOLD} for entry in record["sites"]}
 
 
 def diff(a: Side, b: Side) -> Difference:

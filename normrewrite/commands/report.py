@@ -81,6 +81,4 @@ def _time(facts: Facts, original: nn.Module | None, data: Data, runtime: Runtime
     if first is None:
         facts.notes.append("Latency was not measured: there is no original to compare with.")
         return
-    batch = next(iter(data.batches(1)))
-    one = {name: values[:1] for name, values in batch.inputs.items()}
-    facts.bench = bench(first, facts.model, one, runtime=runtime, rounds=ROUNDS)
+    facts.bench = bench(first, facts.model, data.first(1).inputs, runtime=runtime, rounds=ROUNDS)

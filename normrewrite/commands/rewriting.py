@@ -31,7 +31,7 @@ from normrewrite.verbs.inspect import Inspection
 from normrewrite.verbs.inspect import inspect as inspect_model
 from normrewrite.verbs.replay import rewritten_again
 from normrewrite.verbs.revert import reverted
-from normrewrite.verbs.verify import Comparison
+from normrewrite.verbs.verify import Comparison, device_of
 from normrewrite.verbs.verify import verify as verify_networks
 
 
@@ -254,8 +254,7 @@ def _some_inputs(input_shape: str | None, data: Data | None, names: list[str], d
         return [example_input(input_shape).to(device)]
     if data is None:
         return None
-    batch = next(iter(data.batches(2)), None)
-    return None if batch is None else [values.to(device) for values in batch.positional(names)]
+    return [values.to(device) for values in data.first(2).positional(names)]
 
 
 def _made_ready(
@@ -271,19 +270,17 @@ def _made_ready(
         hint = f"{len(report.inexact)} sites can't be exact: --calibrate DATA fits them to the original"
         return None, [hint] if report.inexact else []
     if fresh and any(gain_of(module) is not None for module in twin.modules()):
-        batch = next(iter(data.batches(batch_size)))
-        return initialise_(twin, batch.inputs), []
+        batch = data.first(batch_size).to(device_of(twin))
+        named = set(batch.inputs) <= set(argument_names(twin))  # forward(*inputs) has no names
+        return initialise_(twin, batch.inputs if named else tuple(batch.inputs.values())), []
     if not calibratable(twin):
         return None, [NOTHING]
     return calibrate_model(twin, data, batch_size=batch_size, each=each)[1], []
 
 
 def _rewritten(plan: Plan, input_shape: str | None, device: str) -> tuple[nn.Module, Report, Comparison | None]:
-    if input_shape is None:
-        twin, report = plan.apply_()
-        report.require_exact()
-        return twin, report, None
-    twin, report = plan.apply()
+    """The twin, checked; in place where the whole network is not to be compared with it."""
+    twin, report = plan.apply_() if input_shape is None else plan.apply()
     report.require_exact()
     return twin, report, _compared(plan.model, twin, report, input_shape, device)
 

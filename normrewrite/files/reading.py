@@ -56,15 +56,16 @@ def load(
 ) -> nn.Module:
     """The model in a file: a checkpoint or state_dict (with `arch`), .safetensors, or a pickled module.
 
+    >>> twin = load("twin.pt", arch="zoo.py:cifar10_resnet20")
+
     arch: `PATH.py:factory`, `module:factory`, `timm:NAME`, `torchvision:NAME`, a callable or a module to fill.
     key: where in a checkpoint the state_dict is, dotted, if not under state_dict, model or ema.
     allow, trust: see normrewrite.files.unpickle; nothing is unpickled freely without `trust`.
     A file of normrewrite's is rewritten by its manifest first. Raises NormRewriteError with what to do.
     """
     model = read(path, arch, arch_args=arch_args, key=key, allow=allow, trust=trust).model
-    return (
-        model if isinstance(arch, nn.Module) else deepcopy(model)
-    )  # else who writes over the file pulls its memory away
+    # A copy, else who writes over the file pulls its memory away; the caller's own module has its own.
+    return model if isinstance(arch, nn.Module) else deepcopy(model)
 
 
 def read(

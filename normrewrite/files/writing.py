@@ -37,6 +37,9 @@ def save(
 ) -> Form:
     """Write a model and its manifest; whole or not at all, and never over an existing file without `force`.
 
+    >>> save(twin, "twin.pt", report=report)
+    'state_dict'
+
     form: `state_dict` (one dict with `state_dict` and `normrewrite`, which torch.load reads with weights_only=True),
     `safetensors` (manifest in the metadata), or `module` (pickled; where it can't be, a state_dict is written).
     learned: ranges of an int8 training, for export; a pickled module then is a dict's `model`, beside the manifest.
@@ -53,12 +56,8 @@ def save(
             whole = model if learned is None else {"model": model, manifest.KEY: record}
             write_atomically(path, lambda temporary: torch.save(whole, temporary), force)
             return form
-        except (
-            pickle.PicklingError,
-            AttributeError,
-            TypeError,
-        ):  # a lambda, a local class: the tensors can still be had
-            pass
+        except (pickle.PicklingError, AttributeError, TypeError):
+            pass  # a lambda, a local class: the tensors can still be had
     if form == "safetensors":
         write_tensors(state, path, force, {manifest.KEY: json.dumps(record)})
     else:

@@ -25,8 +25,10 @@ from normrewrite import sites
 from normrewrite.data import Batch, Data
 from normrewrite.errors import NormRewriteError
 from normrewrite.lower.families import wide
+from normrewrite.nn.parts import deepcopy
 from normrewrite.nn.rows import RowNorm
 from normrewrite.passes.fold_affine import as_affine
+from normrewrite.passes.lift_functional import lift_
 from normrewrite.sites import Site
 from normrewrite.sites.kinds import Kind, recognise
 from normrewrite.sites.modes import evaluating
@@ -109,9 +111,12 @@ def fit_(
     """Fit weight and bias of every inexact site of `twin`, in place, in eval; both networks keep their training flags.
 
     Batches that are not finite are left out. each: called with 1 at every site, `of` their number.
-    Raises NormRewriteError where no batch is left or the data doesn't fit the model.
+    Raises NormRewriteError where no batch is left, the data doesn't fit the model, or the original is another network.
     """
-    pairs = [_pair(site, original) for site in fittable(twin)]
+    found = fittable(twin)
+    if any(site.name not in sites.by_name(original) for site in found):  # a call of F.batch_norm is no module yet
+        original = lift_(deepcopy(original))
+    pairs = [_pair(site, original) for site in found]
     given = list(data.batches(batch_size))
     batches = [batch.to(device_of(original)) for batch in given if batch.finite]
     if not batches:
@@ -139,11 +144,16 @@ def fit_(
 
 
 def _pair(site: Site, original: nn.Module) -> _Pair:
-    module: Any = site.module
-    old = original.get_submodule(site.name)
+    old = sites.by_name(original).get(site.name)
+    widths = {site.channels, getattr(old, "num_features", None)} - {None}
+    if old is None or len(widths) > 1:
+        raise NormRewriteError(
+            f"{site.label}: the original has no norm of that name and width. Give the network that was rewritten; an untrained "
+            "twin gives it back itself."
+        )
     kind = None if not sites.is_norm(old) else recognise(old)
     target: Callable[[Tensor], Tensor] = as_affine(old) if isinstance(kind, Kind) and kind.tail else old
-    return _Pair(site, _norm(module), old, target)
+    return _Pair(site, _norm(site.module), old, target)
 
 
 # --- one site ---------------------------------------------------------------------------------------------------------

@@ -4,7 +4,9 @@
 2.4e-07
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -32,21 +34,20 @@ def measure(twin: nn.Module, original: nn.Module | None = None) -> Report:
     no figure without the original.
     """
     back, trained = had_back(twin)
-    names = {id(module): name for name, module in twin.named_modules()}
     now, first, nearest = ({} if model is None else sites.by_name(model) for model in (twin, original, back))
     probe = Probe()
     results = []
-    for site in sites.find(twin, lambda module: bool(manifest.entry_of(module))):
-        (was, to), label = (manifest.entry_of(site.module)[key] for key in ("was", "to")), site.name
-        layer = next((names[id(each)] for each in getattr(site.module, "layer", ()) if id(each) in names), None)
-        since = "trained since the rewrite" if label in trained else ""
-        old = first.get(label) or (None if since else nearest.get(label))
+    for entry in manifest.describe(twin)["sites"]:
+        name, layer = entry["names"][0], entry.get("layer")
+        site = Site(tuple(entry["names"]), now[name], ())
+        since = "trained since the rewrite" if name in trained else ""
+        old = first.get(name) or (None if since else nearest.get(name))
         if old is None:
             note = since or "folded away for good"
-            results.append(SiteResult(site.names, was, site.channels, to, None, None, None, note))
+            results.append(SiteResult(site.names, entry["was"], site.channels, entry["to"], None, None, None, note))
             continue
-        pair = (None, None) if layer is None else (first.get(layer) or nearest.get(layer), now.get(layer))
-        result = _measured(site, old, pair, (was, to), probe)
+        layers = (None, None) if layer is None else (first.get(layer) or nearest.get(layer), now.get(layer))
+        result = _measured(site, old, layers, entry, probe)
         results.append(replace(result, tolerance=None, note=since) if since else result)
     return Report(results)
 
@@ -55,13 +56,13 @@ def _measured(
     site: Site,
     old: nn.Module,
     layers: tuple[nn.Module | None, nn.Module | None],
-    entry: tuple[str, str],
+    entry: Mapping[str, Any],
     probe: Probe,
 ) -> SiteResult:
-    """layers: the one in front, before and now, where the norm was folded into it."""
+    """layers: the one in front, before and now, where the norm was folded into it; entry: the site's, of a manifest."""
     origin = sites.origin_of(site.module)
     inexact = "" if origin is None else origin.inexact
     difference, error = measured((layers[0], old), (layers[1], site.module), inexact, probe)
     channels = site.channels or getattr(old, "num_features", None)
     limit = None if inexact else tolerance(old)
-    return SiteResult(site.names, entry[0], channels, entry[1], difference, limit, None, inexact, error)
+    return SiteResult(site.names, entry["was"], channels, entry["to"], difference, limit, None, inexact, error)

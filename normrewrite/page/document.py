@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from normrewrite.page import terminal
 from normrewrite.page.columns import power
 from normrewrite.page.facts import Facts, Row
 from normrewrite.records import history
@@ -38,15 +39,11 @@ class Document:
         return {**told, "output": self.output or None, **self.facts.as_dict(), "manifest": self.record}
 
     def __str__(self) -> str:
-        from normrewrite.page import terminal
-
         written = [f"wrote {self.output}"] if self.output else []
         return "\n".join([terminal.head(self) if self.brief else terminal.text(self), *written])
 
     def rich(self) -> Any:
         """For a terminal: the same, its tables in colour."""
-        from normrewrite.page import terminal
-
         return terminal.rich(self)
 
     @property

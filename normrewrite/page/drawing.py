@@ -161,7 +161,7 @@ def histogram(shares: Sequence[float], label: str) -> Markup:
     """Shares by bin as an area, and a Gaussian's as a line."""
     width, height, base = 168.0, 74.0, 58.0
     normal = gaussian()
-    top = max(*normal, *shares) or 1.0
+    top = max(*normal, *shares)
     step = width / len(shares)
 
     def level(share: float) -> float:

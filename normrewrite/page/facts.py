@@ -173,11 +173,13 @@ def _require_same(original: nn.Module, twin: nn.Module) -> None:
         if type(old).__name__ != entries[name]
     ]
     widths = [
-        (name, old.num_features, getattr(now[name], "num_features", None))
+        (name, getattr(now[name], "num_features", None), old.num_features)
         for name, old in found.items()
         if hasattr(old, "num_features")
     ]
-    wrong += [f"{name} has {now} channels, and {was} there" for name, was, now in widths if now not in (None, was)]
+    wrong += [
+        f"{name} has {here} channels, and {there} there" for name, here, there in widths if here not in (None, there)
+    ]
     if entries and not found:
         wrong = [f"it has none of the sites, such as {next(iter(entries))}"]
     if wrong:

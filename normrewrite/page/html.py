@@ -1,6 +1,8 @@
 """The page: one file of HTML that needs no network and no script. What comes from the model is escaped by Jinja and svg.tag.
 
 >>> Path("report.html").write_bytes(page(document))
+
+Jinja2, and MarkupSafe with it, are an extra, and imported where a page is made: whoever has none of them is told so.
 """
 
 import math
@@ -141,14 +143,14 @@ def _cell_style(row: Row, column: Column) -> str:
 def _histograms(rows: list[Row], anchors: dict[str, str]) -> list[dict[str, Any]]:
     from normrewrite.page.drawing import histogram
 
-    shown = [row for row in rows if row.histogram]
     return [
         {
             "anchor": anchors[row.name],
             "label": row.label,
             "svg": histogram(row.histogram, f"inputs of {row.label} against a Gaussian"),
         }
-        for row in shown
+        for row in rows
+        if row.histogram
     ]
 
 

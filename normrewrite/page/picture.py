@@ -1,6 +1,6 @@
 """A network as people draw it: blocks in the order of execution, each a line of nodes, with what skips over some of them.
 
->>> [(block.name, [node.label for node in block.nodes]) for block in blocks(model)][1]
+>>> [(block.name, [node.label for node in block.nodes]) for block in picture(model, names).blocks][1]
 ('layer1.0', ['3×3', 'bn1', 'relu', '3×3', 'bn2', '+', 'relu'])
 
 Nodes are calls in the torch.fx graph, without those that only carry shapes about. Where the model can't be traced they are
@@ -78,7 +78,7 @@ def picture(model: nn.Module, names: set[str]) -> Picture:
     if "" in names:
         return Picture([Block("", [Node("site", type(model).__name__, "", (ENTRY,))])])
     modules = sites.by_name(model)
-    homes = _homes(model, modules, names)
+    homes = _homes(modules, names)
     whole = {id(module) for name, module in modules.items() if name in names or _is_layer(module)}
     try:
         traced = graph.trace(model, whole)
@@ -91,7 +91,7 @@ def _is_layer(module: nn.Module) -> bool:
     return is_layer(module) or weight_norm_of(module) is not None
 
 
-def _homes(model: nn.Module, modules: dict[str, nn.Module], names: set[str]) -> dict[str, str]:
+def _homes(modules: dict[str, nn.Module], names: set[str]) -> dict[str, str]:
     """The block of each module: the largest one around it that is small enough; the root is none."""
     norms, sizes = Counter[str](), Counter[str]()
     for name, module in modules.items():
@@ -224,8 +224,3 @@ def _listed(modules: dict[str, nn.Module], homes: dict[str, str], names: set[str
         kind, label, told = _told(name, module, names)
         drawn[-1].nodes.append(Node(kind, label, told, (len(drawn[-1].nodes) - 1,)))
     return drawn
-
-
-def norms_in(model: nn.Module) -> set[str]:
-    """Names of the norms and rewritten places of a model, the first of each."""
-    return {site.name for site in sites.find(model, lambda each: sites.is_norm(each) or sites.is_rewritten(each))}

@@ -1,17 +1,19 @@
 """The report as text: plain for pipes, with Rich's tables on a terminal."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from normrewrite.page.columns import SITE, used
-from normrewrite.page.document import Document
 from normrewrite.page.facts import Row
 from normrewrite.records.report import table
+
+if TYPE_CHECKING:
+    from normrewrite.page.document import Document
 
 _BARS = " ▁▂▃▄▅▆▇█"
 _SPARKS = 16  # characters of a histogram
 
 
-def text(document: Document) -> str:
+def text(document: "Document") -> str:
     """Everything, in plain text."""
     tables = [table([_told(name, unit) for name, unit in heads], rows) for heads, rows in _tables(document)]
     return "\n\n".join([head(document), *tables, *_rest(document)])
@@ -21,7 +23,7 @@ def _told(name: str, unit: str) -> str:
     return f"{name} ({unit})" if unit else name
 
 
-def head(document: Document) -> str:
+def head(document: "Document") -> str:
     """What it is, and the verdict."""
     _, word, told = document.verdict
     figures = [f"{value}{f' {unit}' if unit else ''} {what}" for value, unit, what in document.figures]
@@ -30,7 +32,7 @@ def head(document: Document) -> str:
     )
 
 
-def _rest(document: Document) -> list[str]:
+def _rest(document: "Document") -> list[str]:
     """What stands below the tables of sites."""
     facts = document.facts
     whole = [] if facts.comparison is None or not facts.came else [str(facts.comparison)]
@@ -40,7 +42,7 @@ def _rest(document: Document) -> list[str]:
     return [*whole, *timed, again, *facts.notes]
 
 
-def _tables(document: Document) -> list[tuple[list[tuple[str, str]], list[list[str]]]]:
+def _tables(document: "Document") -> list[tuple[list[tuple[str, str]], list[list[str]]]]:
     """The table by site, in parts that fit a terminal: heads with their units, and cells."""
     rows, tables = document.facts.rows, []
     columns = used(rows)
@@ -64,7 +66,7 @@ def sparks(row: Row) -> str:
     return "".join(_BARS[round((len(_BARS) - 1) * share / max(sums))] for share in sums)
 
 
-def rich(document: Document) -> Any:
+def rich(document: "Document") -> Any:
     """What a terminal shows."""
     from rich.console import Group
     from rich.table import Table

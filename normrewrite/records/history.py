@@ -130,7 +130,7 @@ def _option(name: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [option] if value else [f"--no-{option[2:]}"]
     if name in ("mean", "std"):
-        return [option, ",".join(f"{number:g}" for number in value)]
+        return [option, ",".join(map(str, value))]
     if name in _FILES:
         return [option, _name(value)]
     if name == "rules":

@@ -41,6 +41,7 @@ from normrewrite.targets import rewrite as make
 
 KEY = "normrewrite"
 FORMAT = 1
+TOLD = ("was", "to", "gain", "calibrated", "layer")  # what a twin tells of a site, beside figures
 
 
 def describe(model: nn.Module, report: Report | None = None, learned: LearnedRanges | None = None) -> dict[str, Any]:
@@ -153,8 +154,8 @@ def replay(model: nn.Module, record: dict[str, Any], where: str) -> nn.Module:
     return model
 
 
-def remember(model: nn.Module, record: dict[str, Any]) -> None:
-    """Give a model that was rewritten by the record, and filled from the same file, the figures measured then."""
+def remember(model: nn.Module, record: Mapping[str, Any]) -> None:
+    """Give a rewritten model the figures of its sites, as a record or a report tells them."""
     modules = dict(model.named_modules())
     for entry in record["sites"]:
         origin = None if entry["names"][0] not in modules else sites.origin_of(modules[entry["names"][0]])

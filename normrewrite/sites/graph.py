@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Collection
+from operator import attrgetter
 
 from torch import nn
 from torch.fx import GraphModule, Node, Tracer
@@ -52,3 +53,9 @@ def call_counts(graph_module: GraphModule) -> Counter[int]:
         for node in graph_module.graph.nodes
         if node.op == "call_module"
     )
+
+
+def read_past_modules(graph_module: GraphModule) -> set[int]:
+    """Tensors (by id) that the graph reads itself, past the modules that hold them."""
+    reads = [str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"]
+    return {id(attrgetter(target)(graph_module)) for target in reads}

@@ -13,7 +13,6 @@ of a group in front of a group norm, the whole weight in front of a layer norm. 
 
 import math
 from dataclasses import dataclass, field
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -80,6 +79,9 @@ class Invariance:
 def scale_invariant(model: nn.Module) -> Invariance:
     """The weights of convolutions and linear layers whose output goes into norms alone, by the model's torch.fx graph.
 
+    >>> [weight.name for weight in scale_invariant(model).weights]
+    ['conv1.weight', 'layer1.0.conv1.weight']
+
     Norms are torch's, ours and what `recognise` finds, of batch, group, layer, instance or rms scope. Not among them: weights
     in front of Batch Renorm or a frozen norm, which measure by fixed statistics; parametrised and shared weights; layers
     with a bias that the norm doesn't subtract. Nothing is changed, and nothing raised: a model that can't be traced has none.
@@ -91,7 +93,7 @@ def scale_invariant(model: nn.Module) -> Invariance:
     except graph.Untraceable as error:
         return Invariance(left={site.name: str(error) for site in layers}, untraceable=str(error))
     shared = sites.shared_parameters(model)
-    read = _read_by_the_graph(graph_module)
+    read = graph.read_past_modules(graph_module)
     weights, left = [], {}
     for site in layers:
         known = "shares its weight" if id(site.module.weight) in shared else None
@@ -126,13 +128,6 @@ def param_groups(model: nn.Module, weight_decay: float = 0.0, rest: float | None
 def out_channels(layer: Any) -> int:
     channels: int = layer.out_channels if isinstance(layer, _ConvNd) else layer.out_features
     return channels
-
-
-def _read_by_the_graph(graph_module: GraphModule) -> set[int]:
-    """Tensors (by id) that the graph reads itself, past their modules."""
-    return {
-        id(attrgetter(str(node.target))(graph_module)) for node in graph_module.graph.nodes if node.op == "get_attr"
-    }
 
 
 def _blocks_of_layer(graph_module: GraphModule, layer: nn.Module) -> int | str:

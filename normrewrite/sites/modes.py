@@ -1,4 +1,4 @@
-"""Running a model in eval without leaving a trace on it."""
+"""Which parts of a model run in eval, and their flags brought back."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

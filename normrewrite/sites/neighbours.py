@@ -6,7 +6,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -81,18 +80,13 @@ def why_not_fold(graph_module: GraphModule, node: Node, reader: Node | None, ran
         return f"{node.target} is parametrised"
     if has_hooks(layer):
         return f"{node.target} has hooks"
-    return f"a tensor of {node.target} is read elsewhere too" if _read_elsewhere(graph_module, layer) else None
+    read = graph.read_past_modules(graph_module)
+    elsewhere = any(id(parameter) in read for parameter in layer.parameters())
+    return f"a tensor of {node.target} is read elsewhere too" if elsewhere else None
 
 
 def has_hooks(module: nn.Module) -> bool:
     return any("hooks" in name and "state_dict" not in name and value for name, value in vars(module).items())
-
-
-def _read_elsewhere(graph_module: GraphModule, layer: nn.Module) -> bool:
-    """Whether the graph reads a tensor of the layer itself, or another module holds one, beside the layer's call."""
-    own = {id(parameter) for parameter in layer.parameters()}
-    reads = [str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"]
-    return any(id(attrgetter(target)(graph_module)) in own for target in reads)
 
 
 def ranks_of(graph_module: GraphModule, example_inputs: Sequence[Tensor] | None) -> dict[Node, int]:

@@ -5,7 +5,7 @@
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ def find_traps(model: nn.Module) -> list[Trap]:
             traps.append(Trap(known.title, where, known.wrong, known.remedy))
     calls = tuple(site.label for site in candidates(model))
     if calls:
-        traps.append(Trap(_FUNCTIONAL.title, calls, _FUNCTIONAL.wrong, _FUNCTIONAL.remedy))
+        traps.append(replace(_FUNCTIONAL, sites=calls))
     return traps
 
 
@@ -80,11 +80,11 @@ def _low_precision(site: Site, name: str) -> bool:
     return values is not None and torch.finfo(values.dtype).bits < 32
 
 
-_FUNCTIONAL = _Known(
+_FUNCTIONAL = Trap(
     "F.batch_norm called by hand",
+    (),
     "tools that look for modules miss it, and the network stays half converted (pytorch #122070)",
     "the module that calls it is traced, and the call becomes a norm module; refused by name where that can't be done",
-    lambda site, model: False,
 )
 
 _KNOWN = (

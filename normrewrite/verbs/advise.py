@@ -211,7 +211,6 @@ _NOTES: tuple[tuple[Callable[[SiteAdvice], bool], str], ...] = (
 )
 
 
-@torch.no_grad()
 def advise(
     model: nn.Module,
     data: Tensor | Data | Iterable[Any],
@@ -220,6 +219,9 @@ def advise(
     each: Callable[..., object] = lambda done, **_: None,
 ) -> Advice:
     """Read every batch norm's input in eval, and say which target suits it and why. The model is left as it is.
+
+    >>> advise(model, images, batch_size=64).options
+    "--to l1 --rule 'head.norm=renorm'"
 
     data: (N, ...) inputs, Data, or an iterable of batches (a tensor, (tensor, labels) or a dict each), no labels needed.
     batch_size: that of the training to come; a smaller last batch is left out. each: called with the inputs done.
@@ -260,8 +262,7 @@ def _drawn(data: Data) -> Data:
 
 def _example(model: nn.Module, data: Data) -> Sequence[Tensor]:
     """Two rows of every input, which tell the rank of linear layers' outputs."""
-    batch = next(iter(data.batches(2)))
-    return [values[:2].to(device_of(model)) for values in batch.positional(argument_names(model))]
+    return [values.to(device_of(model)) for values in data.first(2).positional(argument_names(model))]
 
 
 def _why_not(site: Site) -> str | None:
@@ -283,20 +284,20 @@ def _advised(site: Site, readings: Readings) -> SiteAdvice:
     return SiteAdvice(
         site.label,
         target,
-        _also(moments, noise) if target == "l1" else (),
+        _also(noise) if target == "l1" else (),
         tuple(word for word in why if word),
         site.channels,
         before,
-        moments.n,
-        moments.calls,
-        kappa,
-        noise,
-        int(moments.dead.sum()),
-        headroom(moments.largest),
-        headroom(moments.furthest**2),
-        headroom(moments.sums),
-        headroom(moments.squares),
-        moments.int8,
+        n=moments.n,
+        calls=moments.calls,
+        kappa=kappa,
+        noise=noise,
+        dead=int(moments.dead.sum()),
+        fp16_x=headroom(moments.largest),
+        fp16_square=headroom(moments.furthest**2),
+        fp16_sums=headroom(moments.sums),
+        fp16_squares=headroom(moments.squares),
+        int8=moments.int8,
     )
 
 
@@ -308,7 +309,7 @@ def _target(site: Site, n: int) -> tuple[str, str]:
     return ("renorm", f"n = {n}: the scale of a batch is mostly noise") if n < FEW else ("l1", "")
 
 
-def _also(moments: Moments, noise: dict[str, float | None]) -> tuple[str, ...]:
+def _also(noise: dict[str, float | None]) -> tuple[str, ...]:
     """Metrics that read few elements, where that is quiet enough, the quietest first."""
     quiet = {
         name: value

@@ -20,7 +20,6 @@ from normrewrite.verbs.export import export
 from normrewrite.verbs.verify import Network, named, runner
 
 Runtime = Literal["torch", "onnxruntime"]
-RUNTIMES: tuple[Runtime, ...] = ("torch", "onnxruntime")
 _WARM = 3
 
 

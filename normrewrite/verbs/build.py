@@ -24,7 +24,8 @@ from normrewrite.lower import onnx as nodes
 from normrewrite.plugins import OPS, check_library, placed
 
 Shape = tuple[int, ...]
-_BATCHES = (1, 8, 32)  # the profile of an open batch: smallest, the one tuned for, largest
+_ENDS = ("min", "opt", "max")  # of a profile,
+_BATCHES = (1, 8, 32)  # and that of an open batch: smallest, the one tuned for, largest
 _LARGEST_K = 3840  # of TensorRT's TopK
 _WORKER = Path(__file__).parents[1] / "deployment" / "build_worker.py"
 _OURS = "normrewrite: "  # how the library of plugins in C++ begins what it has against a node
@@ -116,10 +117,20 @@ def build(
         honoured, unchecked = check_precision(proto, last["layers"])
         write_atomically(output, lambda temporary: shutil.copyfile(engine, temporary), force)
         seconds = time.perf_counter() - start
-    size, kind = output.stat().st_size, precision.of(proto)
-    title, version = builder.title, str(last["version"])
-    told = str(output), title, version, list(gpus), kind, profile, size, seconds, honoured, unchecked
-    return Built(*told, dict(norms), last["attributes"])
+    return Built(
+        path=str(output),
+        runtime=builder.title,
+        version=str(last["version"]),
+        gpus=list(gpus),
+        precision=precision.of(proto),
+        profile=profile,
+        size=output.stat().st_size,
+        seconds=seconds,
+        honoured=honoured,
+        unchecked=unchecked,
+        norms=dict(norms),
+        attributes=last["attributes"],
+    )
 
 
 def _plugins(asked: str, runtime: str) -> dict[str, Any] | None:
@@ -198,9 +209,6 @@ def profile_of(proto: Any, shapes: Mapping[str, Sequence[str]]) -> dict[str, lis
         name: _profile(name, sizes, {end: given.get(end, {}).get(name) for end in _ENDS})
         for name, sizes in opened.items()
     }
-
-
-_ENDS = ("min", "opt", "max")
 
 
 def _sizes(value: Any) -> list[int | None]:

@@ -22,7 +22,6 @@ from normrewrite.measure.exactness import Probe, in_eval, tolerance
 from normrewrite.measure.least_squares import Fit, fit_, fittable
 from normrewrite.measure.moments import Moments, Rows, headroom, read
 from normrewrite.nn.batch import BatchNorm, FrozenBatchNorm
-from normrewrite.nn.origin import Origin
 from normrewrite.nn.parts import deepcopy
 from normrewrite.norms import metric
 from normrewrite.records.report import table
@@ -92,10 +91,10 @@ class Calibration:
             "eval difference",
             "note",
         )
-        lines = [f"{sum(site.ratio is not None for site in self.sites)} sites calibrated on {self.inputs} inputs"]
+        told = f"{sum(site.ratio is not None for site in self.sites)} sites calibrated on {self.inputs} inputs"
         if self.skipped_batches:
-            lines[0] += f"; {self.skipped_batches} batches left out, as they were not finite"
-        return "\n".join([*lines, table(head, [_row(site) for site in self.sites])])
+            told += f"; {self.skipped_batches} batches left out, as they were not finite"
+        return f"{told}\n{table(head, map(_row, self.sites))}"
 
 
 def _row(site: SiteCalibration) -> tuple[str, ...]:
@@ -123,6 +122,8 @@ def calibrate(
     each: Callable[..., object] = lambda done, **_: None,
 ) -> tuple[nn.Module, Calibration]:
     """A copy of `twin` whose norms read 1 where the original's did; `calibrate_` does it in place.
+
+    >>> twin, calibration = calibrate(convert(model, to="l1"), images, batch_size=64)
 
     Norms that can't be exact (group, layer, ...) are fitted to what the original computes (normrewrite.measure.least_squares); it
     is had back from the twin, or given as `original` where the twin was trained since.
@@ -231,9 +232,7 @@ def _remember(norm: BatchNorm, scale: Tensor, weight: Tensor) -> None:
     norm.running_scale.copy_(scale)
     norm.weight.copy_(weight)
     origin = norm.origin
-    if not isinstance(origin, Origin) or issubclass(
-        origin.kind, BatchNorm
-    ):  # ours from the start: it stays as calibrated
+    if origin is None or issubclass(origin.kind, BatchNorm):  # ours from the start: it stays as calibrated
         return
     nearest = before | {"running_var": ((before["running_var"] + norm.eps) ** 2 - norm.eps).clamp_min(0)}
     originals, exact = origin.restore(before, nearest)

@@ -4,7 +4,6 @@
 >>> plan_ = plan(model, to="topk:10"); print(plan_); twin, report = plan_.apply()
 """
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -155,6 +154,8 @@ def plan(
 ) -> Plan:
     """Decide for every norm of `model` what it becomes; touches nothing.
 
+    >>> twin, report = plan(model, to="l1", rules={"layer4.*": "linf", "stem.bn": None}).apply()
+
     to: a target of normrewrite.targets: `l1`, `topk:1%`, `group:4`, `wn`, ..., or `l2` for torch's own norms back from ours.
     scope: for metrics, which norms are meant: `batch`, `layer`, `group`, `instance`, `rms`, several of them, or `all`.
     example_inputs: forward's arguments; only targets that fold norms into linear layers ask for them.
@@ -205,7 +206,7 @@ def _find(model: nn.Module, passes: list[Rewrite]) -> tuple[list[Site], list[str
     found = sites.find(model, lambda module: any(rewrite.wants(module) for rewrite in passes))
     lifts, refused = [], []
     for candidate in candidates(model):
-        new = lifted(copy.deepcopy(candidate.module))  # a trace runs the module's own code
+        new = lifted(deepcopy(candidate.module))  # a trace runs the module's own code
         found = [site for site in found if site.module is not candidate.module]
         if isinstance(new, str):
             refused.append((candidate, new))

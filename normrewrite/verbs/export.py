@@ -22,8 +22,8 @@ from normrewrite.deployment import onnx_file
 from normrewrite.deployment.onnx_ranges import tensors
 from normrewrite.deployment.precision import PRECISIONS, Precision, cast_model
 from normrewrite.deployment.precision import keep_io_types as cast_io
-from normrewrite.deployment.quantise import Ranges, activations, quantise, unkept
-from normrewrite.errors import NormRewriteError, first_line
+from normrewrite.deployment.quantise import RANGES, Ranges, activations, quantise, unkept
+from normrewrite.errors import NormRewriteError, first_line, nearest
 from normrewrite.files import check_writable
 from normrewrite.lower.onnx import add_bodies, as_nodes, fitted, inlined
 from normrewrite.nn.batch import BatchNorm
@@ -106,7 +106,7 @@ def export(
     """
     path = Path(path)
     check_writable(path, force)
-    _check_request(opset, deploy, bodies, precision, calibrate, learned)
+    _check_request(opset, deploy, bodies, precision, ranges, calibrate, learned)
     inputs = tuple(
         value.detach().cpu() for value in ([example_inputs] if isinstance(example_inputs, Tensor) else example_inputs)
     )
@@ -137,10 +137,10 @@ def export(
         del proto.functions[:]
         notes.append("no bodies: only a runtime with normrewrite's plugins can run this file")
     _describe(proto, precision=precision, deploy=deploy, fitted=str(formulas))
+    given = onnx_file.opset_of(proto)
+    if given != opset:
+        raise NormRewriteError(f"--opset {opset}: torch's exporter gave opset {given} instead. Ask for that one.")
     onnx_file.write(proto, path, force)
-    written = onnx_file.opset_of(proto)
-    if written != opset:
-        raise NormRewriteError(f"--opset {opset}: torch's exporter gave opset {written} instead. Ask for that one.")
     nodes = dict(Counter(node.op_type for node in proto.graph.node))
     return Exported(str(path), opset, outcome.into_neighbour, outcome.to_affine, notes, nodes, live, precision, deploy)
 
@@ -176,14 +176,23 @@ def _some(names: list[str]) -> str:
 
 
 def _check_request(
-    opset: int, deploy: Deploy, bodies: bool, precision: Precision, calibrate: object, learned: object
+    opset: int,
+    deploy: Deploy,
+    bodies: bool,
+    precision: Precision,
+    ranges: Ranges,
+    calibrate: object,
+    learned: object,
 ) -> None:
     if opset not in _OPSETS:
         raise NormRewriteError(f"--opset {opset}: the exporter gives {_OPSETS.start} to {_OPSETS.stop - 1}.")
-    if precision not in PRECISIONS or deploy not in DEPLOYS:
-        raise NormRewriteError(
-            f"precision {precision!r}, deploy {deploy!r}: {', '.join((*PRECISIONS, *DEPLOYS))} are known."
-        )
+    for what, given, known in (
+        ("precision", precision, PRECISIONS),
+        ("deploy", deploy, DEPLOYS),
+        ("ranges", ranges, RANGES),
+    ):
+        if given not in known:
+            raise NormRewriteError(f"unknown {what} {given!r}.{nearest(given, known)} Known: {', '.join(known)}.")
     if precision == "int8" and calibrate is None and learned is None:
         raise NormRewriteError(
             "int8 needs unlabelled inputs to see how far activations reach: give --calibrate DATA, or a network that finetune "

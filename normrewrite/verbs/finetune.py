@@ -20,7 +20,10 @@ Examples = Tensor | Data | Iterable[Any]
 
 
 def finetune(model: nn.Module, data: Examples, **options: Any) -> tuple[nn.Module, "Finetuned"]:
-    """A trained copy of `model`, and what came of it; `finetune_` does it in place and names the options."""
+    """A trained copy of `model`, and what came of it; `finetune_` does it in place and names the options.
+
+    >>> twin, result = finetune(twin, images, epochs=6)
+    """
     return finetune_(deepcopy(model), data, **options)
 
 

@@ -70,10 +70,10 @@ class Inspection:
             )
             for facts in self.sites
         ]
-        return "\n".join([head, table(HEAD, rows), *map(_explained, self.traps)])
+        return "\n".join([head, table(_HEAD, rows), *map(_explained, self.traps)])
 
 
-HEAD = ("site", "class", "scope", "metric", "channels", "eps", "momentum", "note")
+_HEAD = ("site", "class", "scope", "metric", "channels", "eps", "momentum", "note")
 
 
 def _explained(trap: Trap) -> str:

@@ -34,7 +34,7 @@ def rewritten_again(model: nn.Module, record: Mapping[str, Any], where: str) -> 
     fresh = [{**entry, "calibrated": False} for entry in record["sites"]]
     twin = manifest.replay(deepcopy(model), {**record, "sites": fresh}, where)
     report = measure(twin, model)
-    _remember(twin, report)
+    manifest.remember(twin, report.as_dict())
     rewritten = {name for site in report.sites for name in site.names}
     kept = [site for site in sites.find(model) if site.name not in rewritten]
     return twin, Report([*report.sites, *(SiteResult.kept(site, "not rewritten in the manifest") for site in kept)])
@@ -52,11 +52,3 @@ def _mismatches(model: nn.Module, record: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name} had {channels} channels, here {site.channels}"
     known = {*told, *(entry["names"][0] for entry in record["sites"])}
     yield from (f"{site.name} is not in the manifest" for site in sites.find(model) if told and site.name not in known)
-
-
-def _remember(twin: nn.Module, report: Report) -> None:
-    modules = sites.by_name(twin)
-    for result in report.rewritten:
-        origin = sites.origin_of(modules[result.names[0]])
-        if origin is not None:
-            origin.difference, origin.error = result.difference, result.error

@@ -1,12 +1,8 @@
 """The commands of deployment as people meet them: export, build, verify, bench."""
 
-import json
-import shlex
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -14,22 +10,12 @@ import torch
 from torch import nn
 
 import normrewrite as nr
-from normrewrite import cli
 from normrewrite.measure.layers import compare_layers
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Command
 from tests.verbs.test_build import rtx
 
 EXAMPLES = ROOT / "examples"
 DIGITS = "digits.pt --arch digits.py:digits_resnet"
-
-
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[[str], Outcome]
 
 
 @pytest.fixture(scope="module")
@@ -48,23 +34,12 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs `normrewrite ...` in this process, in a folder of its own."""
-    shutil.copytree(shelf, tmp_path / "inside")
-    monkeypatch.chdir(tmp_path / "inside")
+def folder(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-
-    def invoke(line: str) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["normrewrite", *shlex.split(line)])
-        capsys.readouterr()
-        code: Any = 0
-        try:
-            cli.main()
-        except SystemExit as error:
-            code = error.code
-        return Outcome(code, *capsys.readouterr())
-
-    return invoke
+    inside = tmp_path / "inside"
+    shutil.copytree(shelf, inside)
+    monkeypatch.chdir(inside)
+    return inside
 
 
 BAD = {
@@ -107,10 +82,10 @@ def test_bad_input_is_told_and_leaves_nothing(run: Command, case: str) -> None:
 def test_export_to_int8_and_verify_by_layers(run: Command) -> None:
     outcome = run(f"export {DIGITS} -o int8.onnx --precision int8 --calibrate digits.npz --ranges minmax --json")
     assert outcome.code == 0, outcome.err
-    assert json.loads(outcome.out)["precision"] == "int8"
+    assert outcome.json["precision"] == "int8"
     outcome = run(f"verify {DIGITS} int8.onnx --data few.npz --layers --json")
     assert outcome.code == 0, outcome
-    found = json.loads(outcome.out)
+    found = outcome.json
     assert found["tolerance"] == 0.25 and {"stem.0.0", "head"} <= {layer["name"] for layer in found["layers"]}
     outcome = run(f"verify {DIGITS} int8.onnx --data few.npz --layers --tolerance 1e-6")
     assert outcome.code == 1 and "DIFFERENT" in outcome.out and outcome.out.startswith("layer ")
@@ -133,9 +108,11 @@ def test_layers_name_the_one_that_differs(run: Command) -> None:
 @pytest.mark.parametrize("runtime", ["torch", "onnxruntime"])
 def test_bench(run: Command, runtime: str) -> None:
     line = f"bench {DIGITS} digits.onnx --runtime {runtime} --rounds 5"
-    found = json.loads(run(f"{line} --data few.npz --batch-size 10 --json").out)
+    found = run(f"{line} --data few.npz --batch-size 10 --json").json
     assert (found["inputs"], found["rounds"], found["runtime"]) == (10, 5, runtime)
     assert found["ratio"] > 0 and set(found["seconds"]) == {"a", "b"}
+    both = run(f"{line} --data few.npz --input-shape 3,1,8,8 --json").json
+    assert both["inputs"] == 3  # the shape is the whole batch, data or not
     text = run(f"{line} --input-shape 3,1,8,8")
     assert text.code == 0 and "batches of 3, 5 rounds" in text.out and "B digits.onnx" in text.out
 
@@ -144,7 +121,7 @@ def test_bench(run: Command, runtime: str) -> None:
 def test_build(run: Command) -> None:
     outcome = run("build digits.onnx -o digits.engine --gpu sm86,sm89 --max 16,1,8,8 --json")
     assert outcome.code == 0, outcome.err
-    found = json.loads(outcome.out)
+    found = outcome.json
     assert found["gpus"] == ["sm86", "sm89"] and found["profile"]["images"][2] == [16, 1, 8, 8]
     assert found["honoured"] == 10 and not found["unchecked"] and Path("digits.engine").stat().st_size == found["size"]
 
@@ -160,13 +137,13 @@ def test_build_with_plugins(run: Command, plugins: str, path: str) -> None:
     assert run(line).code == 0
     text = run(f"build live.onnx -o first.engine --gpu sm89 {plugins}")
     assert text.code == 0 and ("only where those plugins are registered" in text.out) == (path == "plugin"), text
-    found = json.loads(run(f"build live.onnx -o live.engine --gpu sm89 {plugins} --json").out)
+    found = run(f"build live.onnx -o live.engine --gpu sm89 {plugins} --json").json
     assert set(found["norms"].values()) == {path} and all(name in text.out for name in found["norms"])
     assert {given["count"] for given in found["attributes"].values()} == ({5} if path == "plugin" else set())
 
 
 def test_plugins_are_listed(run: Command) -> None:
-    found = json.loads(run("plugins list --json").out)
+    found = run("plugins list --json").json
     assert found["operators"]["NormRewriteTop"] == {
         "computes": "linf, topk",
         "count": "int, a whole number from 0",

@@ -1,4 +1,3 @@
-# ruff: noqa: F811 (the fixture `run`)
 """`normrewrite report` as people meet it."""
 
 import json
@@ -15,19 +14,17 @@ from torch import nn
 
 import normrewrite as nr
 from normrewrite.commands.report import report
+from normrewrite.commands.rewriting import convert
+from normrewrite.commands.source import Source
 from normrewrite.page import terminal
 from normrewrite.page.columns import power, short
-from tests.commands.test_rewriting import Command, run  # noqa: F401 (a fixture; it takes the folder below)
-from tests.conftest import ROOT, RealNetwork
+from tests.conftest import ROOT, Command, RealNetwork
 
 ARCH = "--arch digits.py:digits_resnet"
 
 
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from normrewrite.commands.rewriting import convert
-    from normrewrite.commands.source import Source
-
     folder = tmp_path_factory.mktemp("reports")
     for name in ("digits.pt", "digits.py"):
         shutil.copy(ROOT / "examples" / name, folder)
@@ -116,8 +113,6 @@ def test_what_can_t_serve(run: Command, folder: Path, line: str, said: str) -> N
 
 
 def test_terminal(folder: Path) -> None:
-    from normrewrite.commands.source import Source
-
     told = report(Source(folder / "twin.pt", "digits.py:digits_resnet"), data="digits.npz", batch_size=50)
     console = Console(record=True, width=250, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
     console.print(told.rich())

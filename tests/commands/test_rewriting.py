@@ -15,7 +15,6 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,11 +28,13 @@ from torch import Tensor, nn
 
 import normrewrite as nr
 from normrewrite import cli, targets
-from tests.conftest import ROOT
+from normrewrite.commands import rewriting
+from normrewrite.data import Batch, Data
+from normrewrite.records.report import Report
+from tests.conftest import ROOT, TARGETS, Command, Outcome, randomise
 
 EXAMPLES = ROOT / "examples"
 DIGITS = "--arch digits.py:digits_resnet"
-TARGETS = ("l1", "linf", "topk:10", "topk:1%", "range")
 SCRIPT = Path(sysconfig.get_path("scripts")) / "normrewrite"
 
 ZOO = """
@@ -75,22 +76,6 @@ class Unrelated(nn.Sequential): pass
 """
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a command came to."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
-
-
-Command = Callable[[str], Outcome]
-
-
 # --- the folder that commands run in ----------------------------------------------------------------------------------
 
 
@@ -102,25 +87,14 @@ def _import(path: Path, name: str) -> Any:
     return module
 
 
-def _trained(model: nn.Module) -> nn.Module:
-    """Statistics and affine parameters that no two channels share."""
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-                assert module.running_mean is not None and module.running_var is not None
-                module.running_mean.normal_()
-                module.running_var.uniform_(0.2, 4)
-                module.weight.uniform_(0.5, 2)
-                module.bias.normal_()
-    return model.eval()
-
-
 def convolutional() -> Any:
-    return _trained(nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)))
+    layers = (nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    return randomise(nn.Sequential(*layers)).eval()
 
 
 def transformer() -> nn.Module:
-    return _trained(nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True), nn.BatchNorm1d(5)))
+    layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
+    return randomise(nn.Sequential(layer, nn.BatchNorm1d(5))).eval()
 
 
 def _archive(path: Path, pickled: bytes) -> None:
@@ -235,25 +209,6 @@ def folder(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     shutil.copytree(shelf, inside, copy_function=os.link, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.chdir(inside)
     return inside
-
-
-@pytest.fixture
-def run(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs `normrewrite ...` in this process. An exception that comes out of it is what a user sees as a traceback."""
-
-    def invoke(line: str) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["normrewrite", *shlex.split(line)])
-        capsys.readouterr()
-        code: object = 0
-        try:
-            cli.main()
-        except SystemExit as error:
-            code = error.code
-        assert isinstance(code, int)
-        captured = capsys.readouterr()
-        return Outcome(code, captured.out, captured.err)
-
-    return invoke
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -954,5 +909,23 @@ def test_fresh_weight_norms_are_initialised_by_data(run: Command, folder: Path) 
     torch.save(network.state_dict(), folder / "fresh.pt")
     result = run(f"convert fresh.pt {DIGITS} --to wn --calibrate digits.npz --json")
     assert result.code == 0 and len(result.json["calibration"]["initialised"]) == 9
+    nothing = run(f"convert fresh.pt {DIGITS} --to wn --calibrate zoo.py:nothing -o nothing.pt")
+    assert nothing.code == 2 and "held no batch" in nothing.err and not (folder / "nothing.pt").exists()
     trained = run(f"{CONVERT} --to wn --calibrate digits.npz")
     assert trained.code == 0 and "there is nothing to calibrate" in trained.out
+
+
+class _AnyInputs(nn.Sequential):
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return super().forward(inputs[0])  # type: ignore[no-any-return]
+
+
+def test_a_fresh_twin_is_initialised_where_it_is_and_as_its_forward_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(rewriting, "initialise_", lambda twin, batch: seen.append(batch))
+    data = Data(Batch({"input": torch.zeros(4, 1, 3, 3)}))
+    for model in (nn.Sequential(nn.Conv2d(1, 2, 3)), _AnyInputs(nn.Conv2d(1, 2, 3))):
+        twin = nr.convert(model, "wn").to("meta")
+        rewriting._made_ready(twin, Report([]), True, data, 2, print)
+    named, unnamed = seen
+    assert named["input"].is_meta and isinstance(unnamed, tuple) and unnamed[0].is_meta

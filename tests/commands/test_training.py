@@ -19,8 +19,7 @@ from PIL import Image
 import normrewrite as nr
 from normrewrite.cli import console
 from normrewrite.training.loop import Step
-from tests.commands.test_rewriting import Command, run  # noqa: F401 (a fixture; it takes the folder below)
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Command
 from tests.ranks import start
 
 ARCH = "--arch digits.py:digits_resnet"
@@ -107,7 +106,7 @@ def _same(a: Path | str, b: Path | str) -> bool:
 # --- from file to file ------------------------------------------------------------------------------------------------
 
 
-def test_a_twin_is_repaired_and_its_way_back_told(run: Command, folder: Path) -> None:  # noqa: F811
+def test_a_twin_is_repaired_and_its_way_back_told(run: Command, folder: Path) -> None:
     done = run(f"{TUNE} --epochs 2 --batch-size 128 -o tuned.pt")
     assert done.code == 0 and "steps on the original in fp32" in done.out and "wrote tuned.pt" in done.out
     assert "revert gives the nearest" in done.out and done.err == ""
@@ -119,7 +118,7 @@ def test_a_twin_is_repaired_and_its_way_back_told(run: Command, folder: Path) ->
     assert run(f"finetune tuned.pt {ARCH} --data few.npz --steps 1 --teacher digits.pt -q").code == 0
 
 
-def test_best_and_last_are_written_with_a_log(run: Command, folder: Path) -> None:  # noqa: F811
+def test_best_and_last_are_written_with_a_log(run: Command, folder: Path) -> None:
     line = f"{TUNE} --labels --val few.npz --epochs 9 --lr 0.3 --schedule constant --patience 2 --log logs --json"
     done = run(line)
     assert done.code == 0 and done.json["stopped_early"] and done.json["best"] == len(done.json["epochs"]) - 2
@@ -128,7 +127,7 @@ def test_best_and_last_are_written_with_a_log(run: Command, folder: Path) -> Non
     assert list((folder / "logs").rglob("events.out.tfevents.*"))
 
 
-def test_half_arithmetic_is_told(run: Command, folder: Path) -> None:  # noqa: F811
+def test_half_arithmetic_is_told(run: Command, folder: Path) -> None:
     line = f"{TUNE} --steps 2 --precision fp16-pure --accumulator half:32 --force"
     done = run(line)
     assert done.code == 0 and "in fp16-pure" in done.out and "norms' by half:32" in done.out
@@ -137,12 +136,11 @@ def test_half_arithmetic_is_told(run: Command, folder: Path) -> None:  # noqa: F
     assert all(value.dtype != torch.float16 for value in _weights("twin.finetuned.pt").values())
 
 
-def test_ranges_of_an_int8_training_reach_the_onnx_file(run: Command, folder: Path) -> None:  # noqa: F811
+def test_ranges_of_an_int8_training_reach_the_onnx_file(run: Command, folder: Path) -> None:
     nr.save(nr.convert(nr.load("digits.pt", arch=ARCH.split()[1])), "l1.pt")
     layers = (torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten(), torch.nn.Linear(144, 10))
-    torch.save(
-        nr.convert(torch.nn.Sequential(*layers).eval()), "whole.pt"
-    )  # a pickled module has no room for a manifest
+    # A pickled module, which has no room for a manifest.
+    torch.save(nr.convert(torch.nn.Sequential(*layers).eval()), "whole.pt")
     options = "--data digits.npz --steps 2 --lr 1e-5 --val few.npz --precision int8 --int8-gradients --int8-keep last"
     for name, arch, kept, count in (("l1", ARCH, "head", 12), ("whole", "", "3", 1)):
         done = run(f"finetune {name}.pt {arch} {options} -o tuned.pt --force --json")
@@ -155,14 +153,14 @@ def test_ranges_of_an_int8_training_reach_the_onnx_file(run: Command, folder: Pa
     assert bare.code == 2 and "give --calibrate DATA, or a network that finetune --precision int8" in bare.err
 
 
-def test_losses_of_every_kind(run: Command, folder: Path) -> None:  # noqa: F811
+def test_losses_of_every_kind(run: Command, folder: Path) -> None:
     for loss in ("kl", "cross-entropy", "loss.py:absolute", "mse --features 'blocks.*'"):
         done = run(f"finetune twin.pt {ARCH} --data unlabelled.npz --steps 2 --loss {loss} --force --json")
         assert done.code == 0 and done.json["steps"] == 2, done.err
 
 
 @pytest.mark.parametrize("role", ["--data", "--val"])
-def test_one_damaged_image_among_many_is_left_out_and_told(role: str, run: Command, folder: Path) -> None:  # noqa: F811
+def test_one_damaged_image_among_many_is_left_out_and_told(role: str, run: Command, folder: Path) -> None:
     for name, damaged in (("sound", False), ("pictures", True)):
         for label in range(2):
             (folder / name / str(label)).mkdir(parents=True)
@@ -207,7 +205,7 @@ BAD_DATA = {
 def test_data_that_cannot_serve_are_one_message_and_no_file(
     case: str,
     role: str,
-    run: Command,  # noqa: F811
+    run: Command,
     folder: Path,
 ) -> None:
     data, message = BAD_DATA[case]
@@ -229,7 +227,7 @@ LATER = {
 
 @pytest.mark.parametrize("role", ["--data", "--val"])
 @pytest.mark.parametrize("case", LATER)
-def test_a_later_batch_of_a_stream_that_cannot_serve(case: str, role: str, run: Command, folder: Path) -> None:  # noqa: F811
+def test_a_later_batch_of_a_stream_that_cannot_serve(case: str, role: str, run: Command, folder: Path) -> None:
     """It is met on the way. One that isn't finite costs its step, and is counted; nothing is written for the others."""
     others = "" if role == "--data" else "--data few.npz"
     done = run(f"finetune twin.pt {ARCH} --labels {others} {role} streams.py:{case} --epochs 1 -o out.pt --json")
@@ -256,7 +254,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_what_cannot_serve_is_one_message_and_no_file(case: str, run: Command, folder: Path) -> None:  # noqa: F811
+def test_what_cannot_serve_is_one_message_and_no_file(case: str, run: Command, folder: Path) -> None:
     line, message = BAD[case]
     before = _names(folder)
     done = run(line)
@@ -275,7 +273,7 @@ def test_the_bar_says_loss_accuracy_and_speed() -> None:
 # --- resumed ----------------------------------------------------------------------------------------------------------
 
 
-def test_resume_starts_afresh_and_knows_what_is_finished(run: Command, folder: Path) -> None:  # noqa: F811
+def test_resume_starts_afresh_and_knows_what_is_finished(run: Command, folder: Path) -> None:
     line = f"{TUNE} --epochs 2 --batch-size 128 -o tuned.pt --resume"
     first = run(line)
     weights = Path("tuned.pt").read_bytes()
@@ -291,7 +289,7 @@ KILLED = f"finetune twin.pt {ARCH} --data few.npz --batch-size 8 --epochs 10 --f
 
 
 @pytest.mark.parametrize("moments", [2, pytest.param(10, marks=pytest.mark.slow)])
-def test_killed_at_any_moment_it_goes_on_to_the_same_bits(moments: int, run: Command, folder: Path) -> None:  # noqa: F811
+def test_killed_at_any_moment_it_goes_on_to_the_same_bits(moments: int, run: Command, folder: Path) -> None:
     """Half of the moments come at any time, half while a checkpoint's file is being written."""
     assert run(f"{KILLED} -o whole.pt -q").code == 0
     line, draw = f"{KILLED} --save-every 2 --resume -o killed.pt", random.Random(moments)

@@ -17,9 +17,9 @@ from torch.nn.utils import parametrizations
 
 import normrewrite as nr
 from normrewrite import files
+from tests.conftest import TARGETS
 
 Make = Callable[[], nn.Module]
-TARGETS = ("l1", "linf", "topk:10", "topk:1%", "range")
 FORMS: list[tuple[files.Form, str]] = [
     ("state_dict", ".pt"),
     ("state_dict", ".safetensors"),

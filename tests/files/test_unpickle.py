@@ -15,6 +15,7 @@ from torch import nn
 
 from normrewrite import NormRewriteError, convert
 from normrewrite.files import unpickle
+from tests.conftest import TARGETS
 
 
 def public(module: ModuleType) -> list[type[Any]]:
@@ -246,7 +247,7 @@ def test_layers_that_keep_a_plain_function_come_back(userland: Userland, name: s
     tried(nn.TransformerEncoderLayer(4, 2, 8, 0.0, function, batch_first=True), userland)
 
 
-@pytest.mark.parametrize("to", ["l1", "linf", "topk:10", "topk:1%", "range"])
+@pytest.mark.parametrize("to", TARGETS)
 def test_twins_come_back(userland: Userland, to: str) -> None:
     net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 4), nn.BatchNorm1d(4)).eval()
     twin = convert(net, to=to)

@@ -12,6 +12,7 @@ from normrewrite.measure import least_squares
 from normrewrite.measure.least_squares import fittable
 from tests.conftest import randomise
 from tests.forms import NETWORKS, inputs, start
+from tests.passes.test_lift_functional import Block
 from tests.sites.test_kinds import NormAct
 
 SCOPES = ("group:2", "layer", "rms")
@@ -153,6 +154,23 @@ def test_training_flags_and_the_original_stay() -> None:
         and all(module.training for module in twin.modules() if not hasattr(module, "kind"))
     )
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_original_may_call_its_norms_by_function() -> None:
+    model = nn.Sequential(Block(4), nn.ReLU()).eval()
+    calls, twin = model[0], nr.convert(model, "group")
+    alone, fits = nr.calibrate(twin, images(), batch_size=10)
+    given, again = nr.calibrate(twin, images(), batch_size=10, original=model)
+    assert torch.equal(given(images()), alone(images())) and fits.fits == again.fits and model[0] is calls
+
+
+@pytest.mark.parametrize(
+    "other", [nn.Sequential(nn.Conv2d(3, 4, 1)), nn.Sequential(nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6))]
+)
+def test_another_network_as_original(other: nn.Module) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
+    with pytest.raises(nr.NormRewriteError, match="1: the original has no norm of that name and width"):
+        calibrated(model, "group", images(), original=other.eval())
 
 
 def test_inputs_that_are_not_finite_are_left_out() -> None:

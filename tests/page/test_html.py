@@ -1,5 +1,6 @@
 """The page as a file, and as a browser shows it."""
 
+import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -123,8 +124,6 @@ def test_half_a_character_in_a_name() -> None:
 
 
 def test_missing_jinja_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(nr.NormRewriteError, match=r"pip install normrewrite\[report\]"):
         html.page(document())

@@ -7,12 +7,18 @@ import pytest
 from torch import nn
 
 import normrewrite as nr
+from normrewrite import sites
 from normrewrite.page.drawing import WIDTH, Look, block, histogram
-from normrewrite.page.picture import ENTRY, norms_in, picture
+from normrewrite.page.picture import ENTRY, picture
 from tests.page.networks import EVIL, networks
 
 MAKE = networks()
 SVG = "{http://www.w3.org/2000/svg}"
+
+
+def norms_in(model: nn.Module) -> set[str]:
+    """Names of the norms and rewritten places of a model, the first of each."""
+    return {site.name for site in sites.find(model, lambda each: sites.is_norm(each) or sites.is_rewritten(each))}
 
 
 @pytest.fixture(params=MAKE)
@@ -87,7 +93,7 @@ def test_histograms_of_anything(shares: list[float]) -> None:
     assert root.get("aria-label") == "<inputs>" and min(numbers) >= 0 and max(numbers) <= 168
 
 
-def test_many_blocks_stay_small(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_blocks_stay_small() -> None:
     """A thousand norms make a page, not a book."""
     make: Callable[[], nn.Module] = lambda: nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), nn.ReLU())  # noqa: E731
     model = nn.Sequential(*(make() for _ in range(300))).eval()

@@ -11,6 +11,7 @@ import normrewrite as nr
 from normrewrite import sites
 from normrewrite.passes import FoldAffine
 from normrewrite.passes.fold_affine import into_next, into_previous
+from normrewrite.verbs.export import fold
 from tests.conftest import randomise
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}  # float64: folding is a reordering of products
@@ -119,9 +120,8 @@ def test_hooks_and_parametrisations_are_left_alone() -> None:
     expected = model(x)
     folded, rewrite = _fold(model)
     torch.testing.assert_close(folded(x), expected, **EXACT)
-    assert rewrite.outcome.to_affine == ["3"] and rewrite.outcome.into_neighbour == [
-        "1"
-    ]  # "1" goes into the conv behind
+    assert rewrite.outcome.to_affine == ["3"]
+    assert rewrite.outcome.into_neighbour == ["1"]  # into the convolution behind
 
 
 def test_live_statistics_stay() -> None:
@@ -139,8 +139,6 @@ def test_what_torch_fx_cannot_trace_keeps_an_affine() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.norm(self.conv(x)) if x.sum() > 0 else self.norm(x)
 
-    from normrewrite.verbs.export import fold
-
     model = Branching().eval()
     folded, outcome, notes = fold(model)
     assert outcome.to_affine == ["norm"] and "control flow" in notes[0]
@@ -148,8 +146,8 @@ def test_what_torch_fx_cannot_trace_keeps_an_affine() -> None:
         torch.testing.assert_close(folded(x), model(x), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("fold", [into_previous, into_next])
-def test_a_wrong_factor_is_caught(fold: Callable[..., nn.Module]) -> None:
+@pytest.mark.parametrize("into", [into_previous, into_next])
+def test_a_wrong_factor_is_caught(into: Callable[..., nn.Module]) -> None:
     conv = nn.Conv2d(4, 4, 1).double()
     a, b = torch.rand(2, 4, dtype=torch.float64) + 0.5
     x = torch.randn(2, 4, 3, 3, dtype=torch.float64)
@@ -157,7 +155,21 @@ def test_a_wrong_factor_is_caught(fold: Callable[..., nn.Module]) -> None:
     def affine(y: Tensor) -> Tensor:
         return a.view(1, -1, 1, 1) * y + b.view(1, -1, 1, 1)
 
-    expected = affine(conv(x)) if fold is into_previous else conv(affine(x))
-    torch.testing.assert_close(fold(conv, (a, b))(x), expected, **EXACT)
+    expected = affine(conv(x)) if into is into_previous else conv(affine(x))
+    torch.testing.assert_close(into(conv, (a, b))(x), expected, **EXACT)
     with pytest.raises(AssertionError):
-        torch.testing.assert_close(fold(conv, (1.01 * a, b))(x), expected, **EXACT)
+        torch.testing.assert_close(into(conv, (1.01 * a, b))(x), expected, **EXACT)
+
+
+class _Live(nn.Module):
+    """A norm of each batch, without statistics that could be folded."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, None, None, training=self.training)
+
+
+def test_a_graph_whose_calls_were_only_lifted_says_that_it_changed() -> None:
+    graph_module = torch.fx.symbolic_trace(_Live().train())
+    result = FoldAffine()(graph_module)
+    assert result.modified and [node.op for node in graph_module.graph.nodes][1] == "call_module"
+    assert not FoldAffine()(graph_module).modified

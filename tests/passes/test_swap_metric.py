@@ -1,6 +1,7 @@
 """SwapMetric: eval exact, whatever the norm; refused by name where it can't be."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -103,8 +104,8 @@ def test_ours_from_the_start_reverts_to_its_own_metric() -> None:
     assert isinstance(nr.convert(norm, "l2"), nn.BatchNorm2d)
 
 
-def test_as_a_torch_fx_pass(small: "object") -> None:
-    model = small()  # type: ignore[operator]
+def test_as_a_torch_fx_pass(small: Callable[[], nn.Module]) -> None:
+    model = small()
     before, x = copy.deepcopy(model.state_dict()), torch.randn(2, 3, 4, 4)
     traced = torch.fx.symbolic_trace(model)
     result = SwapMetric(to="l1")(traced)
@@ -119,10 +120,15 @@ def test_as_a_torch_fx_pass(small: "object") -> None:
         assert torch.equal(value, before[name]), name
 
 
-def test_twins_trace_with_one_node_a_norm_and_a_live_training_flag(small: "object") -> None:
-    traced = torch.fx.symbolic_trace(nr.convert(small(), "l1"))  # type: ignore[operator]
+def test_twins_trace_with_one_node_a_norm_and_a_live_training_flag(small: Callable[[], nn.Module]) -> None:
+    traced = torch.fx.symbolic_trace(nr.convert(small(), "l1"))
     calls = [node for node in traced.graph.nodes if node.op == "call_module"]
     norms = [node for node in calls if isinstance(traced.get_submodule(str(node.target)), nr.nn.BatchNorm2d)]
     assert len(norms) == 2 and not [node for node in traced.graph.nodes if node.op == "call_function"]
     x = 3 + torch.randn(2, 3, 4, 4)
     assert not torch.equal(traced.train()(x), traced.eval()(x))
+
+
+def test_an_unknown_gain_is_told_before_training_meets_it() -> None:
+    with pytest.raises(nr.NormRewriteError, match=r"unknown gain 'Exact'\. Known: exact, paper"):
+        SwapMetric("l1", "Exact")  # type: ignore[arg-type]

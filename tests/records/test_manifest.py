@@ -10,10 +10,10 @@ from torch import nn
 
 import normrewrite as nr
 from normrewrite.records import manifest
+from tests.conftest import TARGETS
 
 Make = Callable[[], nn.Module]
 Record = dict[str, Any]
-TARGETS = ("l1", "linf", "topk:10", "topk:1%", "range")
 
 
 def record_of(*entries: object, **fields: object) -> Record:

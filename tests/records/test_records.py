@@ -1,4 +1,3 @@
-# ruff: noqa: F811 (the fixture `run`)
 """Manifests as people meet them: digests and history in the file, verify --manifest, diff, convert --replay."""
 
 import copy
@@ -17,9 +16,11 @@ import torch
 from torch import nn
 
 import normrewrite as nr
-from normrewrite.records import digests, manifest
-from tests.commands.test_rewriting import Command, run  # noqa: F401 (a fixture; it takes the folder below)
-from tests.conftest import ROOT
+from normrewrite.commands.rewriting import calibrate, convert
+from normrewrite.commands.source import Source
+from normrewrite.measure.exactness import Probe, measured
+from normrewrite.records import digests, history, manifest
+from tests.conftest import ROOT, Command
 
 ARCH = "--arch digits.py:digits_resnet"
 WHOLE = f"verify --manifest twin.pt --original digits.pt {ARCH}"
@@ -32,9 +33,6 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("records")
     for name in ("digits.pt", "digits.py", "digits.npz"):
         shutil.copy(ROOT / "examples" / name, folder)
-    from normrewrite.commands.rewriting import convert
-    from normrewrite.commands.source import Source
-
     torch.save(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)).eval(), folder / "module.pt")
     convert(Source(folder / "module.pt"), "l1", output=folder / "pickled.pt", manifest=folder / "pickled.json")
     source = Source(folder / "digits.pt", f"{folder / 'digits.py'}:digits_resnet")
@@ -128,8 +126,6 @@ def test_error_is_that_of_a_float64_reference(small: Callable[[], nn.Module], to
 
 
 def test_error_of_a_false_norm_is_large(small: Callable[[], nn.Module]) -> None:
-    from normrewrite.measure.exactness import Probe, measured
-
     model = small()
     new = nr.convert(model)[1]
     new.running_scale *= 1.01  # type: ignore[operator]
@@ -157,6 +153,11 @@ def test_history_grows_with_every_command(run: Command, folder: Path) -> None:
     assert run(f"verify --manifest twin.calibrated.pt --original digits.pt {ARCH}").code == 0
     assert run(f"revert twin.calibrated.pt {ARCH} -o back.pt").code == 0
     assert "report" not in loaded("back.pt")["normrewrite"]
+
+
+def test_numbers_of_a_recorded_command_keep_their_digits(folder: Path) -> None:
+    step = history.step(calibrate, Source(folder / "digits.pt"), {"data": "digits.npz", "mean": [0.49139968, 0.5]})
+    assert step["command"][-2:] == ["--mean", "0.49139968,0.5"]
 
 
 # --- verify --manifest ------------------------------------------------------------------------------------------------
@@ -379,9 +380,8 @@ def test_what_a_manifest_names_is_imported_by_trust_alone(run: Command, folder: 
 
 
 def test_arch_of_the_manifest_serves_by_trust(run: Command, folder: Path) -> None:
-    assert (
-        run("verify --manifest twin.pt --original digits.pt --trust").code == 2
-    )  # digits.pt has no manifest to name it
+    unnamed = run("verify --manifest twin.pt --original digits.pt --trust")
+    assert unnamed.code == 2  # digits.pt has no manifest to name it
     outcome = run("verify --manifest twin.pt --trust --json")
     assert outcome.code == 0 and outcome.json["unchecked"] == ["the original's file: give it as --original"]
 

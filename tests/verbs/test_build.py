@@ -197,7 +197,7 @@ def test_profiles(files: dict[str, Path], shapes: dict[str, list[str]], wanted: 
     assert profile_of(onnx.load(files["fp32"]), shapes) == {"input": [(batch, 3, 8, 8) for batch in wanted]}
 
 
-def test_open_sizes_have_no_default(files: dict[str, Path], tmp_path: Path) -> None:
+def test_open_sizes_have_no_default(files: dict[str, Path]) -> None:
     proto = onnx.load(files["fp32"])
     proto.graph.input[0].type.tensor_type.shape.dim[2].dim_param = "height"
     with pytest.raises(nr.NormRewriteError, match="sizes beside the batch are open"):

@@ -139,8 +139,9 @@ def test_opsets(tmp_path: Path, opset: int) -> None:
         ({"opset": 17}, "--opset 17: the exporter gives 18 to 23"),
         ({"precision": "int8"}, "give --calibrate DATA"),
         ({"precision": "bf16"}, "bf16 only from opset 22"),
-        ({"precision": "fp8"}, "'fp8'.* are known"),
-        ({"deploy": "plugin"}, "'plugin'.* are known"),
+        ({"precision": "fp8"}, r"unknown precision 'fp8'\..* Known: fp32, fp16, bf16, int8"),
+        ({"deploy": "plugin"}, "unknown deploy 'plugin'. Known: fold, op"),
+        ({"precision": "int8", "ranges": "max"}, "unknown ranges 'max'. Did you mean 'minmax'"),
         ({"calibrate": torch.randn(4, 3, 8, 8)}, "--calibrate goes with --precision int8"),
         ({"live_stats": True}, "holds no batch norm of normrewrite's"),
         ({"bodies": False}, "--no-bodies goes with --deploy op"),
@@ -151,6 +152,13 @@ def test_bad_requests_write_nothing(tmp_path: Path, options: dict[str, Any], sai
     with pytest.raises(nr.NormRewriteError, match=said) as caught:
         nr.export(residual(), images(), tmp_path / "model.onnx", **options)
     assert caught.value.exit_code == 2 and not list(tmp_path.iterdir())
+
+
+def test_another_opset_than_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_file, "opset_of", lambda proto: 18)
+    with pytest.raises(nr.NormRewriteError, match="--opset 20: torch's exporter gave opset 18 instead"):
+        nr.export(residual(), images(), tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

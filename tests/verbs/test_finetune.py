@@ -105,9 +105,8 @@ def test_a_layer_twin_is_repaired_without_labels(digits: nn.Module, examples: tu
 @pytest.mark.parametrize("to", ["l1", "bwn", "group:2"])
 def test_every_precision_learns(to: str, precision: str, digits: nn.Module, examples: tuple[Tensor, Tensor]) -> None:
     twin = nr.convert(digits, to=to)
-    settles = (
-        3 if precision == "fp16-pure" else 0
-    )  # steps: its gradients are half too, and the loss scale comes down to that
+    # Steps: gradients of fp16-pure are half too, and the loss scale comes down to that.
+    settles = 3 if precision == "fp16-pure" else 0
     trained, result = finetune(twin, examples[0][:128], epochs=3, precision=precision)
     losses = [epoch.loss for epoch in result.epochs if epoch.loss is not None]
     assert result.skipped_steps <= settles and losses[-1] < 1.5 * losses[0] and len(losses) > 1
@@ -298,9 +297,7 @@ def test_a_resumed_run_is_the_unbroken_one_to_the_bit(
     assert not _same(finetune(tiny, labelled, **settings | {"seed": 1})[0], whole)
 
 
-def test_the_comparison_would_show_a_lost_state(
-    tiny: nn.Module, labelled: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_comparison_would_show_a_lost_state(tiny: nn.Module, labelled: Data, tmp_path: Path) -> None:
     whole, _ = finetune(tiny, labelled, **SETTINGS)
     run = SETTINGS | {"checkpoints": tmp_path / "run", "resume": True, "save_every": 3}
     with pytest.raises(Stopped):
