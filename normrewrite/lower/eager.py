@@ -16,6 +16,8 @@ they run, so that a dynamic batch needs no formula for it. Twice-differentiation
 wrongly.
 """
 
+import math
+from collections.abc import Iterable
 from typing import cast
 
 import torch
@@ -37,7 +39,7 @@ from normrewrite.lower.families import (
     within_half,
 )
 from normrewrite.lower.kernels import compiles, serving
-from normrewrite.lower.pieces import Cells, backwards, cut, pieces
+from normrewrite.lower.pieces import FEW, Cells, Pieces, cut, divided
 from normrewrite.norms import Gain, Metric
 from normrewrite.norms import metric as row_of
 
@@ -79,8 +81,15 @@ def statistics(x: Tensor, row: Metric) -> tuple[Tensor, Tensor, Sparse]:
         cells = cut(x, k)
         if cells is not None and 4 * k <= cells.high.shape[1]:
             return cells.mean, *extremes_in(cells, row, k)
-    mean = x.mean(over(x), dtype=wide_dtype(x))
+    mean = channel_mean(x)
     return mean, *measure(x, mean, row)
+
+
+def channel_mean(x: Tensor) -> Tensor:
+    """The mean of each channel, (C,), fp32 at least; plane by plane first, where planes lie together in memory."""
+    if x.dim() > 2 and x.is_contiguous():
+        return x.flatten(2).mean(2, dtype=wide_dtype(x)).mean(0)
+    return x.mean(over(x), dtype=wide_dtype(x))
 
 
 def measure(x: Tensor, mean: Tensor, row: Metric) -> tuple[Tensor, Sparse]:
@@ -93,20 +102,30 @@ def measure(x: Tensor, mean: Tensor, row: Metric) -> tuple[Tensor, Sparse]:
 
 def power_sums(x: Tensor, mean: Tensor, row: Metric) -> Tensor:
     """sum |d|^p and sum w of each channel, (2, C), for w = sign(d) |d|^(p-1), of which d*w is |d|^p. x: (N, C, *)."""
-    total = mean.new_zeros(len(mean), 2, dtype=torch.float64)
-    d, one = mean.new_empty(0), mean.new_ones(())
-    for piece, middle, found in backwards(pieces((x,), (mean, total))):
+    parts, found = Pieces(x), []
+    d = mean.new_empty(0)
+    for piece, middle in _last_first(parts.of(x), parts.each(mean)):
         values = wide(piece)
         if d.shape != values.shape:  # the same memory for each, so that it stays in the cache
             d = torch.empty_like(values)
-        torch.sub(values, per_channel(middle, x.dim()), out=d)
-        if x.dim() > 2 and values.is_contiguous() and values.numel():
-            both = sums(dense_slope(d, one, row), values, middle, torch.ones_like(middle))
-        else:  # there that kernel adds up one row after the other, and loses digits
-            magnitudes = d.abs().pow_(row.power).sum(over(x))
-            both = magnitudes, dense_slope(d, one, row).sum(over(x))
-        found += torch.stack(both, 1)
-    return total.T.to(mean.dtype).contiguous()
+        torch.sub(values, per_channel(middle, values.dim()), out=d)
+        found.append(_power_sums(d, values, middle, row))
+    return torch.stack([parts.total(each[::-1]) for each in zip(*found, strict=True)]).to(mean.dtype)
+
+
+def _power_sums(d: Tensor, x: Tensor, mean: Tensor, row: Metric) -> tuple[Tensor, Tensor]:
+    """sum |d|^p and sum w of d = x - mean, (C,) each. Overwrites d."""
+    one = mean.new_ones(())
+    if x.dim() > 2 and x.is_contiguous() and x.numel():
+        return _two_sums(dense_slope(d, one, row), x, mean, torch.ones_like(mean))
+    # channels-last, that kernel adds up one row after the other, and loses digits
+    magnitudes = d.abs().pow_(row.power).sum(over(x))
+    return magnitudes, dense_slope(d, one, row).sum(over(x))
+
+
+def _last_first(*parts: Iterable[Tensor]) -> list[tuple[Tensor, ...]]:
+    """The last pieces first: after one pass over a tensor, its end is what the cache still holds."""
+    return list(zip(*parts, strict=False))[::-1]
 
 
 def power_mean(sums: Tensor, n: int, power: int) -> tuple[Tensor, Sparse]:
@@ -226,12 +245,23 @@ _forward.register_autograd(gradients(lambda *kept: _backward(*kept)), setup_cont
 
 
 def sums(g: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """(sum g*d/scale, sum g) by channel: the two reductions of torch's own batch norm backward, in one read of g and x."""
-    ones = torch.ones_like(mean)
-    _, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
-        g.to(x.dtype), x, ones, None, None, mean, scale.reciprocal(), True, 0.0, [False, True, True]
-    )
-    return dweight, dbias
+    """(sum g*d/scale, sum g) by channel, in one read of g and x."""
+    parts, inverse = Pieces(x), scale.reciprocal()
+    if not parts.planes or math.prod(x.shape[2:]) > FEW:
+        return _two_sums(g, x, mean, inverse)
+    each = zip(parts.of(g), parts.of(x), parts.each(mean), parts.each(inverse), strict=False)
+    product, plain = (parts.total(found) for found in zip(*(_two_sums(*piece) for piece in each), strict=True))
+    return product.to(mean.dtype), plain.to(mean.dtype)
+
+
+def _two_sums(g: Tensor, x: Tensor, mean: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum g*d*inverse, sum g) by channel: the two reductions of torch's own batch norm backward, one kernel.
+
+    It goes through all samples channel by channel, which is slow where planes are small and memory is far: give it pieces.
+    """
+    asked = mean, inverse, True, 0.0, [False, True, True]
+    _, product, plain = torch.ops.aten.native_batch_norm_backward(g.to(x.dtype), x, None, None, None, *asked)
+    return product, plain
 
 
 def slope_sum(signs: Tensor, row: Metric, constant: float, n: int) -> Tensor:
@@ -259,10 +289,10 @@ def input_gradient(
     inward = -dweight / scale if weight is None else -dweight * weight.to(scale.dtype) / scale
     # in half precision one sum of two roundings would not do, nor the sum of two infinities on a dead channel
     if row.family == "mean":
-        dx = torch.empty_like(x)
-        per = mean, middle, _factor(scale, weight), inward * (constant / n), spread, spread / constant
-        for parts in backwards(pieces((x, g, dx), per)):
-            _dense_part(row, eps, *parts)
+        dx, factor, parts = torch.empty_like(x), _factor(scale, weight), Pieces(x)
+        per = mean, factor, inward * (constant / n), -factor * middle, spread, spread / constant
+        for piece in _last_first(*map(parts.of, (x, g, dx)), *map(parts.each, per)):
+            _dense_part(row, eps, *piece)
         return dx
     dx = affine(wide(g), middle, scale, weight, None)
     if x.numel():
@@ -277,17 +307,17 @@ def _dense_part(
     g: Tensor,
     dx: Tensor,
     mean: Tensor,
-    middle: Tensor,
     factor: Tensor,
     inward: Tensor,
+    offset: Tensor,
     spread: Tensor,
     raw: Tensor,
 ) -> None:
-    """dx = factor * (g - middle) + inward * slope, of some elements; raw: S."""
+    """dx = factor * g + inward * slope + offset, of some elements; raw: S."""
     rank = x.dim()
     values = dx if dx.dtype == mean.dtype else torch.empty_like(dx, dtype=mean.dtype)
     torch.sub(x, per_channel(mean, rank), out=values)  # what follows is done in place: half of what memory has to carry
-    slope = _affine_(dense_slope(values, per_channel(raw, rank), row), inward, -factor * middle)
+    slope = _affine_(dense_slope(values, per_channel(raw, rank), row), inward, offset)
     torch.addcmul(slope, wide(g), per_channel(factor, rank), out=values)
     if values is not dx:
         dx.copy_(within_half(values, per_channel(spread, rank), eps, x.dtype))
@@ -304,8 +334,9 @@ def _affine_(x: Tensor, factor: Tensor, offset: Tensor) -> Tensor:
 def _add_at(dx: Tensor, indices: Tensor, values: Tensor) -> None:
     """dx: (N, C, *) += values at `indices`, (C, k) positions in each channel's own (N, *) order."""
     samples = dx.view(*dx.shape[:2], -1)
-    channels, positions = torch.arange(dx.shape[1], device=dx.device)[:, None].expand_as(indices), samples.shape[2]
-    samples.index_put_((indices // positions, channels, indices % positions), values, accumulate=True)
+    channels = torch.arange(dx.shape[1], device=dx.device)[:, None].expand_as(indices)
+    sample, position = divided(indices, samples.shape[2])
+    samples.index_put_((sample, channels, position), values, accumulate=True)
 
 
 def normalise(

@@ -1,14 +1,16 @@
 """Torch: large tensors in pieces that stay in a processor's cache, so that several small kernels read memory once.
 
->>> for x_piece, g_piece, mine in pieces((x, g), (mean,)): ...         # (N, C, *) each, of the same places, and (C,)
->>> cells = cut(x)                                         # sum, largest and smallest of every few hundred neighbours
+>>> parts = Pieces(x)                                                            # x, and what has its shape: (N, C, *)
+>>> for x_piece, g_piece, middle in zip(parts.of(x), parts.of(g), parts.each(mean)): ...
+>>> cells = cut(x)                                    # sum, largest and smallest of every few hundred neighbours
 
 Pieces are views. A GPU gets everything as one piece: there a launch costs more than a read.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -18,33 +20,45 @@ from normrewrite.lower.families import wide_dtype
 # Of fp32 a thread: two megabytes, few of which fit into a shared cache; smaller ones cost more to start.
 _ELEMENTS = 1 << 19
 _LONGEST, _SHORTEST = 256, 7  # elements of a cell
-_FEW, _ACROSS = 512, 16  # positions of a sample: then a cell lies across so many samples, in whole vectors, ...
+FEW, _ACROSS = 512, 16  # positions of a sample: then a cell lies across so many samples, in whole vectors, ...
 _PLANE = 128  # ... unless a sample's positions are one good cell
 
 
-def pieces(tensors: tuple[Tensor, ...], of_channels: tuple[Tensor, ...] = ()) -> Iterator[tuple[Tensor, ...]]:
-    """Parts of `tensors`, all (N, C, *) of one shape, and behind them the parts of `of_channels`, (C, *), that go with them.
+class Pieces:
+    """How (N, C, *) is cut: pieces lie whole in memory, as torch's kernels for batch norms copy what does not.
 
-    Cut along whatever is outermost in the first one's memory, so that its parts stay whole there: torch's kernels for batch
-    norms copy what is not.
+    Where planes lie together, each plane of each sample is a channel of its own, (1, R, positions). Where channels do, a piece
+    is (1, C, M, 1), channels-last. What is small, or neither, is one piece.
     """
-    x, size = tensors[0], _ELEMENTS * torch.get_num_threads()
-    outermost = sorted((dim for dim in range(x.dim()) if x.shape[dim] > 1), key=x.stride, reverse=True)
-    if x.device.type != "cpu" or x.numel() <= size or not outermost:
-        yield *tensors, *of_channels
-        return
-    dim = outermost[0]
-    step = max(size * x.shape[dim] // x.numel(), 1)
-    for start in range(0, x.shape[dim], step):
-        length = min(step, x.shape[dim] - start)
-        parts = tuple(tensor.narrow(dim, start, length) for tensor in tensors)
-        mine = tuple(values.narrow(0, start, length) for values in of_channels) if dim == 1 else of_channels
-        yield from pieces(parts, mine)
 
+    def __init__(self, x: Tensor) -> None:
+        self.samples, self.channels = x.shape[:2]
+        size = _ELEMENTS * torch.get_num_threads()
+        large = x.device.type == "cpu" and x.numel() > size
+        self.planes = large and x.dim() > 2 and x.is_contiguous()
+        self.rows = large and not self.planes and x.movedim(1, -1).is_contiguous()
+        self.step = max(size // (math.prod(x.shape[2:]) if self.planes else max(self.channels, 1)), 1)
 
-def backwards(parts: Iterator[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
-    """The last pieces first: after one pass over a tensor, its end is what the cache still holds."""
-    return reversed(list(parts))
+    def of(self, values: Tensor) -> tuple[Tensor, ...]:
+        """The pieces of x, or of what has its shape; views of what is laid out as x is."""
+        if self.planes:
+            return tuple(values.reshape(1, self.samples * self.channels, -1).split(self.step, 1))
+        if self.rows:
+            rows = values.movedim(1, -1).reshape(-1, self.channels)
+            return tuple(rows.t()[None, :, :, None].split(self.step, 2))
+        return (values,)
+
+    def each(self, of_channels: Tensor) -> Iterable[Tensor]:
+        """What of (C,) goes with each piece."""
+        if self.planes:
+            return tuple(of_channels.repeat(self.samples).split(self.step))
+        return repeat(of_channels)
+
+    def total(self, found: Sequence[Tensor]) -> Tensor:
+        """Sums by channel, (C,), of what was found in each piece, in their order; added up in float64."""
+        if self.planes:
+            return torch.cat(list(found)).view(self.samples, -1).sum(0, dtype=torch.float64)
+        return torch.stack(list(found)).sum(0, dtype=torch.float64)
 
 
 @dataclass
@@ -65,21 +79,29 @@ class Cells:
     def read(self, cells: Tensor) -> Tensor:
         """The elements of some cells, (C, k) -> (C, k * L), in the dtype of the statistics."""
         channels = torch.arange(len(cells), device=cells.device)[:, None]
-        outer, inner = cells // self._inner, cells % self._inner
+        outer, inner = divided(cells, self._inner)
         found = self.values[outer, :, channels, inner] if self.along == 1 else self.values[outer, channels, inner]
         return found.flatten(1).to(self.mean.dtype)
 
     def places(self, cells: Tensor, within: Tensor) -> Tensor:
         """Where elements stand in their channel's (N, *) order. within: (C, m) columns of what `read` gave for (C, k)."""
         length = self.values.shape[self.along]
-        cell, offset = cells.gather(1, within // length), within % length
+        which, offset = divided(within, length)
+        cell = cells.gather(1, which)
         if self.along == 3:
             return cell * length + offset
-        return (cell // self._inner * length + offset) * self._inner + cell % self._inner
+        outer, inner = divided(cell, self._inner)
+        return (outer * length + offset) * self._inner + inner
 
     @property
     def _inner(self) -> int:
         return self.values.shape[2 if self.along == 3 else 3]
+
+
+def divided(places: Tensor, by: int) -> tuple[Tensor, Tensor]:
+    """places // by and places % by, of 0 to 2^52: doubles hold these exactly, and torch divides them four times as fast."""
+    quotient = (places.double() / by).long()
+    return quotient, places - quotient * by
 
 
 def cut(x: Tensor, k: int = 1) -> Cells | None:
@@ -124,7 +146,7 @@ def _in_order(x: Tensor, longest: int) -> tuple[Tensor | None, int]:
         samples, across = rows.reshape(-1, channels, 1), _length(n * positions, longest)
     else:
         samples = x.contiguous().view(n, channels, positions)
-        few = positions < _FEW and not _PLANE <= positions <= longest
+        few = positions < FEW and not _PLANE <= positions <= longest
         across = _length(n, min(longest, _ACROSS)) if few else None
     if across is not None:
         return samples.unflatten(0, (-1, across)), 1

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from normrewrite.lower import eager
 from normrewrite.lower import pieces as room
-from normrewrite.lower.pieces import cut, pieces
+from normrewrite.lower.pieces import Pieces, cut, divided
 from normrewrite.norms import metric
 from tests.lower.test_eager import EPS, affine_of, check_backward, check_forward, gradients, ours
 
@@ -30,21 +30,39 @@ def laid_out(shape: tuple[int, ...]) -> list[Tensor]:
 @every_shape
 def test_pieces_cover_everything_once(shape: tuple[int, ...]) -> None:
     for x in laid_out(shape):
-        counts, other, channels = torch.zeros_like(x), torch.zeros(shape), torch.zeros(shape[1])
-        for a, b, mine in pieces((counts, other), (channels,)):
-            assert a.shape == b.shape and a.dim() == x.dim()
-            a += 1
-            b += 1
-            mine += 1
-            assert a.shape[1] == len(mine)
-        assert (counts == 1).all() and (other == 1).all() and (channels >= 1).all()
+        counts, other, channels = torch.zeros_like(x), torch.zeros(shape), torch.arange(shape[1])
+        parts = Pieces(counts)
+        for a, b, mine in zip(parts.of(counts), parts.of(other), parts.each(channels), strict=False):
+            assert a.shape == b.shape and len(mine) == a.shape[1]
+            a += 1 + mine.view(1, -1, *(1,) * (a.dim() - 2))
+        assert torch.equal(counts, 1 + eager.per_channel(channels, x.dim()).expand(shape))
+
+
+@pytest.mark.usefixtures("elements")
+@every_shape
+def test_what_is_found_in_pieces_adds_up(shape: tuple[int, ...]) -> None:
+    for x in laid_out(shape):
+        parts = Pieces(x)
+        found = [piece.double().sum([dim for dim in range(piece.dim()) if dim != 1]) for piece in parts.of(x)]
+        assert torch.equal(parts.total(found), x.double().sum(eager.over(x)))
 
 
 def test_pieces_are_small_where_there_is_something_to_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "_ELEMENTS", 64 // torch.get_num_threads())
-    assert max(piece.numel() for (piece,) in pieces((torch.zeros(9, 2, 16, 4),))) <= 64
-    assert max(piece.numel() for (piece,) in pieces((torch.zeros(1, 2, 16, 4),))) <= 64
-    assert len(list(pieces((torch.zeros(4, 2, 8),)))) == 1  # as it is small
+    for x in (
+        torch.zeros(9, 2, 16, 4),
+        torch.zeros(9, 4, 8, 2).to(memory_format=torch.channels_last),
+        torch.zeros(99, 4),
+    ):
+        pieces = Pieces(x).of(x)
+        assert len(pieces) > 1 and max(piece.numel() for piece in pieces) <= 64
+    assert len(Pieces(torch.zeros(4, 2, 8)).of(torch.zeros(4, 2, 8))) == 1  # as it is small
+
+
+@pytest.mark.parametrize("by", [1, 3, 49, 2**20 + 7])
+def test_places_are_divided_as_integers(by: int) -> None:
+    places = torch.cat([torch.arange(-2, 3) + multiple * by for multiple in (1, 2, 1000, 2**51 // by)]).clamp_min(0)
+    assert all(map(torch.equal, divided(places, by), (places // by, places % by)))
 
 
 @pytest.mark.usefixtures("elements")
