@@ -36,7 +36,7 @@ class Batch:
     labels: Tensor | None = None
 
     def __len__(self) -> int:
-        return len(next(iter(self.inputs.values())))
+        return next((len(values) for values in self.inputs.values()), 0)
 
     def positional(self, names: Sequence[str]) -> list[Tensor]:
         """The inputs in the order of forward's arguments `names`, whatever order they came in; as they came, by other names."""

@@ -93,14 +93,14 @@ def _weights(bounded: bool) -> Callable[..., Rewrite]:
     return make
 
 
-def _metric(row: norms.Metric) -> Target:
+def of_metric(row: norms.Metric) -> Target:
     """A metric as a target; docs/add_a_norm.md adds one in the same way."""
     return Target(row.spelling, row.summary, row.source, SwapMetric, _BATCH)
 
 
 _WU_HE = "Wu & He 2018, arXiv:1803.08494"
 
-TARGETS: dict[str, Target] = {row.name: _metric(row) for row in norms.METRICS.values() if not row.native} | {
+TARGETS: dict[str, Target] = {row.name: of_metric(row) for row in norms.METRICS.values() if not row.native} | {
     "l2": Target(
         "l2",
         "torch's own norms back from ours",

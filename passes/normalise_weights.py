@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from normrewrite import sites
+from normrewrite.lower.families import statistics_dtype
 from normrewrite.nn.mean_only import MeanOnlyBatchNorm
 from normrewrite.nn.origin import Origin
-from normrewrite.nn.parts import statistics_dtype
 from normrewrite.nn.stand_in import StandIn
 from normrewrite.nn.weights import normalise_weight, remember
 from normrewrite.passes.base import Rewrite

@@ -16,9 +16,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from normrewrite.errors import NormRewriteError, nearest
+from normrewrite.lower.families import statistics_dtype
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.origin import Origin
-from normrewrite.nn.parts import assemble, attributes, shallow, statistics_dtype
+from normrewrite.nn.parts import assemble, attributes, shallow
 from normrewrite.norms import Gain, metric, require_gain
 from normrewrite.passes import swap_rows
 from normrewrite.passes.base import Rewrite

@@ -14,9 +14,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from normrewrite.errors import NormRewriteError
+from normrewrite.lower.families import statistics_dtype
 from normrewrite.nn import rows
 from normrewrite.nn.origin import Origin
-from normrewrite.nn.parts import assemble, attributes, shallow, statistics_dtype
+from normrewrite.nn.parts import assemble, attributes, shallow
 from normrewrite.nn.rows import RowNorm
 from normrewrite.norms import Gain, Metric
 from normrewrite.sites import Site

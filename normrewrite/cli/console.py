@@ -50,9 +50,13 @@ def _coloured(text: str) -> None:
         console.print(Text(line, style=style_of(line)), soft_wrap=True)
 
 
+# First words of tables.
+_HEADS = ("site ", "output ", "layer ", "tensor ", "form ", "changed ", "engine ")
+
+
 def style_of(line: str) -> str:
     """Heads of tables stand out, good verdicts are green, and what needs a look is red or yellow."""
-    if line.startswith(("site ", "output ")) and "  " in line:
+    if line.startswith(_HEADS) and "  " in line:
         return "bold"
     if "DIFFERENT" in line or "can't be" in line:
         return "red"

@@ -24,7 +24,12 @@ def wide(x: Tensor) -> Tensor:
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype is torch.float64 else torch.float32
+    return statistics_dtype(x.dtype)
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, else fp32."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 def power_mean(magnitude: Tensor, dims: list[int], power: int) -> Tensor:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normrewrite.lower.families import statistics_dtype
 from normrewrite.nn.batch import BatchNorm
-from normrewrite.nn.parts import deepcopy, statistics_dtype
+from normrewrite.nn.parts import deepcopy
 from normrewrite.passes.base import Pair
 from normrewrite.passes.fold_affine import affine_of, tail_of
 from normrewrite.sites.modes import evaluating

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from normrewrite.errors import NormRewriteError
+from normrewrite.lower.families import statistics_dtype
 from normrewrite.nn.functional import averaging_factor, batch_norm, group_of
 from normrewrite.nn.origin import Origin
-from normrewrite.nn.parts import keep_wide, statistics_dtype, through_tail
+from normrewrite.nn.parts import keep_wide, through_tail
 from normrewrite.nn.tracing import as_one_node
-from normrewrite.norms import GAINS, Gain
+from normrewrite.norms import Gain, require_gain
 from normrewrite.norms import metric as row_of
 
 
@@ -58,8 +59,7 @@ class BatchNorm(nn.Module):
         process_group: Any = None,
     ) -> None:
         super().__init__()
-        if gain not in GAINS:
-            raise NormRewriteError(f"unknown gain {gain!r}. Known: {', '.join(GAINS)}.")
+        require_gain(gain)
         self.num_features = num_features
         self.eps = eps
         self.momentum = momentum

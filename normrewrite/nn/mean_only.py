@@ -11,10 +11,10 @@ from normrewrite.errors import NormRewriteError
 from normrewrite.lower import distributed, half
 from normrewrite.lower.accumulate import Accumulator
 from normrewrite.lower.eager import over, per_channel
-from normrewrite.lower.families import wide
+from normrewrite.lower.families import statistics_dtype, wide
 from normrewrite.nn.functional import average_in, averaging_factor, group_of, not_shared
 from normrewrite.nn.origin import Origin
-from normrewrite.nn.parts import keep_wide, statistics_dtype, through_tail
+from normrewrite.nn.parts import keep_wide, through_tail
 from normrewrite.nn.tracing import as_one_node
 
 

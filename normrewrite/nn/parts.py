@@ -48,11 +48,6 @@ def deepcopy(model: Model, memo: dict[int, Any] | None = None) -> Model:
     return copy.deepcopy(model, memo)
 
 
-def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, else fp32."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
-
-
 def keep_wide(module: nn.Module, names: list[str], apply: Callable[[], object]) -> Any:
     """Run a `.half()` or `.to(...)` on module, but leave the named buffers at fp32 or wider, to the bit."""
     before = {name: getattr(module, name) for name in names}

@@ -14,11 +14,12 @@ from torch.fx import Proxy
 from normrewrite.errors import NormRewriteError
 from normrewrite.lower import eager, half, rows
 from normrewrite.lower import relu as with_relu
+from normrewrite.lower.families import statistics_dtype
 from normrewrite.nn.functional import average_in, rectified
 from normrewrite.nn.origin import Origin
-from normrewrite.nn.parts import keep_wide, statistics_dtype
+from normrewrite.nn.parts import keep_wide
 from normrewrite.nn.tracing import as_one_node
-from normrewrite.norms import GAINS, Gain
+from normrewrite.norms import Gain, require_gain
 from normrewrite.norms import metric as row_of
 
 
@@ -47,8 +48,7 @@ class RowNorm(nn.Module):
         gain: Gain,
     ) -> None:
         super().__init__()
-        if gain not in GAINS:
-            raise NormRewriteError(f"unknown gain {gain!r}. Known: {', '.join(GAINS)}.")
+        require_gain(gain)
         self.eps = eps
         self.metric = str(row_of(metric))
         self.gain: Gain = gain

@@ -23,9 +23,9 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
 from normrewrite.errors import NormRewriteError
-from normrewrite.lower.families import wide
+from normrewrite.lower.families import statistics_dtype, wide
 from normrewrite.nn.origin import Origin
-from normrewrite.nn.parts import assemble, keep_wide, shallow, statistics_dtype
+from normrewrite.nn.parts import assemble, keep_wide, shallow
 
 NORMS = (1.0, 2.0, float("inf"))
 

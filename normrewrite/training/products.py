@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from normrewrite.deployment.quantise import PERCENTILE
-from normrewrite.nn.parts import statistics_dtype
+from normrewrite.lower.families import statistics_dtype
 
 _SAMPLE = 1 << 17  # eight times as many take a fifth of a training step, and the moving average evens out
 _TINY = torch.finfo(torch.float32).tiny

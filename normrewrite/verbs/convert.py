@@ -193,7 +193,7 @@ def plan(
 
 def as_scopes(scope: Names) -> tuple[str, ...]:
     """`all`, a name, several with commas, or a sequence of names."""
-    names = tuple(scope.split(",") if isinstance(scope, str) else scope)
+    names = tuple(name.strip() for name in (scope.split(",") if isinstance(scope, str) else scope))
     return SCOPES if "all" in names else names
 
 
