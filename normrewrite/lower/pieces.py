@@ -35,9 +35,10 @@ class Pieces:
         self.samples, self.channels = x.shape[:2]
         size = _ELEMENTS * torch.get_num_threads()
         large = x.device.type == "cpu" and x.numel() > size
-        self.planes = large and x.dim() > 2 and x.is_contiguous()
+        positions = math.prod(x.shape[2:])
+        self.planes = large and positions > 1 and x.is_contiguous()
         self.rows = large and not self.planes and x.movedim(1, -1).is_contiguous()
-        self.step = max(size // (math.prod(x.shape[2:]) if self.planes else max(self.channels, 1)), 1)
+        self.step = max(size // (positions if self.planes else max(self.channels, 1)), 1)
 
     def of(self, values: Tensor) -> tuple[Tensor, ...]:
         """The pieces of x, or of what has its shape; views of what is laid out as x is."""
