@@ -107,14 +107,17 @@ def divided(places: Tensor, by: int) -> tuple[Tensor, Tensor]:
 
 def cut(x: Tensor, k: int = 1) -> Cells | None:
     """x: (N, C, *) cut into cells in one read, short enough that most of a channel's lie without its k extremes; None where
-    it has no length that cells could have."""
+    that takes longer than to look at every element, or where it has no length that cells could have."""
+    if x.numel() <= _ELEMENTS // 4:
+        return None
     longest = min(x.numel() // max(x.shape[1], 1) // (8 * k), _LONGEST)
     dtype, values, along = wide_dtype(x), *_in_order(x, longest)
     if values is None:
         return None
+    of_channels = 2 if along == 1 else 1
     outermost = (
-        0 if len(values) > 1 else (2 if along == 1 else 1)
-    )  # samples, or channels where all samples are one cell
+        of_channels if len(values) == 1 else 0
+    )  # of one sample, or where a cell has all of them, channels are parted
     read = [_read(piece, along, dtype) for piece in _parts(values, outermost)]
     high, low, total = (torch.cat(parts, min(outermost, 1)) for parts in zip(*read, strict=True))
     channels = total.sum(0).sum(-1)  # across samples first, in whole vectors

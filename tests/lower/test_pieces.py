@@ -14,7 +14,7 @@ SHAPES = [(6, 3, 16, 12), (1, 2, 40, 9), (37, 5), (8, 4, 24), (3, 2, 4, 6, 8), (
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
-@pytest.fixture(params=[7, 100, 1 << 17])
+@pytest.fixture(params=[7, 100, 1000])
 def elements(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "_ELEMENTS", request.param)
 
