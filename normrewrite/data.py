@@ -83,6 +83,17 @@ class Data:
         return Batch({name: values[:size] for name, values in batch.inputs.items()})
 
 
+def check_finite(batch: Batch, what: str) -> None:
+    """Raises for inputs that are NaN or infinite; says which."""
+    for name, values in batch.inputs.items():
+        bad = (~torch.isfinite(values.reshape(len(values), -1))).any(1).nonzero().flatten()
+        if len(bad):
+            raise NormRewriteError(
+                f"{what}: {name}: {len(bad)} of {len(values)} inputs hold NaN or infinity, the first is number {int(bad[0])}. "
+                "Mend them or take them out."
+            )
+
+
 def argument_names(model: nn.Module) -> list[str]:
     """The names of forward's positional arguments."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -311,6 +322,6 @@ def _batch(item: object, first: str, where: str) -> Batch:
 def _parts(item: object, first: str) -> tuple[dict[str, Any], object]:
     if isinstance(item, Mapping):
         return {str(name): values for name, values in item.items() if name != "labels"}, item.get("labels")
-    if isinstance(item, Sequence) and len(item) == 2 and not isinstance(item, str):
-        return {first: item[0]}, item[1]
+    if isinstance(item, Sequence) and len(item) in (1, 2) and not isinstance(item, str):  # (x,) is a TensorDataset's
+        return {first: item[0]}, item[1] if len(item) == 2 else None
     return {first: item}, None

@@ -27,6 +27,10 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 def as_rules(rules: Mapping[str, str | None] | Rules | None) -> list[tuple[str, str]]:
     """`{"layer1.*": "linf", "stem.bn": None}` or pairs -> pairs; None means keep."""
+    if isinstance(rules, str):
+        raise NormRewriteError(
+            f"rules is the text {rules!r}; write a mapping, as in {{'layer1.*': 'linf', 'stem.bn': None}}."
+        )
     pairs = rules.items() if isinstance(rules, Mapping) else rules or ()
     return [(pattern, KEEP if target is None else target) for pattern, target in pairs]
 

@@ -182,6 +182,10 @@ def rewrite(
     gain, scopes: of metric targets; other targets say themselves what they normalise over. example_inputs: forward's
     arguments, which tell targets that fold norms away the rank of linear layers' outputs.
     """
+    if not isinstance(spec, str):
+        raise NormRewriteError(
+            f"the target is a {type(spec).__name__}; needed is a text. Known: {', '.join(spellings())}."
+        )
     name, _, argument = spec.strip().lower().partition(":")
     if name not in TARGETS:
         raise NormRewriteError(

@@ -169,7 +169,8 @@ def _is_whole(module: nn.Module) -> bool:
 @lru_cache(maxsize=4096)
 def _calls_batch_norm(forward: Any) -> bool:
     """Whether the code of forward loads F.batch_norm, under whatever name; `self.batch_norm` is another thing."""
-    if forward.__module__.startswith("torch.nn.") or not hasattr(forward, "__code__"):
+    module = getattr(forward, "__module__", None) or ""  # code that was generated, as torch.fx's, has none
+    if module.startswith("torch.nn.") or not hasattr(forward, "__code__"):
         return False
     loaded: Any = None
     for instruction in dis.get_instructions(forward.__code__):

@@ -100,9 +100,8 @@ def _written(model: nn.Module, result: Finetuned, output: Path, form: files.Form
             record["last"] = str(_write_last(model, result, output, written))
             outputs.append(f"{record['last']} (the weights at the end)")
         checkpoints.finish(folder_of(output), record)
-    way_back = (
-        "\nrevert gives the nearest of torch's norms now" if any(map(sites.is_rewritten, model.modules())) else ""
-    )
+    nearest = "\nrevert gives the nearest of torch's norms now, no longer the original's bits"
+    way_back = nearest if any(map(sites.is_rewritten, model.modules())) else ""
     return Written(record, "\n".join([f"{result}{way_back}", *(f"wrote {name}" for name in outputs)]))
 
 

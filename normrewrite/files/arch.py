@@ -37,6 +37,8 @@ def build(arch: str | Factory | nn.Module, arguments: Mapping[str, Any] | None =
         try:
             with torch.random.fork_rng(devices=[]):
                 model = factory(**dict(arguments or {}))
+        except NormRewriteError:  # ours, of a library that isn't there
+            raise
         except (Exception, SystemExit) as error:  # the user's code runs here, and may raise anything
             raise NormRewriteError(f"--arch {arch}: the factory raised {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):

@@ -104,8 +104,12 @@ class Report:
             )
             for site in self.sites
         ]
-        head = f"{len(self.rewritten)} sites rewritten, {len(self.kept)} left; largest eval difference {self.max_difference:.1e}"
-        return f"{head}\n{table(('site', 'was', 'channels', 'is now', 'eval difference', 'note'), rows)}"
+        found = [f"{len(self.rewritten)} sites rewritten, {len(self.kept)} left"]
+        if any(site.difference is not None for site in self.sites):
+            found.append(f"largest eval difference {self.max_difference:.1e}")
+        if self.inexact:
+            found.append(f"{len(self.inexact)} can't be exact")
+        return f"{'; '.join(found)}\n{table(('site', 'was', 'channels', 'is now', 'eval difference', 'note'), rows)}"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

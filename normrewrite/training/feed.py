@@ -11,7 +11,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from normrewrite.data import Batch, Data
+from normrewrite.data import Batch, Data, check_finite
 from normrewrite.errors import NormRewriteError
 from normrewrite.training import randomness
 from normrewrite.verbs.verify import runner
@@ -112,16 +112,6 @@ def check(data: Data, model: nn.Module, labels: bool, what: str) -> None:
     check_finite(data.whole or batch, what)
     if labels:
         check_labels(data.whole or batch, next(iter(outputs.values()), None), what)
-
-
-def check_finite(batch: Batch, what: str) -> None:
-    for name, values in batch.inputs.items():
-        bad = (~torch.isfinite(values.reshape(len(values), -1))).any(1).nonzero().flatten()
-        if len(bad):
-            raise NormRewriteError(
-                f"{what}: {name}: {len(bad)} of {len(values)} inputs hold NaN or infinity, the first is number {int(bad[0])}. "
-                "Mend them or take them out."
-            )
 
 
 def check_labels(batch: Batch, outputs: Tensor | None, what: str) -> None:

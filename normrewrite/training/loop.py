@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normrewrite.data import Batch, Data
+from normrewrite.data import Batch, Data, check_finite
 from normrewrite.errors import NormRewriteError
 from normrewrite.sites.modes import evaluating, freeze_statistics, without_dropout
 from normrewrite.training import optimise, randomness
 from normrewrite.training.augment import augmentation
 from normrewrite.training.checkpoints import Checkpoints
-from normrewrite.training.feed import Feed, check_finite, first
+from normrewrite.training.feed import Feed, first
 from normrewrite.training.int8 import Int8, aside
 from normrewrite.training.losses import Objective, counted
 from normrewrite.training.machine import align_buffers, prepare, sharded, whole_weights

@@ -61,6 +61,12 @@ def run(
                 progress = loop.run(saver)
             finally:
                 machine.release(accelerator, loop.network)
+        if progress.step and progress.skipped == progress.step:
+            raise NormRewriteError(
+                f"all {progress.step} steps were skipped, as loss or gradient were not finite: nothing was learned. Look at the "
+                "data, lower --lr, give --warmup, or another --precision.",
+                exit_code=1,
+            )
         return model, _result(loop, progress, examples, model)
 
 

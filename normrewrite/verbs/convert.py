@@ -6,8 +6,9 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
@@ -163,6 +164,11 @@ def plan(
     include, exclude: globs or `re:` patterns of dotted names; each must match a site.
     Raises NormRewriteError for an unknown target or pattern, or a model wrapped for data-parallel training.
     """
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise NormRewriteError(
+            f"the model is a {type(model).__name__}; needed is a torch.nn.Module in Python. Of a state_dict or compiled code, "
+            "make the module and load the weights into it."
+        )
     if isinstance(model, DistributedDataParallel | DataParallel):
         raise NormRewriteError(
             f"the model is wrapped in {type(model).__name__}. Convert model.module, then wrap the result again."
@@ -236,7 +242,20 @@ def _choose(site: Site, target: str, include: list[str], exclude: list[str], pas
     return Choice(site, KEEP, None, refusal) if refusal else Choice(site, target, passes[target], None)
 
 
-def convert(model: nn.Module, to: str = "l1", *, optimizers: Iterable[Optimizer] = (), **options: object) -> nn.Module:
+class Options(TypedDict, total=False):
+    """What `plan` takes beside a model and a target."""
+
+    rules: Mapping[str, str | None] | Rules | None
+    include: Names
+    exclude: Names
+    gain: Gain
+    scope: Names
+    example_inputs: Sequence[Tensor] | None
+
+
+def convert(
+    model: nn.Module, to: str = "l1", *, optimizers: Iterable[Optimizer] = (), **options: Unpack[Options]
+) -> nn.Module:
     """A copy of `model` with its norms rewritten to `to`; in eval the same function, unless the target can't be (group,
     layer, instance, rms, bwn:strict; see `plan`). Options are those of `plan`.
 
@@ -246,12 +265,14 @@ def convert(model: nn.Module, to: str = "l1", *, optimizers: Iterable[Optimizer]
 
     Raises NormRewriteError where no site can be rewritten, or where a rewritten site differs beyond tolerance (exit_code 1).
     """
-    return _checked(*plan(model, to, **options).apply(optimizers))  # type: ignore[arg-type]
+    return _checked(*plan(model, to, **options).apply(optimizers))
 
 
-def convert_(model: nn.Module, to: str = "l1", *, optimizers: Iterable[Optimizer] = (), **options: object) -> nn.Module:
+def convert_(
+    model: nn.Module, to: str = "l1", *, optimizers: Iterable[Optimizer] = (), **options: Unpack[Options]
+) -> nn.Module:
     """`convert` in place. Returns the model, or the new root where the model itself is a norm."""
-    return _checked(*plan(model, to, **options).apply_(optimizers))  # type: ignore[arg-type]
+    return _checked(*plan(model, to, **options).apply_(optimizers))
 
 
 def _checked(model: nn.Module, report: Report) -> nn.Module:

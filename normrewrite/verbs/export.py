@@ -107,9 +107,12 @@ def export(
     path = Path(path)
     check_writable(path, force)
     _check_request(opset, deploy, bodies, precision, ranges, calibrate, learned)
-    inputs = tuple(
-        value.detach().cpu() for value in ([example_inputs] if isinstance(example_inputs, Tensor) else example_inputs)
-    )
+    examples = [example_inputs] if isinstance(example_inputs, Tensor) else list(example_inputs)
+    if not all(isinstance(value, Tensor) for value in examples):
+        raise NormRewriteError(
+            "example_inputs: needed are forward's arguments as tensors, as in torch.zeros(1, 3, 32, 32)."
+        )
+    inputs = tuple(value.detach().cpu() for value in examples)
     names = argument_names(model)[: len(inputs)]
     keys = names if len(names) == len(inputs) else [f"input_{i}" for i in range(len(inputs))]  # forward(*inputs)
     runner(model)(Batch(dict(zip(keys, inputs, strict=True))))  # input that doesn't fit is told in plain words

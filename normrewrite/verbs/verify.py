@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from normrewrite.data import Batch, Data, argument_names
+from normrewrite.data import Batch, Data, argument_names, check_finite
 from normrewrite.deployment import onnx_file
 from normrewrite.errors import NormRewriteError, first_line
 from normrewrite.records.report import table
@@ -36,6 +36,7 @@ class OutputDifference:
     noise: float = 0.0
     rows: int = 0
     agreeing: int = 0
+    finite: int = 0  # numbers that could be compared
     right: list[int] = field(default_factory=lambda: [0, 0])
 
     @property
@@ -57,6 +58,7 @@ class OutputDifference:
             )
         a, b = a.double().cpu(), b.double().cpu()
         gap = torch.where(a.isnan() & b.isnan() | (a == b), 0.0, (a - b).abs()).nan_to_num(nan=math.inf)
+        self.finite += int((a.isfinite() & b.isfinite()).sum())
         self.max_abs = max(self.max_abs, float(gap.max()) if gap.numel() else 0.0)
         self.largest = max(self.largest, float(b[b.isfinite()].abs().max()) if b.isfinite().any() else 0.0)
         self.signal += float((b * b).nansum())
@@ -156,11 +158,12 @@ def verify(
     labels: (N,), for top-1. tolerance: of max(1, largest output); by default that of the precision, 1e-4 for fp32.
     each: called with the number of inputs after every batch. Raises NormRewriteError where outputs can't be compared.
     """
-    data = inputs if isinstance(inputs, Data) else Data(whole=Batch(named(inputs, a, b), labels))
+    data = _data(inputs, labels, a, b)
     run_a, run_b = runner(a), runner(b)
     differences: dict[str, OutputDifference] = {}
     count, labelled = 0, False
     for batch in data.batches(batch_size):
+        check_finite(batch, "the data")  # of such, two networks give NaN, however different they are
         out_a, out_b = run_a(batch), run_b(batch)
         if len(out_a) != len(out_b):
             raise NormRewriteError(f"A has {len(out_a)} outputs and B {len(out_b)}, so they can't be compared.")
@@ -174,8 +177,24 @@ def verify(
         raise NormRewriteError(
             "forward returns no tensor (alone, in a list or in a dict), so there is nothing to compare."
         )
+    if not any(output.finite for output in differences.values()):
+        raise NormRewriteError(
+            "both networks gave NaN or infinity alone, so there is nothing to compare. Look at their weights."
+        )
     limit = tolerance if tolerance is not None else max(_tolerance(a), _tolerance(b))
     return Comparison(list(differences.values()), limit, labelled, count)
+
+
+def _data(inputs: Any, labels: Tensor | None, a: Network, b: Network) -> Data:
+    if isinstance(inputs, Data):
+        return inputs
+    values = inputs.values() if isinstance(inputs, Mapping) else inputs
+    if not isinstance(inputs, Tensor | Mapping | Sequence) or not all(isinstance(value, Tensor) for value in values):
+        raise NormRewriteError(
+            f"inputs is a {type(inputs).__name__}; needed are forward's arguments as tensors: one, a sequence or a mapping of "
+            "them, or normrewrite.data.Data for batches."
+        )
+    return Data(whole=Batch(named(inputs, a, b), labels))
 
 
 def named(inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor], *networks: Network) -> dict[str, Tensor]:
