@@ -36,7 +36,7 @@ class OutputDifference:
     noise: float = 0.0
     rows: int = 0
     agreeing: int = 0
-    finite: int = 0  # numbers that could be compared
+    finite: int = 0  # numbers that at least one of the two gave
     right: list[int] = field(default_factory=lambda: [0, 0])
 
     @property
@@ -58,7 +58,7 @@ class OutputDifference:
             )
         a, b = a.double().cpu(), b.double().cpu()
         gap = torch.where(a.isnan() & b.isnan() | (a == b), 0.0, (a - b).abs()).nan_to_num(nan=math.inf)
-        self.finite += int((a.isfinite() & b.isfinite()).sum())
+        self.finite += int((a.isfinite() | b.isfinite()).sum())
         self.max_abs = max(self.max_abs, float(gap.max()) if gap.numel() else 0.0)
         self.largest = max(self.largest, float(b[b.isfinite()].abs().max()) if b.isfinite().any() else 0.0)
         self.signal += float((b * b).nansum())
