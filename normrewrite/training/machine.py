@@ -193,9 +193,15 @@ def _told(timeout: float) -> Iterator[None]:
         ) from error
 
 
+# What gloo's errors, plain RuntimeErrors, can be told by: the file they come from, or where they name none, the words.
+_OF_GLOO = ("/gloo/", "Application timeout caused pair closure")
+
+
 def lost_connection(error: BaseException | None) -> BaseException | None:
     """The error that a connection to another process ended with, where that is what led to `error`."""
-    while error is not None and not isinstance(error, distributed.DistError) and "/gloo/" not in str(error):
+    while error is not None and not isinstance(error, distributed.DistError):
+        if any(words in str(error) for words in _OF_GLOO):
+            break
         error = error.__cause__
     return error
 

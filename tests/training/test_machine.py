@@ -16,6 +16,7 @@ def test_a_lost_connection_is_found_in_what_it_led_to() -> None:
     told.__cause__ = lost
     assert lost_connection(lost) is lost and lost_connection(told) is lost
     assert lost_connection(distributed.DistNetworkError("timed out")) is not None
+    assert lost_connection(RuntimeError("Application timeout caused pair closure")) is not None  # gloo's, too
     assert lost_connection(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
 
 
