@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -187,3 +188,12 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
         return Outcome(code, captured.out, captured.err)
 
     return invoke
+
+
+def enter_copy(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A test's own copy of the files that a module of tests made once; the folder it runs in."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    inside = tmp_path / "inside"
+    shutil.copytree(shelf, inside, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.chdir(inside)
+    return inside

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from normrewrite.commands.rewriting import convert
 from normrewrite.commands.source import Source
 from normrewrite.page import terminal
 from normrewrite.page.columns import power, short
-from tests.conftest import ROOT, Command, RealNetwork
+from tests.conftest import ROOT, Command, RealNetwork, enter_copy
 
 ARCH = "--arch digits.py:digits_resnet"
 
@@ -38,11 +37,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    inside = tmp_path / "inside"
-    shutil.copytree(shelf, inside, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.chdir(inside)
-    return inside
+    return enter_copy(shelf, tmp_path, monkeypatch)
 
 
 def test_text(run: Command, folder: Path) -> None:

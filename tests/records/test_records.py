@@ -20,7 +20,7 @@ from normrewrite.commands.rewriting import calibrate, convert
 from normrewrite.commands.source import Source
 from normrewrite.measure.exactness import Probe, measured
 from normrewrite.records import digests, history, manifest
-from tests.conftest import ROOT, Command
+from tests.conftest import ROOT, Command, enter_copy
 
 ARCH = "--arch digits.py:digits_resnet"
 WHOLE = f"verify --manifest twin.pt --original digits.pt {ARCH}"
@@ -44,11 +44,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    inside = tmp_path / "inside"
-    shutil.copytree(shelf, inside, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.chdir(inside)
-    return inside
+    return enter_copy(shelf, tmp_path, monkeypatch)
 
 
 def loaded(path: str = "twin.pt") -> Record:
