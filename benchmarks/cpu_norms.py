@@ -1,10 +1,10 @@
 """Training step of a norm on a CPU against torch's own batch norm: forward + backward on ResNet-50's shapes, in one run.
 
-    python -m benchmarks.cpu_norms            # about three minutes on two cores; writes results/cpu_norms.json
+    python -m benchmarks.cpu_norms            # about five minutes on two cores; writes results/cpu_norms.json
 
-Both variants take turns, after a round that warms the allocator, which then keeps its memory (glibc's would give tensors of
-this size back and have them zeroed again at every step); a figure is the ratio of the medians. `naive` is the same
-norm in plain torch operations with autograd's own backward. In tensors of x's size, held: what is kept for the backward;
+The variants take turns, after a round that warms the allocator, which then keeps its memory (glibc's would give tensors of
+this size back and have them zeroed again at every step); a figure is the median of the turns' ratios, as machines slow down for
+seconds. `naive` is the same norm in plain torch operations with autograd's own backward. In tensors of x's size, held: what is kept for the backward;
 peak: the most that is allocated at one moment beside x and g, results y and dx included.
 """
 
@@ -138,14 +138,18 @@ def measure(run: Run, shape: tuple[int, ...], rounds: int) -> dict[str, Any]:
                 seconds = step(variant, x, g, parameters)
                 times[name] += [seconds] * bool(turn)
         used = memory(variants["ours"], x, g, parameters)
-    medians = {name: statistics.median(found) for name, found in times.items()}
+    milliseconds = {name: 1e3 * statistics.median(found) for name, found in times.items()}
+
+    def ratio_to(name: str) -> float:
+        return statistics.median(own / other for own, other in zip(times["ours"], times[name], strict=True))
+
     return {
         **run._asdict(),
         "dtype": str(run.dtype).removeprefix("torch."),
         "shape": shape,
-        "milliseconds": {name: 1e3 * seconds for name, seconds in medians.items()},
-        "to_native": medians["ours"] / medians["native"],
-        "to_naive": medians["ours"] / medians["naive"],
+        "milliseconds": milliseconds,
+        "to_native": ratio_to("native"),
+        "to_naive": ratio_to("naive"),
         **used,
     }
 
@@ -167,7 +171,7 @@ def row(run: Run, found: list[dict[str, Any]]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=METRICS, help="these metrics")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=11)
     options = parser.parse_args()
     keep_memory()
     results: list[dict[str, Any]] = []
