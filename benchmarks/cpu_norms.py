@@ -4,8 +4,8 @@
 
 The variants take turns, after a round that warms the allocator, which then keeps its memory (glibc's would give tensors of
 this size back and have them zeroed again at every step); a figure is the median of the turns' ratios, as machines slow down for
-seconds. `naive` is the same norm in plain torch operations with autograd's own backward. In tensors of x's size, held: what is kept for the backward;
-peak: the most that is allocated at one moment beside x and g, results y and dx included.
+seconds. `naive` is the same norm in plain torch operations with autograd's own backward. In tensors of x's size, held: what is
+kept for the backward; peak: the most that is allocated at one moment beside x and g, results y and dx included.
 """
 
 import argparse
