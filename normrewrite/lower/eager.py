@@ -258,9 +258,11 @@ def _two_sums(g: Tensor, x: Tensor, mean: Tensor, inverse: Tensor) -> tuple[Tens
     """(sum g*d*inverse, sum g) by channel: the two reductions of torch's own batch norm backward, one kernel.
 
     It goes through all samples channel by channel, which is slow where planes are small and memory is far: give it pieces.
+    The sums don't depend on a weight, but on CUDA torch gives them only where there is one, in its dtype.
     """
     asked = mean, inverse, True, 0.0, [False, True, True]
-    _, product, plain = torch.ops.aten.native_batch_norm_backward(g.to(x.dtype), x, None, None, None, *asked)
+    weight = torch.ones_like(mean)
+    _, product, plain = torch.ops.aten.native_batch_norm_backward(g.to(x.dtype), x, weight, None, None, *asked)
     return product, plain
 
 

@@ -16,13 +16,27 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, relu
 
-from normrewrite.lower import eager, rows  # noqa: F401 -- their operators
+from normrewrite.lower import eager, half, rows  # noqa: F401 -- their operators
 from normrewrite.lower.families import laid_out_as, taken, wide, wide_dtype
-from normrewrite.lower.kernels import serving
+from normrewrite.lower.kernels import chosen, serving
 from normrewrite.lower.triton import geometry
 from normrewrite.lower.triton.geometry import Geometry
 from normrewrite.norms import METRICS, Gain, Metric
 from normrewrite.norms import metric as row_of
+
+
+def as_one(x: Tensor, residual: Tensor | None) -> bool:
+    """Whether one operator is to compute relu(norm(x) + residual): on CUDA, or where the kernels are asked for.
+
+    Not where the sum has a wider dtype than x has, nor in half arithmetic, nor on other devices: there a norm, an addition and
+    a ReLU cost no more.
+    """
+    if residual is not None and residual.dtype != x.dtype:
+        return False
+    asked = x.is_cuda or (
+        not torch.compiler.is_compiling() and chosen() == "triton"
+    )  # compilers can't follow the switch
+    return asked and half.chosen(x) is None
 
 
 @torch.library.custom_op("normrewrite::norm_relu", mutates_args=())
@@ -226,9 +240,10 @@ def affine(
 ) -> Tensor:
     """relu(weight * (x - mean) / scale + bias + residual) with statistics that stand, (C,): eval of x: (N, C, *).
 
-    One read and one write by the kernels, where no gradient is asked for.
+    One read and one write: by the kernels, where no gradient is asked for, or as a compiler makes it of torch's operators.
     """
-    kernels = None if torch.is_grad_enabled() else serving(x, METRICS["l2"])
+    plain = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    kernels = None if plain else serving(x, METRICS["l2"])
     if kernels is not None:
         return kernels.affine(x, residual, mean, scale, weight, bias, relu=True)  # type: ignore[no-any-return]
     y = eager.affine(x, mean, scale, weight, bias)

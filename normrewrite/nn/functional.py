@@ -60,16 +60,17 @@ def batch_norm(
             relu=relu,
             residual=residual,
         )
+    together = relu and with_relu.as_one(input, residual)
     if not training:
         if running_mean is None or running_scale is None:
             raise NormRewriteError(
                 "batch_norm in eval needs running_mean and running_scale; pass training=True without them."
             )
-        if relu and input.is_cuda:
+        if together:
             return with_relu.affine(input, residual, running_mean, running_scale + eps, weight, bias)
         y = eager.affine(input, running_mean, running_scale + eps, weight, bias)
         return rectified(y, residual) if relu else y
-    together = relu and input.is_cuda and group is None and half.chosen(input) is None
+    together = together and group is None
     if together:
         check_trainable(input)
         y, mean, spread = with_relu.normalise(input, residual, weight, bias, metric, gain, eps)

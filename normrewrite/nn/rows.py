@@ -242,7 +242,7 @@ class GroupNorm(RowNorm):
     def forward_relu(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """relu(norm(input) + residual), without hooks: what `norm_relu` calls."""
         self._check_input(input)
-        if not input.is_cuda or half.chosen(input) is not None:
+        if not with_relu.as_one(input, residual):
             return rectified(self.from_view(self._normalised(self.view(input))[0], input), residual)
         added = None if residual is None else self.view(residual)
         return self.from_view(self._normalised(self.view(input), relu=True, residual=added)[0], input)

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from normrewrite.lower import eager, reference
 from normrewrite.lower.eager import normalise
@@ -389,6 +390,29 @@ def test_a_second_derivative_is_refused(spec: str) -> None:
 
 
 @every_row
+class _Backwards(TorchDispatchMode):
+    """The weight that each call of torch's batch norm backward is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights: list[Tensor | None] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op is torch.ops.aten.native_batch_norm_backward.default:
+            self.weights.append(args[2])
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_sums_are_asked_for_as_cuda_gives_them(memory_format: torch.memory_format) -> None:
+    """Its kernels leave out what they would write into a weight's gradient, where there is no weight."""
+    x, g = (torch.randn(4, 6, 8, 8).contiguous(memory_format=memory_format) for _ in range(2))
+    with _Backwards() as seen:
+        eager.power_sums(x, torch.zeros(6), metric("l1"))
+        eager.sums(g.half(), x.half(), torch.zeros(6), torch.ones(6))
+    assert seen.weights and all(given is not None and given.dtype is torch.float32 for given in seen.weights)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "gapped", "turned", "channels_last"])
 def test_operators_are_what_compilers_are_told(spec: str, layout: str) -> None:
     """Shapes, dtypes and strides as announced, nothing changed in place: inductor asserts each of them when it runs."""

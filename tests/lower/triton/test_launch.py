@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from normrewrite.errors import NormRewriteError
-from normrewrite.lower import eager, rows
+from normrewrite.lower import eager, relu, rows  # noqa: F401 -- and their operators
 from normrewrite.lower.kernels import kernels
 from normrewrite.lower.triton import launch
 from normrewrite.norms import Metric, metric
