@@ -314,8 +314,12 @@ class _Norm:
 
 
 def _warps(sizes: dict[str, int]) -> int:
-    """For rows in registers: eight elements a thread and more."""
-    return max(1, min(16, sizes["ROWS"] * sizes["WIDTH"] // 256))
+    """For rows in registers: eight elements a thread and more.
+
+    The longest are given to as many threads as there can be where accesses are narrow: each has addresses of its own to keep.
+    """
+    most = 32 if sizes["WIDTH"] > 4096 and sizes["VEC"] < 4 else 16
+    return max(1, min(most, sizes["ROWS"] * sizes["WIDTH"] // 256))
 
 
 def _registers(sizes: dict[str, int]) -> int | None:

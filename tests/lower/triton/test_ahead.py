@@ -65,6 +65,13 @@ def test_every_architecture(capability: int) -> None:
             check(kernel)
 
 
+@pytest.mark.slow
+def test_long_rows_of_narrow_accesses_have_registers_enough() -> None:
+    """Each access keeps an address: 4098 elements are read two by two."""
+    for kernels in compiled("narrow rows:80", "narrow rows:90").values():
+        assert [kernel["spilled"] for kernel in kernels] == [0, 0]
+
+
 def test_a_spill_is_seen() -> None:
     """By the same report: rows of few extremes that are twice as long as those that are served."""
     (kernels,) = compiled("rows too long:120").values()
