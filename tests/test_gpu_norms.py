@@ -12,8 +12,8 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed: pip install normrewrite[triton]")
 
 import normrewrite as nr
-from benchmarks import gpu_norms, gpu_traffic
-from benchmarks.gpu_norms import SPECS, case, goals, lines, plot
+from benchmarks import gpu_norms, gpu_right, gpu_traffic
+from benchmarks.gpu_norms import SPECS, case, goals, lines, plot, told
 from benchmarks.gpu_traffic import NATIVE, RESNET50, Norms, batch_launches, moved, passes, row_launches, table
 from benchmarks.networks import resnet50
 from normrewrite.lower.kernels import kernels
@@ -72,13 +72,18 @@ def _times(factor: float = 1.0) -> dict[str, float]:
     return {"native": 2.0, "compiled": 1.5, **{spec: factor * (1.0 + i / 10) for i, spec in enumerate(SPECS)}}
 
 
+def _result(*cases: dict[str, Any], **more: Any) -> dict[str, Any]:
+    found = {"batch norm": list(cases), "layer norm": [], "step": {}, "left out": []} | more
+    return found | {"goals": goals(found)}
+
+
 def test_report_and_goals() -> None:
     cases = [case(BIG, 256, _times(), 4e12), case(BIG._replace(form="add"), 256, _times(), 4e12)]
     small = case(Norms(64, 7, "relu", 1), 64, _times(9), 4e12)
-    told = goals([*cases, small])  # a small tensor is not bound by memory
-    assert told["l1 relu against native"] == {"wanted": 1.35, "found": 2.0, "reached": True}
-    assert told["linf relu against compiled"]["found"] == pytest.approx(1.5 / 1.1)
-    assert not goals([case(BIG, 256, _times(2), 4e12)])["l1 relu against native"]["reached"]
+    found = _result(*cases, small)["goals"]  # a small tensor is not bound by memory
+    assert found["l1 relu against native"] == {"wanted": 1.35, "found": 2.0, "reached": True}
+    assert found["linf relu against compiled"]["found"] == pytest.approx(1.5 / 1.1)
+    assert not _result(case(BIG, 256, _times(2), 4e12))["goals"]["l1 relu against native"]["reached"]
     size = 2 * 256 * 256 * 56 * 56
     assert cases[0]["floor ms"]["native"] == pytest.approx(13 * size / 4e12 * 1e3)
     share = cases[0]["share of copy"]["l1"]
@@ -86,6 +91,49 @@ def test_report_and_goals() -> None:
     table_ = lines([*cases, case(BIG, 64, {"native": 1.0, "l1": 0.5}, 4e12)])
     assert f"| 256×256×56×56 | relu | 2.000 | 1.33 | 2.00 ({share:.0%}) |" in table_
     assert "| 64×256×56×56 | relu | 1.000 | – | 2.00 (" in table_ and json.dumps(cases)
+
+
+def test_layer_norms_and_the_step_are_judged_and_what_is_missing_is_named() -> None:
+    layers = [{"shape": (64, 8), "ms": {"native": 3.0, "compiled": 2.0, "l1": 2.5}, "floor ms": {"l1": 1.0}}]
+    shown = told(
+        _result(**{"layer norm": layers, "step": {"native": 100.0, "l1": 90.0}, "left out": ["x at batch 64"]})
+    )
+    for line in (
+        "reached      layer norm, l1 against native: 1.20, wanted 1.0",
+        "missed       layer norm, l1 against compiled: 0.80, wanted 1.0",
+        "reached      ResNet-50 step, l1 against native: 1.11, wanted 1.05",
+        "not measured ResNet-50 step, l1 compiled against native compiled: wanted 1.0",
+        "not measured l1 relu against native: wanted 1.35",
+        "left out     x at batch 64",
+        "layer norm (64, 8): native 3.000 ms, compiled 2.000 ms, l1 2.500 ms; floor of l1 1.000",
+    ):
+        assert line in shown.splitlines()
+
+
+def test_every_part_is_measured_or_named_and_written_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    def slow(*_: Any, **__: Any) -> dict[str, float]:
+        now[0] += 20
+        return _times()
+
+    for name, value in {
+        "correctness": dict,
+        "copy_bandwidth": lambda: 4e12,
+        "batch_norm": slow,
+        "layer_norm": slow,
+    }.items():
+        monkeypatch.setattr(gpu_norms, name, value)
+    monkeypatch.setattr(gpu_norms, "resnet_step", slow)
+    monkeypatch.setattr(gpu_norms.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
+    *_, last = written = [json.loads(json.dumps(result)) for result in gpu_norms.measure(8)]
+    assert len(written[0]["batch norm"]) == 1 and now[0] <= 480
+    shapes = [norms for norms in RESNET50 if norms.form != "plain"]
+    assert len(last["batch norm"]) + len(last["layer norm"]) + bool(last["step"]) + len(last["left out"]) == len(
+        written
+    )
+    assert len(written) == 2 * len(shapes) + 4 and last["step"] and last["left out"]
 
 
 def test_figure(tmp_path: Path) -> None:
@@ -101,16 +149,13 @@ def test_figure(tmp_path: Path) -> None:
 def test_what_is_run_first_on_a_gpu_is_right_here(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison with float64, by the interpreter; and that it can fail."""
     interpreter.mend()
-    monkeypatch.setattr(gpu_norms, "DEVICE", "cpu")
-
+    monkeypatch.setattr(gpu_right, "DEVICE", "cpu")
     def worst() -> list[float]:
         with kernels("triton"):
-            found = [
-                gpu_norms.errors(spec, torch.float32, (2, 8, 3, 5), True, form) for form in ("plain", "relu", "add")
-            ]
-            return [max(each.values()) for each in (*found, gpu_norms.row_errors(spec, torch.float32, 40))]
+            forms = (gpu_right.errors(spec, torch.float32, (2, 8, 3, 5), True, form) for form in gpu_traffic.FORMS)
+            return [max(each.values()) for each in (*forms, gpu_right.row_errors(spec, torch.float32, 40))]
 
-    allowed, run = gpu_norms.ALLOWED[torch.float32], launch.run
+    allowed, run = gpu_right.ALLOWED[torch.float32], launch.run
     assert max(worst()) <= allowed
 
     def off(kernel: Any, programs: int, warps: int, told: dict[str, Any], *more: Any) -> None:
