@@ -1,19 +1,22 @@
 """Training step of a norm on a CPU against torch's own batch norm: forward + backward on ResNet-50's shapes, in one run.
 
-    python -m benchmarks.cpu_norms            # about five minutes on two cores; writes results/cpu_norms.json
+    python -m benchmarks.cpu_norms       # about five minutes on two cores; writes results/cpu_norms.json, docs/cpu_norms.svg
 
-The variants take turns, after a round that warms the allocator, which then keeps its memory (glibc's would give tensors of
-this size back and have them zeroed again at every step); a figure is the median of the turns' ratios, as machines slow down for
-seconds. `naive` is the same norm in plain torch operations with autograd's own backward. In tensors of x's size, held: what is
-kept for the backward; peak: the most that is allocated at one moment beside x and g, results y and dx included.
+Each norm is compared with float64 first. Then the variants take turns, after a round that warms the allocator, which keeps its
+memory from then on (glibc's would give tensors of this size back and have them zeroed again at every step); a figure is the
+median of the turns' ratios, as machines slow down for seconds. `naive` is the same norm in plain torch operations with
+autograd's own backward. In tensors of x's size, held: what is kept for the backward; peak: the most that is allocated at one
+moment beside x and g, results y and dx included.
 """
 
 import argparse
 import ctypes
+import math
 import platform
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +24,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.figure import save
+from benchmarks.right import ALLOWED, errors
 from benchmarks.stamp import markdown, write
 from normrewrite.lower.kernels import kernels
 from normrewrite.nn.functional import batch_norm
@@ -29,6 +34,7 @@ from normrewrite.norms import metric
 SHAPES = ((32, 64, 112, 112), (32, 256, 56, 56), (32, 512, 28, 28), (32, 1024, 14, 14), (32, 2048, 7, 7))
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 METRICS = ("l1", "linf", "topk:10", "range")
+PICTURE = Path(__file__).parent.parent / "docs" / "cpu_norms.svg"
 
 
 class Run(NamedTuple):
@@ -154,18 +160,59 @@ def measure(run: Run, shape: tuple[int, ...], rounds: int) -> dict[str, Any]:
     }
 
 
+def right(run: Run) -> None:
+    """Raises where the norm or a gradient of it is off, of a tensor large enough to be cut in pieces."""
+    with kernels(run.kernels):
+        found = errors(run.metric, run.dtype, (32, 48, 28, 28), run.layout == "channels_last", "plain")
+    if not max(found.values()) <= ALLOWED[run.dtype]:
+        raise AssertionError(f"{run}: off by {found}, {ALLOWED[run.dtype]} allowed")
+
+
+def form(run: Run) -> str:
+    dtype = "" if run.dtype is torch.float32 else f", {str(run.dtype).removeprefix('torch.')}"
+    return f"{run.layout}{dtype}" + ("" if run.kernels == "auto" else f", {run.kernels}")
+
+
 def row(run: Run, found: list[dict[str, Any]]) -> list[str]:
     ratios = [result["to_native"] for result in found]
-    form = f"{run.layout}{'' if run.dtype is torch.float32 else ', ' + found[0]['dtype']}"
     return [
         f"`{run.metric}`",
-        form if run.kernels == "auto" else f"{form}, {run.kernels}",
+        form(run),
         f"{statistics.geometric_mean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
         "–" if run.goal is None else f"{run.goal}",
         f"{max(result['to_naive'] for result in found):.2f}",
         f"{max(result['held'] for result in found):.2f}",
         f"{max(result['peak'] for result in found):.2f}",
     ]
+
+
+def of(run: Run, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A run's results, by shape."""
+    key = (run.metric, run.layout, str(run.dtype).removeprefix("torch."), run.kernels)
+    return [each for each in results if (each["metric"], each["layout"], each["dtype"], each["kernels"]) == key]
+
+
+def plot(results: list[dict[str, Any]], path: Path = PICTURE) -> Path:
+    """The ratio of each run by shape, small tensors small; its geometric mean as a bar, its goal as a stroke."""
+    runs = [run for run in RUNS[::-1] if of(run, results)]
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        for place, run in enumerate(runs):
+            found = of(run, results)
+            ratios = [each["to_native"] for each in found]
+            axes.barh(
+                place, statistics.geometric_mean(ratios), color="C0" if run.kernels == "auto" else "C2", alpha=0.5
+            )
+            axes.scatter(ratios, [place] * len(found), s=[math.prod(each["shape"]) / 4e5 for each in found], color="C0")
+            if run.goal is not None:
+                axes.plot([run.goal] * 2, [place - 0.4, place + 0.4], color="C3", linewidth=2)
+        axes.axvline(1, color="grey", linewidth=0.8)
+        axes.set_yticks(range(len(runs)), [f"{run.metric} {form(run)}" for run in runs])
+        axes.grid(axis="y", visible=False)
+        axes.set(xlabel="time / torch's batch norm (dots: shapes, larger ones larger; red: goals; green: compiled)")
+
+    return save(draw, path, height=4.4)
 
 
 def main() -> None:
@@ -178,13 +225,14 @@ def main() -> None:
     lines = []
     for run in RUNS:
         if run.metric in options.only:
+            right(run)
             found = [measure(run, shape, options.rounds) for shape in SHAPES]
             results += found
             lines.append(row(run, found))
             print(" ".join(lines[-1]), flush=True)
     head = ["metric", "layout", "ours / torch's batch norm", "goal", "ours / naive, worst", "held", "peak"]
     path = write("cpu_norms", {"threads": torch.get_num_threads(), "rounds": options.rounds, "results": results})
-    print(f"\n{markdown(head, lines)}\n\nwrote {path}")
+    print(f"\n{markdown(head, lines)}\n\nwrote {path} and {plot(results)}")
 
 
 if __name__ == "__main__":

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import normrewrite as nr
-from benchmarks.gpu_right import SPECS, correctness
+from benchmarks.figure import save
 from benchmarks.gpu_traffic import NATIVE, RESNET50, Norms, batch_launches, moved, row_launches
 from benchmarks.networks import resnet50
+from benchmarks.right import SPECS, correctness
 from benchmarks.stamp import RESULTS, markdown, write
 
 LAYERS = ((65536, 1024), (32768, 4096), (16384, 8192))
@@ -240,29 +241,24 @@ def _judged(goal: float, ratios: list[float]) -> dict[str, Any]:
 
 def plot(result: Mapping[str, Any], path: Path) -> Path:
     """Times of all shapes over their bytes, as shares of native, with the counted floors as dashes."""
-    import matplotlib
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        for i, name in enumerate(("compiled", *SPECS)):
+            seen = [c for c in result["batch norm"] if name in c["ms"]]
+            times = [(c["bytes"] / 1e6, c["ms"]["native"] / c["ms"][name]) for c in seen]
+            floors = [
+                (c["bytes"] / 1e6, c["ms"]["native"] / c["floor ms"][name]) for c in seen if name in c["floor ms"]
+            ]
+            for points, style in ((times, {"label": name, "s": 18}), (floors, {"marker": "_", "s": 60})):
+                if points:
+                    axes.scatter(*zip(*points, strict=True), color=f"C{i}", **style)
+        axes.axhline(1, color="grey", linewidth=0.8)
+        axes.set(xscale="log", xlabel="tensor, MB (fp16, channels-last)")
+        axes.set(ylabel="times as fast as native BN (+ add) + ReLU")
+        axes.legend(title="dashes: floors by bytes")
 
-    cases = result["batch norm"]
-    figure, axes = pyplot.subplots(figsize=(9, 4.5))
-    for i, name in enumerate(("compiled", *SPECS)):
-        seen = [c for c in cases if name in c["ms"]]
-        sizes = [c["bytes"] / 1e6 for c in seen]
-        axes.scatter(sizes, [c["ms"]["native"] / c["ms"][name] for c in seen], label=name, color=f"C{i}", s=18)
-        floors = [(c["bytes"] / 1e6, c["ms"]["native"] / c["floor ms"][name]) for c in seen if name in c["floor ms"]]
-        if floors:
-            axes.scatter(*zip(*floors, strict=True), marker="_", color=f"C{i}", s=60)
-    axes.axhline(1, color="grey", linewidth=0.8)
-    axes.set(
-        xscale="log", xlabel="tensor, MB (fp16, channels-last)", ylabel="times as fast as native BN (+ add) + ReLU"
-    )
-    axes.legend(title="dashes: floors by bytes")
-    figure.tight_layout()
-    figure.savefig(path)
-    pyplot.close(figure)
-    return path
+    return save(draw, path)
 
 
 def measure(minutes: float) -> Iterator[dict[str, Any]]:

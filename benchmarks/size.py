@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from benchmarks.figure import save
 from benchmarks.stamp import RESULTS, markdown, write
 
 FORMS = {"module": "pt", "state_dict": "pt", "safetensors": "safetensors"}
@@ -82,28 +83,20 @@ def measure(widths: tuple[int, ...]) -> Iterator[dict[str, Any]]:
 
 
 def plot(results: list[dict[str, Any]], idle: int) -> Path:
-    import matplotlib
+    def draw(figure: Any) -> None:
+        memory, seconds = figure.subplots(1, 2)
+        for form in FORMS:
+            found = [each for each in results if each["form"] == form]
+            sizes = [each["bytes"] / 1e6 for each in found]
+            memory.plot(sizes, [each["peak"] / 1e6 for each in found], "o-", label=form)
+            seconds.plot(sizes, [each["seconds"] for each in found], "o-", label=form)
+        least = [idle / 1e6 + size for size in sizes]
+        memory.plot(sizes, least, "--", color="grey", label="the file, and Python with torch")
+        for axes, says in ((memory, "peak memory, MB"), (seconds, "seconds, whole process")):
+            axes.set(xscale="log", yscale="log", xlabel="file, MB", ylabel=says)
+        memory.legend()
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (memory, seconds) = pyplot.subplots(1, 2, figsize=(9, 3.6))
-    for form in FORMS:
-        found = [each for each in results if each["form"] == form]
-        sizes = [each["bytes"] / 1e6 for each in found]
-        memory.plot(sizes, [each["peak"] / 1e6 for each in found], "o-", label=form)
-        seconds.plot(sizes, [each["seconds"] for each in found], "o-", label=form)
-    memory.plot(
-        sizes, [idle / 1e6 + size for size in sizes], "--", color="grey", label="the file, and Python with torch"
-    )
-    memory.set(xscale="log", yscale="log", xlabel="file, MB", ylabel="peak memory, MB")
-    seconds.set(xscale="log", yscale="log", xlabel="file, MB", ylabel="seconds, whole process")
-    memory.legend()
-    figure.tight_layout()
-    path = RESULTS.parent.parent / "docs" / "size.svg"
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
-    return path
+    return save(draw, RESULTS.parent.parent / "docs" / "size.svg")
 
 
 def main() -> None:

@@ -92,10 +92,7 @@ def deployed() -> Rows:
 def cpu() -> Rows:
     found = result("cpu_norms")["results"]
     for run in cpu_norms.RUNS:
-        dtype = str(run.dtype).removeprefix("torch.")
-        key = (run.metric, run.layout, dtype, run.kernels)
-        own = [each for each in found if (each["metric"], each["layout"], each["dtype"], each["kernels"]) == key]
-        metric, layout, ratio, goal, _, held, peak = cpu_norms.row(run, own)
+        metric, layout, ratio, goal, _, held, peak = cpu_norms.row(run, cpu_norms.of(run, found))
         yield [metric, layout, ratio, goal, held, peak]
 
 

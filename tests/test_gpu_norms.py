@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed: pip install normrewrite[triton]")
 
 import normrewrite as nr
-from benchmarks import gpu_norms, gpu_right, gpu_traffic
+from benchmarks import gpu_norms, gpu_traffic, right
 from benchmarks.gpu_norms import SPECS, case, goals, lines, plot, told
 from benchmarks.gpu_traffic import NATIVE, RESNET50, Norms, batch_launches, moved, passes, row_launches, table
 from benchmarks.networks import resnet50
@@ -149,13 +149,14 @@ def test_figure(tmp_path: Path) -> None:
 def test_what_is_run_first_on_a_gpu_is_right_here(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison with float64, by the interpreter; and that it can fail."""
     interpreter.mend()
-    monkeypatch.setattr(gpu_right, "DEVICE", "cpu")
+    monkeypatch.setattr(right, "DEVICE", "cpu")
+
     def worst() -> list[float]:
         with kernels("triton"):
-            forms = (gpu_right.errors(spec, torch.float32, (2, 8, 3, 5), True, form) for form in gpu_traffic.FORMS)
-            return [max(each.values()) for each in (*forms, gpu_right.row_errors(spec, torch.float32, 40))]
+            forms = (right.errors(spec, torch.float32, (2, 8, 3, 5), True, form) for form in gpu_traffic.FORMS)
+            return [max(each.values()) for each in (*forms, right.row_errors(spec, torch.float32, 40))]
 
-    allowed, run = gpu_right.ALLOWED[torch.float32], launch.run
+    allowed, run = right.ALLOWED[torch.float32], launch.run
     assert max(worst()) <= allowed
 
     def off(kernel: Any, programs: int, warps: int, told: dict[str, Any], *more: Any) -> None:

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 import normrewrite as nr
+from benchmarks.figure import save
 from benchmarks.norm_matters import __main__ as command
 from benchmarks.norm_matters import data, decay, page, recipe
 from benchmarks.norm_matters.claims import CLAIMS
-from benchmarks.norm_matters.figures import learning, save
+from benchmarks.norm_matters.curves import learning
 from benchmarks.norm_matters.judge import above, alike, verdict
 from benchmarks.norm_matters.measure import MEASURES, Machine
 from benchmarks.norm_matters.networks import NETWORKS, made, resnet

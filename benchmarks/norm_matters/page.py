@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.norm_matters import figures
+from benchmarks import figure
 from benchmarks.norm_matters.claim import Claim
 from benchmarks.norm_matters.claims import CLAIMS
 from benchmarks.norm_matters.judge import complete, verdict
@@ -40,7 +40,7 @@ def write(path: Path, results: Mapping[Any, Results]) -> Path:
 
 
 def _draw(claim: Claim, found: Found, path: Path) -> None:
-    figures.save(lambda figure: claim.draw(figure, found), path, TALL.get(claim.name, figures.HEIGHT))
+    figure.save(lambda canvas: claim.draw(canvas, found), path, TALL.get(claim.name, figure.HEIGHT))
 
 
 def text(path: Path, results: Mapping[Any, Results]) -> str:

@@ -1,7 +1,7 @@
 """The constant of L1: times a quarter, one, four. A constant is the inverse of a factor in front of the norm's weight."""
 
 from benchmarks.norm_matters.claim import Claim
-from benchmarks.norm_matters.figures import learning
+from benchmarks.norm_matters.curves import learning
 from benchmarks.norm_matters.judge import above
 from benchmarks.norm_matters.run import Arms, Budget, Norm
 from benchmarks.norm_matters.studies import SCRATCH

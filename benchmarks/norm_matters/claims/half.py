@@ -5,7 +5,7 @@ from typing import Any
 
 from benchmarks.norm_matters import table
 from benchmarks.norm_matters.claim import Claim
-from benchmarks.norm_matters.figures import ends
+from benchmarks.norm_matters.curves import ends
 from benchmarks.norm_matters.judge import above, alike
 from benchmarks.norm_matters.run import Arms, Budget, Found, Norm, Study, Task
 from benchmarks.norm_matters.studies import CIFAR, DIGITS, SGD

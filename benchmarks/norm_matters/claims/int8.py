@@ -1,7 +1,7 @@
 """Eight bits: weights, activations and gradients of a network with range norms, against fp32."""
 
 from benchmarks.norm_matters.claim import Claim
-from benchmarks.norm_matters.figures import learning
+from benchmarks.norm_matters.curves import learning
 from benchmarks.norm_matters.judge import alike
 from benchmarks.norm_matters.run import Arms, Budget, Norm
 from benchmarks.norm_matters.studies import SCRATCH

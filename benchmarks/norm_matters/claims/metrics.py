@@ -1,7 +1,7 @@
 """Other measures of spread do what the standard deviation does, L-infinity a little worse; the paper's gains and exact ones."""
 
 from benchmarks.norm_matters.claim import Claim
-from benchmarks.norm_matters.figures import learning
+from benchmarks.norm_matters.curves import learning
 from benchmarks.norm_matters.judge import above, alike
 from benchmarks.norm_matters.run import Arms, Budget, Norm
 from benchmarks.norm_matters.studies import SCRATCH

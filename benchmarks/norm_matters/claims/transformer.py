@@ -1,7 +1,7 @@
 """A transformer whose layer norms measure by L1, on digits as sequences of their rows."""
 
 from benchmarks.norm_matters.claim import Claim
-from benchmarks.norm_matters.figures import learning
+from benchmarks.norm_matters.curves import learning
 from benchmarks.norm_matters.judge import alike
 from benchmarks.norm_matters.run import Arms, Budget, Norm, Study, Task
 

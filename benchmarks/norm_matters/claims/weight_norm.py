@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from benchmarks.norm_matters.claim import Claim
-from benchmarks.norm_matters.figures import learning
+from benchmarks.norm_matters.curves import learning
 from benchmarks.norm_matters.judge import above
 from benchmarks.norm_matters.run import Arms, Budget, Norm
 from benchmarks.norm_matters.studies import SCRATCH

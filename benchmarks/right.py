@@ -1,4 +1,4 @@
-"""What the GPU benchmarks make sure of before they time anything: every metric, dtype, memory format and form against float64.
+"""What benchmarks of norms make sure of before they time anything: every metric, dtype, memory format and form against float64.
 
 >>> correctness()
 {"cases": 105, "largest error": {"torch.float32": ..., ...}, "same bits": True}
@@ -18,7 +18,7 @@ from normrewrite.lower import eager, relu, rows
 from normrewrite.lower.kernels import kernels
 
 SPECS = ("l1", "linf", "range", "topk:10")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there by Triton's interpreter, where the environment says so
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # torch's lowering there, or by Triton's interpreter
 # Differences, in units of the largest wanted value.
 ALLOWED = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
@@ -114,8 +114,7 @@ def checked(spec: str, dtype: torch.dtype) -> dict[str, float]:
 def correctness() -> dict[str, Any]:
     """Every case, the largest error by dtype; raises where one is off, or where two runs differ in a bit.
 
-    Some two hundred kernels are compiled for it, by several processes side by side. Without a GPU (a quarter of an hour):
-    TRITON_INTERPRET=1 NORMREWRITE_KERNELS=triton python -c 'from benchmarks.gpu_right import correctness; print(correctness())'
+    Some two hundred kernels are compiled for it, by several processes side by side.
     """
     asked = [(spec, dtype) for dtype in ALLOWED for spec in ("l2", *SPECS)]
     with ProcessPoolExecutor(min(8, os.cpu_count() or 1), get_context("spawn")) as pool:
