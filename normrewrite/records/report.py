@@ -104,7 +104,7 @@ class Report:
             )
             for site in self.sites
         ]
-        found = [f"{len(self.rewritten)} sites rewritten, {len(self.kept)} left"]
+        found = [f"{len(self.rewritten)} site{'s' * (len(self.rewritten) != 1)} rewritten, {len(self.kept)} left"]
         if any(site.difference is not None for site in self.sites):
             found.append(f"largest eval difference {self.max_difference:.1e}")
         if self.inexact:

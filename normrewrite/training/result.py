@@ -52,8 +52,10 @@ class Finetuned:
             f"{self.inputs_per_second:,.0f} a second"
         )
         share = "accuracy" if self.labels else "same class"
-        titles = ("epoch", "step", "loss", share, "validation loss", share)
-        return "\n".join([head, table(titles, map(_row, self.epochs)), *self._remarks(), *self.notes])
+        validated = any(epoch.val_loss is not None for epoch in self.epochs)
+        titles = ("epoch", "step", "loss", share, *(("validation loss", share) if validated else ()))
+        rows = (_row(epoch)[: len(titles)] for epoch in self.epochs)
+        return "\n".join([head, table(titles, rows), *self._remarks(), *self.notes])
 
     def _remarks(self) -> Iterator[str]:
         if self.accumulator is not None:
