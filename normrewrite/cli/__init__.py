@@ -45,8 +45,8 @@ def main() -> None:
         _report(error.format_message(), error.exit_code, error.show)
     except NormRewriteError as error:
         _report(str(error), error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        print("interrupted", file=sys.stderr)
+    except (KeyboardInterrupt, click.Abort) as error:  # click's has the other for its cause
+        print(": ".join(filter(None, ("interrupted", str(error.__cause__ or error)))), file=sys.stderr)
         sys.exit(130)
     except OSError as error:  # stdout is full, or nobody reads it any more
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 (what is buffered goes nowhere)

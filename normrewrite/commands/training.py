@@ -62,18 +62,15 @@ def finetune(
     if force and not resume:
         checkpoints.discard(folder)
     file = source.read()
-    model, result = finetune_(
-        file.model,
-        _open("--data", data, file.model, mean, std, strict),
-        teacher=None if teacher is None else source.read(teacher).model,
-        val=None if val is None else _open("--val", val, file.model, mean, std, strict),
-        checkpoints=folder,
-        resume=resume,
-        log=log,
-        each=each,
-        **options,
-    )
-    return _written(model, result, output, file.form)
+    inputs = _open("--data", data, file.model, mean, std, strict)
+    options["teacher"] = None if teacher is None else source.read(teacher).model
+    options["val"] = None if val is None else _open("--val", val, file.model, mean, std, strict)
+    try:
+        trained = finetune_(file.model, inputs, checkpoints=folder, resume=resume, log=log, each=each, **options)
+    except KeyboardInterrupt:
+        kept = checkpoints.newest_of(folder)
+        raise KeyboardInterrupt(f"--resume goes on from {kept}" if kept else "") from None
+    return _written(*trained, output, file.form)
 
 
 def folder_of(output: Path) -> Path:

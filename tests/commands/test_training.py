@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -283,6 +284,19 @@ def test_resume_starts_afresh_and_knows_what_is_finished(run: Command, folder: P
     assert run(f"{line} --json").json["steps"] == 6
     longer = run(line.replace("--epochs 2", "--epochs 3"))
     assert longer.code == 2 and "holds another run: epochs 2 then, 3 now" in longer.err
+
+
+@pytest.mark.parametrize(("at", "said"), [(1, ""), (5, ": --resume goes on from stopped.checkpoints/step-00000004")])
+def test_ctrl_c_says_how_to_go_on(
+    at: int, said: str, run: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(step: Step) -> None:
+        if step.step == at:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(console, "training", lambda quiet: nullcontext(stop))
+    stopped = run(f"{TUNE} --batch-size 128 --epochs 2 --save-every 2 -o stopped.pt")
+    assert (stopped.code, stopped.err.strip()) == (130, f"interrupted{said}") and not Path("stopped.pt").exists()
 
 
 KILLED = f"finetune twin.pt {ARCH} --data few.npz --batch-size 8 --epochs 10 --flip --crop 1 --ema 0.9 --val-split 0.2"
