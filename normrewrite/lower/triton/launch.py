@@ -200,7 +200,8 @@ class _Norm:
         told |= self.constants | _walk(self.geometry, pieces, TUNING.peaks) | {"SQUARES": False, "EXTREMES": True}
         told |= {"k": self.k, "K": TUNING.searched(self.k), "SPAN": self.family == "span", "PART": pieces.part}
         _launch(fore.moments, pieces.programs, pieces.warps, told)
-        _launch(fore.select, groups, 4 if self.k == 1 and told["MEMBERS"] <= 512 else 8, told)
+        warps = 4 if self.k == 1 and told["MEMBERS"] <= 512 else 8
+        _launch(fore.select, groups, warps, told, _all_registers(warps))
         return mean, spread, indices, signs
 
     def _taken(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -323,5 +324,10 @@ def _warps(sizes: dict[str, int]) -> int:
 
 
 def _registers(sizes: dict[str, int]) -> int | None:
-    """As many as there are: of itself ptxas spills a few bytes to let more programs in. The longest rows need no telling."""
-    return min(255, 65536 // (32 * _warps(sizes))) if sizes["WIDTH"] <= 4096 else None
+    """For rows in registers. The longest need no telling."""
+    return _all_registers(_warps(sizes)) if sizes["WIDTH"] <= 4096 else None
+
+
+def _all_registers(warps: int) -> int:
+    """As many a thread as there are: of itself ptxas spills a few bytes to let more programs in."""
+    return min(255, 65536 // (32 * warps))
