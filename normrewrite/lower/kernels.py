@@ -9,7 +9,8 @@
     compiled on a CPU, what torch's compiler makes of dense rows (lower/compiled.py); else as auto
 
 The operators `normrewrite::batch_norm` and `normrewrite::row_norm` ask at each call, so compiled and exported graphs, too,
-follow the switch. Statistics over several processes (lower/distributed.py) and eval are torch's.
+follow the switch. Statistics over several processes (lower/distributed.py) are torch's, and so is eval but for a norm with its
+ReLU, where no gradient is asked for (lower/relu.py).
 """
 
 import importlib.util

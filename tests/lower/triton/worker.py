@@ -1,8 +1,10 @@
 """Compiles kernels ahead of time and tells of them as JSON; a process of its own, as the tests' interprets all kernels.
 
-python -m tests.lower.triton.worker NAME:CAPABILITY ...
+python -m tests.lower.triton.worker NAME:CAPABILITY ...         # of CASES or AT_THE_EDGE
+python -m tests.lower.triton.worker every:90                     # minutes: all that spills, of all rows, dtypes, layouts, scopes
 """
 
+import itertools
 import json
 import re
 import sys
@@ -11,7 +13,7 @@ from typing import Any
 import torch
 
 from normrewrite.lower.triton import launch
-from normrewrite.lower.triton.ahead import Launch, compiled, recorded
+from normrewrite.lower.triton.ahead import Launch, compiled, parameter_types, recorded
 from normrewrite.norms import metric
 from tests.ptxas import assembled
 
@@ -37,6 +39,10 @@ AT_THE_EDGE: dict[str, Told] = {
     "narrow rows": _ROWS | {"spec": "l1", "shape": (64, 1, 4098, 1)},
     "long l2 rows": _ROWS | {"spec": "l2", "shape": (64, 1, 8192, 1)},
 }
+
+
+SPECS = ("l1", "l2", "linf", "range", "topk:10")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def launches(
@@ -90,10 +96,39 @@ def _assembled(ptx: str, capability: int) -> str:
     return done.stderr
 
 
-def main() -> None:
+def every() -> dict[Any, Launch]:
+    """Distinct kernels of every row, dtype, layout, scope and form, in sizes that 16 bytes divide and in odd ones."""
+    batches = ((2, 24, 9, 11), (256, 256, 56, 56))
+    samples = ((64, 1, 200, 1), (8192, 1, 1024, 1), (64, 1, 4096, 1), (64, 32, 8, 3136), (8, 64, 1, 49), (16, 4, 6, 35))
+    forms = ((False, False), (True, False), (True, True))  # relu, residual
+    layouts = (torch.contiguous_format, torch.channels_last)
+    product = [
+        *itertools.product(SPECS, batches, DTYPES, layouts, forms, (False,)),
+        *itertools.product(SPECS, samples, DTYPES, layouts[:1], forms, (True,)),
+    ]
     found = {}
+    for spec, shape, dtype, layout, form, sample in product:
+        if not (sample and shape[3] == 1 and form[0]):  # rows in registers have no ReLU
+            for each in launches(spec, shape, dtype, layout, *form, sample):
+                types = parameter_types(each)
+                constants = [(name, str(each.arguments[name])) for name in each.kernel.arg_names if name not in types]
+                found.setdefault((each.kernel.__name__, *types.items(), *constants, each.warps), each)
+    return found
+
+
+def spills(capability: int) -> Told:
+    """How many kernels there are, and what is told of those that spill."""
+    told = [told_of(each, capability) for each in every().values()]
+    return {"kernels": len(told), "spilling": [each for each in told if each["spilled"]]}
+
+
+def main() -> None:
+    found: dict[str, Any] = {}
     for asked in sys.argv[1:]:
         name, _, capability = asked.partition(":")
+        if name == "every":
+            found[asked] = spills(int(capability))
+            continue
         found[asked] = [told_of(each, int(capability)) for each in launches(**(CASES | AT_THE_EDGE)[name])]
     json.dump(found, sys.stdout)
 
