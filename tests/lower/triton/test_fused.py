@@ -72,6 +72,23 @@ def test_training(scope: str, spec: str) -> None:
 
 
 @every_norm
+def test_training_under_autocast_and_compiled(scope: str, spec: str) -> None:
+    apart, fused = networks(scope, spec)
+    x = torch.randn(2, 4, 5, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = step(apart, x)
+        with kernels("triton"), Seen(torch.ops.normrewrite.norm_relu.default) as seen:
+            found = step(fused, x)
+    assert seen.calls >= 1  # the second norm's residual is fp32
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.1, atol=0.1 * float(b.detach().abs().max()))
+    with kernels("triton"):
+        found = step(torch.compile(fused, fullgraph=True, backend="aot_eager"), x)
+    for a, b in zip(found, step(apart, x), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@every_norm
 @torch.no_grad()
 def test_eval_also_compiled_and_exported(scope: str, spec: str) -> None:
     apart, fused = (model.eval() for model in networks(scope, spec))
