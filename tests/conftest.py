@@ -1,5 +1,6 @@
 """What several tests share: trained networks and images that stand beside the project, where they do; the command line."""
 
+import gc
 import importlib.util
 import json
 import os
@@ -28,6 +29,12 @@ REAL = Path(os.environ.get("NORMREWRITE_DATA", ROOT.parent / "shared" / "data"))
 TARGETS = ("l1", "linf", "topk:10", "topk:1%", "range")
 
 torch.set_num_threads(int(os.environ.get("NORMREWRITE_TEST_THREADS", "1")))  # tests run side by side
+
+
+def pytest_collection_finish() -> None:
+    """What is imported and collected by now stays: a search for garbage, as some libraries make one in every call, passes it over."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
