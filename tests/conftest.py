@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,7 +33,13 @@ torch.set_num_threads(int(os.environ.get("NORMREWRITE_TEST_THREADS", "1")))  # t
 
 
 def pytest_collection_finish() -> None:
-    """What is imported and collected by now stays: a search for garbage, as some libraries make one in every call, passes it over."""
+    """Two things that libraries do in every call are done once: torch.onnx reads the source of its 500 functions, and of what is
+    imported and collected by now a search for garbage finds out that it stays."""
+    from torch.onnx._internal.exporter._registration import (
+        onnxscript_apis,
+    )  # not in every process that imports this file
+
+    onnxscript_apis.get_torchlib_ops = cache(onnxscript_apis.get_torchlib_ops)
     gc.collect()
     gc.freeze()
 
