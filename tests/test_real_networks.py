@@ -20,7 +20,7 @@ TRAIN = 1e-5  # of max(1, largest output): fp32 against float64, one norm
 
 def test_every_site_eval_and_the_way_back(network: RealNetwork, tmp_path: Path) -> None:
     model = network.make()
-    x, _ = network.inputs(8)
+    x, _ = network.inputs(3)
     with torch.inference_mode():
         expected = model(x)
         outputs = []
@@ -61,7 +61,7 @@ def test_training_computes_the_float64_formula(network: RealNetwork, to: str) ->
 def test_exact_targets(network: RealNetwork, to: str, tmp_path: Path) -> None:
     """benchmarks/targets.py does so for every target, on more inputs."""
     model = network.make()
-    x, _ = network.inputs(4)
+    x, _ = network.inputs(2)
     twin, report = nr.plan(model, to).apply()
     assert sum(site.was == "BatchNorm2d" for site in report.rewritten) == network.sites and not report.kept
     with torch.inference_mode():
