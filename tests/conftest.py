@@ -1,5 +1,6 @@
 """What several tests share: trained networks and images that stand beside the project, where they do; the command line."""
 
+import gc
 import importlib.util
 import json
 import os
@@ -8,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,6 +30,18 @@ REAL = Path(os.environ.get("NORMREWRITE_DATA", ROOT.parent / "shared" / "data"))
 TARGETS = ("l1", "linf", "topk:10", "topk:1%", "range")
 
 torch.set_num_threads(int(os.environ.get("NORMREWRITE_TEST_THREADS", "1")))  # tests run side by side
+
+
+def pytest_collection_finish() -> None:
+    """Two things that libraries do in every call are done once: torch.onnx reads the source of its 500 functions, and of what is
+    imported and collected by now a search for garbage finds out that it stays."""
+    from torch.onnx._internal.exporter._registration import (
+        onnxscript_apis,
+    )  # not in every process that imports this file
+
+    onnxscript_apis.get_torchlib_ops = cache(onnxscript_apis.get_torchlib_ops)
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,9 @@ from tests.verbs.test_build import rtx
 
 EXAMPLES = ROOT / "examples"
 DIGITS = "digits.pt --arch digits.py:digits_resnet"
+SMALL = """from torch import nn
+def small(): return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+"""
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +30,8 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.savez(folder / "few.npz", images=np.load(folder / "digits.npz")["images"][:40])
     model = nr.load(folder / "digits.pt", arch=f"{folder / 'digits.py'}:digits_resnet")
     nr.export(model, torch.randn(2, 1, 8, 8), folder / "digits.onnx")
+    (folder / "small.py").write_text(SMALL)
+    torch.save(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)).state_dict(), folder / "small.pt")
     (folder / "text.onnx").write_text("not a graph")
     (folder / "truncated.onnx").write_bytes((folder / "digits.onnx").read_bytes()[:5000])
     (folder / "model.engine").write_bytes(b"ptrt")
@@ -129,12 +134,11 @@ def test_build(run: Command) -> None:
 @rtx
 @pytest.mark.parametrize(("plugins", "path"), [("", "function"), ("--plugins auto", "plugin")])
 def test_build_with_plugins(run: Command, plugins: str, path: str) -> None:
-    assert (
-        run(f"export {DIGITS} -o live.onnx --input-shape 2,1,8,8 --deploy op --live-stats").code == 2
-    )  # torch's own norms
-    assert run(f"convert {DIGITS} --to topk:5 -o twin.pt").code == 0
-    line = "export twin.pt --arch digits.py:digits_resnet -o live.onnx --input-shape 2,1,8,8 --deploy op --live-stats"
-    assert run(line).code == 0
+    arch = "--arch small.py:small"
+    live = f"{arch} -o live.onnx --input-shape 2,1,8,8 --deploy op --live-stats"
+    assert run(f"export small.pt {live}").code == 2  # torch's own norm
+    assert run(f"convert small.pt {arch} --to topk:5 -o twin.pt").code == 0
+    assert run(f"export twin.pt {live}").code == 0
     text = run(f"build live.onnx -o first.engine --gpu sm89 {plugins}")
     assert text.code == 0 and ("only where those plugins are registered" in text.out) == (path == "plugin"), text
     found = run(f"build live.onnx -o live.engine --gpu sm89 {plugins} --json").json

@@ -56,19 +56,3 @@ def test_what_tensorrt_learns(spec: str, told: dict[str, dict[str, Any]]) -> Non
 @needs_bindings
 def test_an_open_n_is_refused_by_name(told: dict[str, dict[str, Any]]) -> None:
     assert "NormRewriteMean ahead of time needs fixed sizes behind the batch, got -1×2×3×-1" in told["open"]["refused"]
-
-
-RTX = """
-from normrewrite.errors import NormRewriteError
-from normrewrite.plugins import register
-try:
-    register("ahead", "rtx")
-except NormRewriteError as error:
-    print(error)
-"""
-
-
-@needs_rtx
-def test_rtx_has_no_such_plugins() -> None:
-    done = subprocess.run([sys.executable, "-c", RTX], capture_output=True, text=True, check=True)
-    assert "has no plugins ahead of time; TensorRT has them. Use kind python." in done.stdout

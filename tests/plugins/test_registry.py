@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,36 +11,51 @@ from normrewrite.errors import NormRewriteError
 from normrewrite.plugins import OPS, register
 from tests.plugins.rtx import needs_rtx
 
-TWICE = """
+IMPORTED = """
+import sys, normrewrite.plugins
+print(*(module for module in sys.modules if "tensorrt" in module))
+"""
+REGISTERED = """
 import tensorrt_rtx_bindings as trt
 from normrewrite.errors import NormRewriteError
 from normrewrite.plugins import OPS, register, registry
 assert registry.known(trt.get_plugin_registry()) == []
-made = register("python", "rtx")
-assert sorted(each.name for each in made) == sorted(registry.known(trt.get_plugin_registry())) == sorted(OPS)
-for kind in ({"kind": "python"}, {"kind": "library", "library": trt.__file__.replace("__init__.py", "tensorrt_rtx.so")}):
+def refused(**kind):
     try:
         register(**kind)
     except NormRewriteError as error:
         print(error)
+refused(kind="ahead", runtime="rtx")
+made = register("python", "rtx")
+assert sorted(each.name for each in made) == sorted(registry.known(trt.get_plugin_registry())) == sorted(OPS)
+refused(kind="python")
+refused(kind="library", library=trt.__file__.replace("__init__.py", "tensorrt_rtx.so"))
 """
 
 
-@needs_rtx
-def test_a_second_registration_is_an_error() -> None:
-    done = subprocess.run([sys.executable, "-c", TWICE], capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def said() -> list[str]:
+    """By one process, as a runtime keeps what was registered once."""
+    code = IMPORTED + (REGISTERED if find_spec("tensorrt_rtx_bindings") else "")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    first, second = done.stdout.splitlines()
+    return done.stdout.splitlines()
+
+
+def test_importing_registers_nothing(said: list[str]) -> None:
+    assert said[0] == ""
+
+
+@needs_rtx
+def test_rtx_has_no_plugins_ahead_of_time(said: list[str]) -> None:
+    assert "has no plugins ahead of time; TensorRT has them. Use kind python." in said[1]
+
+
+@needs_rtx
+def test_a_second_registration_is_an_error(said: list[str]) -> None:
+    _, _, first, second = said
     assert first == second and "registered already in this process. Register one kind, once." in first
     assert all(name in first for name in OPS)
-
-
-def test_importing_registers_nothing() -> None:
-    code = (
-        "import sys, normrewrite.plugins; print([m for m in sys.modules if 'tensorrt' in m or m.startswith('triton')])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "tensorrt" not in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Triton's interpreter, as kernels are proved with it on a CPU: repairs and two memories, none of which a kernel can see."""
 
+import math
 from functools import cache
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 import torch
 from triton import language as tl
 from triton.language import core
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 
@@ -18,9 +20,14 @@ def mend() -> None:
     interpreter._convert_float = _rounded_to_nearest(interpreter._convert_float)
     interpreter.InterpretedFunction.__call__ = _call
     interpreter.GridExecutor._restore_args_dev = lambda *_: None  # else it copies CPU tensors onto themselves
-    # Asked for at every operation, and a third of the time if they are made anew each time.
+    TritonSemantic.binary_op_sanitize_overflow_impl = _overflow
+    # Asked for at every operation, and half of the time if they are made anew each time.
     interpreter._get_np_dtype = _of_scalars_once(interpreter._get_np_dtype)
     core._type_for_tuple_values = _of_shapes_once(core._type_for_tuple_values)
+    core.block_type.__init__ = _of_blocks_once(core.block_type.__init__)
+    core.tensor.__init__ = _tensor
+    TritonSemantic.broadcast_impl_value = _alike_as_they_are(TritonSemantic.broadcast_impl_value)
+    TritonSemantic.cast = _cast_where_needed(TritonSemantic.cast)
 
 
 def _of_scalars_once(dtype_of: Any) -> Any:
@@ -46,6 +53,60 @@ def _of_shapes_once(type_of: Any) -> Any:
         return known[numbers]
 
     return remembered
+
+
+def _of_blocks_once(init: Any) -> Any:
+    """So is the type of a tile, by its elements and its shape."""
+    known: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
+
+    def remembered(self: Any, element_ty: Any, shape: Any) -> None:
+        key = element_ty.name, tuple(getattr(size, "value", size) for size in shape)
+        if key not in known:
+            init(self, element_ty, shape)
+            known[key] = self.__dict__
+        self.__dict__ = known[key]
+
+    return remembered
+
+
+@cache
+def _sizes(shape: tuple[int, ...]) -> tuple[Any, Any]:
+    return core.tuple([core.constexpr(size) for size in shape]), core.constexpr(math.prod(shape))
+
+
+def _tensor(self: Any, handle: Any, type: Any) -> None:
+    """A tile, whose shape is made once for all of that shape."""
+    self.handle, self.type, self.dtype = handle, type, type.scalar
+    self.shape, self.numel = _sizes(tuple(type.shape.values) if type.is_block() else ())
+
+
+def _alike_as_they_are(broadcast: Any) -> Any:
+    """Tiles of one shape need no broadcasting."""
+
+    def broadcasted(self: Any, lhs: Any, rhs: Any) -> Any:
+        return (lhs, rhs) if lhs.shape is rhs.shape else broadcast(self, lhs, rhs)
+
+    return broadcasted
+
+
+def _cast_where_needed(cast: Any) -> Any:
+    """Nearly all are of their type already."""
+
+    def casted(self: Any, input: Any, dst_ty: Any, *rounding: Any) -> Any:
+        return input if input.dtype is dst_ty.scalar else cast(self, input, dst_ty, *rounding)
+
+    return casted
+
+
+def _overflow(self: Any, lhs: Any, rhs: Any, operation: Any) -> None:
+    """Triton computes everything a second time in int64 and a third time as comparisons, to look at it in debugging alone."""
+    kind = lhs.type.scalar
+    if self.builder.options.sanitize_overflow and kind.int_bitwidth < 64:
+        wide = _IN_NUMPY[operation.__name__](lhs.handle.data, rhs.handle.data, dtype=np.int64)
+        assert kind.get_int_min_value() <= wide.min() and wide.max() <= kind.get_int_max_value(), f"{kind} overflows"
+
+
+_IN_NUMPY = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 
 
 def _bounds_of_loops(patch: Any) -> Any:

@@ -4,8 +4,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import triton
 from torch import Tensor
+from triton import language as tl
 from triton.runtime import interpreter as triton_interpreter
+from triton.runtime.errors import InterpreterError
 
 from normrewrite.lower.triton import launch
 from normrewrite.lower.triton.ahead import Launch, recorded
@@ -80,3 +83,16 @@ def test_gradient_of_the_last_elements(far: Tensor, monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(tail(dx, gradient).float(), wanted, rtol=1e-3, atol=1e-3)
     last(correct, monkeypatch)
     torch.testing.assert_close(tail(dx, gradient)[-1, -1].float(), wanted[-1, -1] - 1.0, rtol=1e-3, atol=1e-3)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _product(y_ptr, by):  # type: ignore[no-untyped-def]
+    tl.store(y_ptr + tl.arange(0, 2), (2**16 - 1 + tl.arange(0, 2)) * by)
+
+
+def test_what_32_bits_do_not_hold_is_an_error() -> None:
+    y = torch.zeros(2, dtype=torch.int64)
+    launch.run(_product, 1, 1, {"y_ptr": y, "by": 2**15 - 1})
+    assert y.tolist() == [(2**16 - 1) * (2**15 - 1), 2**16 * (2**15 - 1)]
+    with pytest.raises(InterpreterError, match="int32 overflows"):
+        launch.run(_product, 1, 1, {"y_ptr": y, "by": 2**15})
