@@ -8,6 +8,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -35,11 +36,10 @@ torch.set_num_threads(int(os.environ.get("NORMREWRITE_TEST_THREADS", "1")))  # t
 def pytest_collection_finish() -> None:
     """Two things that libraries do in every call are done once: torch.onnx reads the source of its 500 functions, and of what is
     imported and collected by now a search for garbage finds out that it stays."""
-    from torch.onnx._internal.exporter._registration import (
-        onnxscript_apis,
-    )  # not in every process that imports this file
+    with suppress(ImportError):  # a private module, and not in every process that imports this file
+        from torch.onnx._internal.exporter._registration import onnxscript_apis
 
-    onnxscript_apis.get_torchlib_ops = cache(onnxscript_apis.get_torchlib_ops)
+        onnxscript_apis.get_torchlib_ops = cache(onnxscript_apis.get_torchlib_ops)
     gc.collect()
     gc.freeze()
 

@@ -391,7 +391,6 @@ def test_a_second_derivative_is_refused(spec: str) -> None:
         dx.pow(2).sum().backward()
 
 
-@every_row
 class _Backwards(TorchDispatchMode):
     """The weight that each call of torch's batch norm backward is given."""
 
@@ -415,6 +414,7 @@ def test_sums_are_asked_for_as_cuda_gives_them(memory_format: torch.memory_forma
     assert seen.weights and all(given is not None and given.dtype is torch.float32 for given in seen.weights)
 
 
+@every_row
 @pytest.mark.parametrize("layout", ["contiguous", "gapped", "turned", "channels_last"])
 def test_operators_are_what_compilers_are_told(spec: str, layout: str) -> None:
     """Shapes, dtypes and strides as announced, nothing changed in place: inductor asserts each of them when it runs."""
