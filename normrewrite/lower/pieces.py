@@ -81,7 +81,11 @@ class Cells:
         """The elements of some cells, (C, k) -> (C, k * L), in the dtype of the statistics."""
         channels = torch.arange(len(cells), device=cells.device)[:, None]
         outer, inner = divided(cells, self._inner)
-        found = self.values[outer, :, channels, inner] if self.along == 1 else self.values[outer, channels, inner]
+        if self.along == 1:
+            found = self.values[outer, :, channels, inner]
+        else:  # whole rows of memory, twice as fast as by three indices
+            rows = (outer * len(cells) + channels) * self._inner + inner
+            found = self.values.flatten(0, 2).index_select(0, rows.flatten()).view(*cells.shape, -1)
         return found.flatten(1).to(self.mean.dtype)
 
     def places(self, cells: Tensor, within: Tensor) -> Tensor:
