@@ -33,10 +33,8 @@ def as_one(x: Tensor, residual: Tensor | None) -> bool:
     """
     if residual is not None and residual.dtype != x.dtype:
         return False
-    asked = x.is_cuda or (
-        not torch.compiler.is_compiling() and chosen() == "triton"
-    )  # compilers can't follow the switch
-    return asked and half.chosen(x) is None
+    asked = not torch.compiler.is_compiling() and chosen() == "triton"  # compilers can't follow the switch
+    return (x.is_cuda or asked) and half.chosen(x) is None
 
 
 @torch.library.custom_op("normrewrite::norm_relu", mutates_args=())
