@@ -141,7 +141,7 @@ def test_it_ends_with_the_block_and_can_be_nested() -> None:
             seen += [layer()]
         seen += [layer()]
         raise KeyError
-    assert seen == ["half:64", False, True, False] and layer() and half.current is None
+    assert seen == ["half:64", False, True, False] and layer() and half.here.accumulator is None
     with pytest.raises(NormRewriteError, match="write fp32, half"), nr.half_arithmetic("fp16"):
         pass
 

@@ -13,7 +13,8 @@ the local means differ. Messages hold a few numbers a channel, their number is f
 
 Of equal extremes the lowest rank's counts, there the first in its batch (for k > 1, any): as in the joined batch. It
 stays where it was found, and only that rank's backward sees it. dweight and dbias are this rank's own terms, to be summed
-by whoever sums gradients (DDP), as torch.nn.SyncBatchNorm's. Second derivatives and torch.func are refused. C(n) is looked up by n, so that a GPU waits for the first message.
+by whoever sums gradients (DDP), as torch.nn.SyncBatchNorm's. Second
+derivatives and torch.func are refused. C(n) is looked up by n, so that a GPU waits for the first message.
 """
 
 from typing import Any

@@ -19,6 +19,7 @@ with gh = weight * g. The constants C, eps, 1/n and 1/k are fp32 numbers; what t
 Running statistics are the caller's, in fp32: mean and spread come as fp32 tensors of half numbers.
 """
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,12 +47,23 @@ from normrewrite.norms import Gain, Metric
 SMALLEST = 2.0**-24
 _ONCE = "half arithmetic", "Compute that outside nr.half_arithmetic, or in another precision."
 
-current: Accumulator | None = None  # what half tensors are normalised by, while normrewrite.arithmetic says so
+
+class Here(threading.local):
+    """What half tensors are normalised by, in this thread, while normrewrite.arithmetic says so.
+
+    Torch's function modes, by which its own norms follow, are a thread's too; and torch.compile, which reads no context
+    variable, looks at this each time that it calls what it compiled.
+    """
+
+    accumulator: Accumulator | None = None
+
+
+here = Here()
 
 
 def chosen(x: Tensor) -> Accumulator | None:
     """The accumulator, where x is to be normalised in half."""
-    return current if x.dtype is torch.float16 else None
+    return here.accumulator if x.dtype is torch.float16 else None
 
 
 @dataclass(frozen=True)
