@@ -238,7 +238,7 @@ def _(
     return torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean)
 
 
-backward = plain.of_many(_backward, plain.batch)
+backward = plain.of_many(lambda *kept: _backward(*kept), plain.batch)
 _forward.register_autograd(plain.gradients(backward), setup_context=plain.keep)
 _backward.register_autograd(plain.second(plain.batch), setup_context=plain.keep_backward)
 

@@ -164,7 +164,7 @@ def _(
     return torch.empty_like(x), channels, torch.empty_like(channels)
 
 
-backward = plain.of_many(_backward, plain.rows)
+backward = plain.of_many(lambda *kept: _backward(*kept), plain.rows)
 _forward.register_autograd(plain.gradients(backward), setup_context=plain.keep)
 _backward.register_autograd(plain.second(plain.rows), setup_context=plain.keep_backward)
 
