@@ -1,12 +1,13 @@
 """Forwards that activation checkpointing repeats: what the first one read from state that it then moved.
 
->>> remember(running_mean, torch.stack([mean, spread, r, d]))       # in a forward
->>> recalled(running_mean, torch.stack([mean, spread]))             # in its recomputation: the same r and d
+>>> remember(owner, torch.stack([mean, spread, r, d]))       # in a forward; owner: a tensor that lives as long as the norm
+>>> recalled(owner, torch.stack([mean, spread]))             # in its recomputation: the same r and d
 
 torch.utils.checkpoint runs a forward again inside the backward, and gives no place where the first could leave something for the
 second: one kind runs the first without a graph, the other drops what it saves. What is sure is that the second sees the same
-batch. So the few numbers a channel that a batch measured stand beside what was read for it, by the tensor whose state it is, for
-the last forwards alone and as long as that tensor lives. A batch that isn't among them is an error, never a wrong gradient.
+batch. So the few numbers a channel that a batch measured stand beside what was read for it, for the last forwards alone and as
+long as their norm lives: by a tensor of it that no forward moves, as compiled graphs pass such a one on as it is. A batch that
+isn't among them is an error, never a wrong gradient.
 """
 
 from collections import deque
@@ -30,15 +31,15 @@ def recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def remember(state: Tensor, record: Tensor) -> None:
-    """record: (4, C), mean and spread of the batch, and the two that were computed from them and from the state. A copy."""
+def remember(owner: Tensor, record: Tensor) -> None:
+    """record: (4, C), mean and spread of the batch, and what was computed from them and from running statistics."""
     if not transformed():
-        _recent.setdefault(state, deque(maxlen=FORWARDS)).append(record)
+        _recent.setdefault(owner, deque(maxlen=FORWARDS)).append(record)
 
 
-def recalled(state: Tensor, measured: Tensor) -> tuple[Tensor, Tensor]:
+def recalled(owner: Tensor, measured: Tensor) -> tuple[Tensor, Tensor]:
     """What was remembered of this batch; of equal ones, the last. measured: (2, C), its mean and spread."""
-    records = list(_recent.get(state, ()))[::-1]
+    records = list(_recent.get(owner, ()))[::-1]
     off = [] if not records else _distances(torch.stack(records)[:, :2], measured).tolist()
     if not off or min(off) > _NEAR:
         raise NormRewriteError(

@@ -18,15 +18,25 @@ SCHEDULE = (5_000, 40_000, 25_000)
 
 @torch.library.custom_op("normrewrite::renorm_corrections", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _corrections(
-    mean: Tensor, spread: Tensor, running_mean: Tensor, running_scale: Tensor, r_max: Tensor, d_max: Tensor, eps: float
+    mean: Tensor,
+    spread: Tensor,
+    running_mean: Tensor,
+    running_scale: Tensor,
+    r_max: Tensor,
+    d_max: Tensor,
+    eps: float,
+    owner: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """r and d: those of the first forward, where this is its recomputation. One operator, so that torch.compile keeps them: it
-    would compute them anew in the backward, from running statistics that the forward has moved since."""
+    """r and d: those of the first forward, where this is its recomputation; owner: a tensor that the norm keeps.
+
+    One operator, so that torch.compile keeps them: it would compute them anew in the backward, from running statistics that the
+    forward has moved since.
+    """
     measured = torch.stack([mean, spread])
     if recomputing():
-        return recalled(running_mean, measured)
+        return recalled(owner, measured)
     r, d = corrections(mean, spread, running_mean, running_scale, r_max, d_max, eps)
-    remember(running_mean, torch.cat([measured, torch.stack([r, d])]))
+    remember(owner, torch.cat([measured, torch.stack([r, d])]))
     return r, d
 
 
@@ -41,7 +51,14 @@ def corrections(
 
 @_corrections.register_fake
 def _(
-    mean: Tensor, spread: Tensor, running_mean: Tensor, running_scale: Tensor, r_max: Tensor, d_max: Tensor, eps: float
+    mean: Tensor,
+    spread: Tensor,
+    running_mean: Tensor,
+    running_scale: Tensor,
+    r_max: Tensor,
+    d_max: Tensor,
+    eps: float,
+    owner: Tensor,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(spread), torch.empty_like(mean)
 
@@ -88,7 +105,7 @@ class BatchRenorm(BatchNorm):
         y, mean, spread = normalise(input, None, None, self.metric, self.gain, self.eps, group)
         with torch.no_grad():
             told = mean, spread, self.running_mean, self.running_scale, *self.limits(), self.eps
-            r, d = corrections(*told) if transformed() else _corrections(*told)
+            r, d = corrections(*told) if transformed() else _corrections(*told, self.trained)
             if self.track_running_stats and not recomputing():
                 factor = averaging_factor(self, input, group)
                 average_in(factor, (self.running_mean, mean), (self.running_scale, spread))
