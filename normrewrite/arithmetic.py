@@ -38,19 +38,20 @@ def half_arithmetic(sums: str = "fp32") -> Iterator[Accumulator]:
     to 43 times as long as fp32 where that was tried: on any CPU they are fp32 kernels on half numbers here.
     Raises NormRewriteError for other sums, and where a norm is to measure several processes' batches as one.
     """
-    before, half.current = half.current, accumulator(sums)
+    before, chosen = half.here.accumulator, accumulator(sums)
+    half.here.accumulator = chosen
     try:
         with _HalfArithmetic():
-            yield half.current
+            yield chosen
     finally:
-        half.current = before
+        half.here.accumulator = before
 
 
 _REPLACED: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
 class _HalfArithmetic(TorchFunctionMode):
-    """Torch's own functions, as they are to compute on half inputs; norms of ours look at half.current themselves."""
+    """Torch's own functions, as they are to compute on half inputs; norms of ours look at half.here themselves."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _REPLACED.get(func, func)(*args, **(kwargs or {}))
@@ -72,8 +73,8 @@ def _in_place_of(function: Callable[..., Any]) -> Callable[[Callable[..., Tensor
 
 
 def _native(eps: float, centred: bool = True) -> Rule:
-    assert half.current is not None
-    return Rule(metric("l2"), "exact", eps, half.current, centred, native=True)
+    assert half.here.accumulator is not None
+    return Rule(metric("l2"), "exact", eps, half.here.accumulator, centred, native=True)
 
 
 @_in_place_of(F.batch_norm)

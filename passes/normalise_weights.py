@@ -133,6 +133,7 @@ def _mean_only(old: Any) -> MeanOnlyBatchNorm:
     like = old.running_mean if old.weight is None else old.weight
     new = MeanOnlyBatchNorm(len(a), getattr(old, "momentum", 0.1), device=like.device, dtype=like.dtype)
     new.synchronised, new.process_group = isinstance(old, nn.SyncBatchNorm), getattr(old, "process_group", None)
+    new.track_running_stats = getattr(old, "track_running_stats", True)
     new.running_mean.copy_(old.running_mean.double() * a).to(statistics_dtype(like.dtype))
     if old.bias is not None:
         new.bias = old.bias if isinstance(old.bias, nn.Parameter) else nn.Parameter(old.bias.clone())

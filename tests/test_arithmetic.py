@@ -1,6 +1,7 @@
 """half_arithmetic: every norm of ours and of torch in half, products summed in fp32, and nothing else touched."""
 
 import copy
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -141,9 +142,33 @@ def test_it_ends_with_the_block_and_can_be_nested() -> None:
             seen += [layer()]
         seen += [layer()]
         raise KeyError
-    assert seen == ["half:64", False, True, False] and layer() and half.current is None
+    assert seen == ["half:64", False, True, False] and layer() and half.here.accumulator is None
     with pytest.raises(NormRewriteError, match="write fp32, half"), nr.half_arithmetic("fp16"):
         pass
+
+
+def test_other_threads_are_left_alone() -> None:
+    """Neither norms of ours nor torch's, nor what watches them."""
+    x = 50 * torch.randn(8, 4, 8, 8).half()
+    norms = nr.nn.BatchNorm2d(4), nr.nn.LayerNorm(8), nr.nn.MeanOnlyBatchNorm(4), torch.nn.GroupNorm(2, 4).half()
+    for norm in norms:
+        outside, found = norm(x), []
+        with nr.half_arithmetic("half:1"), watching() as watch:
+            thread = threading.Thread(target=lambda norm=norm, found=found: found.append(norm(x)))
+            thread.start()
+            thread.join()
+            assert torch.equal(found[0], outside) and watch.told == []
+            assert not torch.equal(norm(x), outside) and len(watch.told) > 0
+
+
+def test_compiled_networks_follow_the_switch() -> None:
+    torch._dynamo.reset()
+    which = torch.compile(lambda x: x if half.chosen(x) is None else -x, backend="eager", fullgraph=True)
+    x = torch.ones(2, 3).half()
+    assert torch.equal(which(x), x)
+    with nr.half_arithmetic():
+        assert torch.equal(which(x), -x)
+    assert torch.equal(which(x), x)
 
 
 def test_synchronised_statistics_are_refused() -> None:

@@ -76,6 +76,8 @@ def _numbers(x: Tensor, *values: float) -> list[Tensor]:
 
 
 def _called(function: Callable[..., Any], *args: Any) -> Any:
+    # a gradient that is itself differentiated comes with a graph, which is the operator's and nothing to compile for
+    args = tuple(value.detach() if isinstance(value, Tensor) else value for value in args)
     try:
         with torch._dynamo.config.patch(recompile_limit=_KINDS):
             return function(*args)

@@ -13,7 +13,8 @@ the local means differ. Messages hold a few numbers a channel, their number is f
 
 Of equal extremes the lowest rank's counts, there the first in its batch (for k > 1, any): as in the joined batch. It
 stays where it was found, and only that rank's backward sees it. dweight and dbias are this rank's own terms, to be summed
-by whoever sums gradients (DDP), as torch.nn.SyncBatchNorm's. C(n) is looked up by n, so that a GPU waits for the first message.
+by whoever sums gradients (DDP), as torch.nn.SyncBatchNorm's. Second
+derivatives and torch.func are refused. C(n) is looked up by n, so that a GPU waits for the first message.
 """
 
 from typing import Any
@@ -22,14 +23,16 @@ import torch
 from torch import Tensor, distributed
 from torch._compile import _disable_dynamo
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from normrewrite.lower import eager
 from normrewrite.lower.eager import per_channel
 from normrewrite.lower.families import Sparse, laid_out_as, largest, wide
+from normrewrite.lower.once import once, refuse_transforms
 from normrewrite.norms import Gain, Metric
 from normrewrite.norms import metric as row_of
+
+_ONCE = "a synchronised norm", "Let ranks measure for themselves: nr.nn.synchronise_(model, synchronised=False)."
 
 
 def several(group: Any = None) -> Any:
@@ -48,6 +51,7 @@ def normalise(
     Every rank of the group has to call it, with the same C, and run its backward. Raises NormRewriteError, on all ranks
     alike, where the joined batch has fewer than two elements a channel, or fewer than the row reads.
     """
+    refuse_transforms(*_ONCE)
     row = row if isinstance(row, Metric) else row_of(row)
     return _Normalise.apply(x, weight, bias, row, gain, eps, group)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -75,7 +79,7 @@ class _Normalise(Function):
         return y, mean, spread
 
     @staticmethod
-    @once_differentiable
+    @once(*_ONCE)
     def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, spread, indices, signs = ctx.saved_tensors
         row, constant, n, eps, group = ctx.settings
@@ -92,6 +96,7 @@ class _Normalise(Function):
 @_disable_dynamo
 def mean(x: Tensor, group: Any) -> Tensor:
     """The mean (C,) of the joined batch, with its gradient. x: (N, C, *), fp32 or float64."""
+    refuse_transforms(*_ONCE)
     return _Mean.apply(x, group)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -103,7 +108,7 @@ class _Mean(Function):
         return mean
 
     @staticmethod
-    @once_differentiable
+    @once(*_ONCE)
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         shape, n, group = ctx.settings
         return per_channel((summed(g, group) / n).to(g.dtype), len(shape)).expand(shape), None

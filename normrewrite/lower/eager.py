@@ -12,8 +12,7 @@ It keeps x, three numbers a channel and, for the families that read few elements
 (pieces.py), and the few elements that sparse families want are looked for in the cells that can hold them.
 
 Forward and backward are two custom operators, whole to torch.compile and torch.export: the constant C(n) is looked up when
-they run, so that a dynamic batch needs no formula for it. Twice-differentiation is refused by torch rather than answered
-wrongly.
+they run, so that a dynamic batch needs no formula for it. Second derivatives and torch.func are plain.py's.
 """
 
 import math
@@ -23,13 +22,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from normrewrite.lower import compiled
+from normrewrite.lower import compiled, plain
 from normrewrite.lower.families import (
     Sparse,
     dense_slope,
     extremes,
-    gradients,
-    keep,
     laid_out_as,
     largest,
     sparse_slope,
@@ -241,7 +238,9 @@ def _(
     return torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean)
 
 
-_forward.register_autograd(gradients(lambda *kept: _backward(*kept)), setup_context=keep)
+backward = plain.of_many(lambda *kept: _backward(*kept), plain.batch)
+_forward.register_autograd(plain.gradients(backward), setup_context=plain.keep)
+_backward.register_autograd(plain.second(plain.batch), setup_context=plain.keep_backward)
 
 
 def sums(g: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -345,5 +344,7 @@ def normalise(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, row: Metric | str, gain: Gain, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalise x: (N, C, *) by its own batch. Returns y (as x), mean (C,) and C * S (C,), the last two detached, fp32+."""
+    if plain.transformed():
+        return plain.batch(x, weight, bias, row_of(str(row)), gain, eps)
     y, mean, spread, _, _ = _forward(x, weight, bias, str(row), gain, eps)
     return y, mean, spread

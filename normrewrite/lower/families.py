@@ -6,7 +6,6 @@ A row is n elements that share statistics. Dense families take all of it into ac
 again from x; sparse ones read k elements, whose (rows, k) indices and signs are all that a backward needs to keep.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -103,29 +102,11 @@ def laid_out_as(values: Tensor, x: Tensor) -> Tensor:
     return torch.empty_like(x).copy_(values)
 
 
-# --- what autograd has to know, for an operator of (x, weight, bias, *settings) that gives y, mean, C * S and Sparse ---------
+def by_batch(x: Tensor) -> Tensor:
+    """(N, C, *) -> (1, C, 1, N * positions): a batch norm is a row norm of this."""
+    return x.transpose(0, 1).reshape(1, x.shape[1], 1, -1)
 
 
-def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Save what the backward reads: x, weight, and all that was measured."""
-    x, weight, bias, *ctx.settings = inputs
-    _, *measured = output
-    ctx.save_for_backward(x, weight, *measured)
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.mark_non_differentiable(*measured)
-
-
-def gradients(backward: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Callable[..., tuple[Tensor | None, ...]]:
-    """The operator's gradient: `backward` gives dx, dweight and dbias from g and all that was kept."""
-
-    def apply(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, *measured = ctx.saved_tensors
-        dx, dweight, dbias = backward(g, x, weight, *measured, *ctx.settings)
-        return (
-            dx,
-            None if weight is None else dweight.to(weight.dtype),
-            None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype),
-            *(None for _ in ctx.settings),
-        )
-
-    return apply
+def from_batch(y: Tensor, x: Tensor) -> Tensor:
+    """`by_batch` undone: y in the shape of x."""
+    return y.view(x.shape[1], x.shape[0], *x.shape[2:]).transpose(0, 1)

@@ -19,36 +19,51 @@ with gh = weight * g. The constants C, eps, 1/n and 1/k are fp32 numbers; what t
 Running statistics are the caller's, in fp32: mean and spread come as fp32 tensors of half numbers.
 """
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from normrewrite.lower.accumulate import Accumulator
 from normrewrite.lower.families import (
     Sparse,
+    by_batch,
     dense_slope,
     extremes,
+    from_batch,
     laid_out_as,
     largest,
     nothing,
     sparse_slope,
     within_half,
 )
+from normrewrite.lower.once import once, refuse_transforms
 from normrewrite.lower.watch import tell
 from normrewrite.norms import Gain, Metric
 
 SMALLEST = 2.0**-24
+_ONCE = "half arithmetic", "Compute that outside nr.half_arithmetic, or in another precision."
 
-current: Accumulator | None = None  # what half tensors are normalised by, while normrewrite.arithmetic says so
+
+class Here(threading.local):
+    """What half tensors are normalised by, in this thread, while normrewrite.arithmetic says so.
+
+    Torch's function modes, by which its own norms follow, are a thread's too; and torch.compile, which reads no context
+    variable, looks at this each time that it calls what it compiled.
+    """
+
+    accumulator: Accumulator | None = None
+
+
+here = Here()
 
 
 def chosen(x: Tensor) -> Accumulator | None:
     """The accumulator, where x is to be normalised in half."""
-    return current if x.dtype is torch.float16 else None
+    return here.accumulator if x.dtype is torch.float16 else None
 
 
 @dataclass(frozen=True)
@@ -78,6 +93,7 @@ def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, rule: Rule)
     Returns y (as x), mean (B, G) and C * S (B, G), or the variance where native; the last two detached, fp32. Raises
     NormRewriteError where a row has fewer elements than the metric reads.
     """
+    refuse_transforms(*_ONCE)
     y, mean, spread = _Normalise.apply(x, weight, bias, rule)  # type: ignore[no-untyped-call]
     tell(torch.isfinite(mean) & torch.isfinite(spread))
     return y, mean, spread
@@ -87,23 +103,15 @@ def normalise_batch(x: Tensor, weight: Tensor | None, bias: Tensor | None, rule:
     """x: (N, C, *) by its own batch; weight, bias, mean and spread: (C,)."""
     weight, bias = (None if value is None else value[:, None] for value in (weight, bias))
     y, mean, spread = normalise(by_batch(x), weight, bias, rule)
-    return _from_batch(y, x), mean[0], spread[0]
+    return laid_out_as(from_batch(y, x), x), mean[0], spread[0]
 
 
 def centre(x: Tensor, bias: Tensor, accumulator: Accumulator) -> tuple[Tensor, Tensor]:
     """x - mean + bias by channel of x: (N, C, *), and mean (C,), detached, fp32."""
+    refuse_transforms(*_ONCE)
     y, mean = _Centre.apply(by_batch(x), bias, accumulator)  # type: ignore[no-untyped-call]
     tell(torch.isfinite(mean))
-    return _from_batch(y, x), mean
-
-
-def by_batch(x: Tensor) -> Tensor:
-    """(N, C, *) -> (1, C, 1, N * positions)."""
-    return x.transpose(0, 1).reshape(1, x.shape[1], 1, -1)
-
-
-def _from_batch(y: Tensor, x: Tensor) -> Tensor:
-    return laid_out_as(y.view(x.shape[1], x.shape[0], *x.shape[2:]).transpose(0, 1), x)
+    return laid_out_as(from_batch(y, x), x), mean
 
 
 # --- forward and backward ----------------------------------------------------------------------------------------------------
@@ -131,7 +139,7 @@ class _Normalise(Function):
         return laid_out_as(y, x), *statistics
 
     @staticmethod
-    @once_differentiable
+    @once(*_ONCE)
     def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, root, scale, *sparse = ctx.saved_tensors
         rule, constant, bias_dtype = ctx.settings
@@ -157,7 +165,7 @@ class _Centre(Function):
         return x - _by_row(mean, x) + _by_channel(bias[:, None]), statistic
 
     @staticmethod
-    @once_differentiable
+    @once(*_ONCE)
     def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None]:
         accumulator, dtype = ctx.settings
         dbias = accumulator.sum(_rows(g)).to(dtype)

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, relu
 
-from normrewrite.lower import eager, half, rows  # noqa: F401 -- their operators
+from normrewrite.lower import eager, half, rows
 from normrewrite.lower.families import laid_out_as, taken, wide, wide_dtype
 from normrewrite.lower.kernels import chosen, serving
+from normrewrite.lower.plain import transformed
 from normrewrite.lower.triton import geometry
 from normrewrite.lower.triton.geometry import Geometry
 from normrewrite.norms import METRICS, Gain, Metric
@@ -29,9 +30,9 @@ def as_one(x: Tensor, residual: Tensor | None) -> bool:
     """Whether one operator is to compute relu(norm(x) + residual): on CUDA, or where the kernels are asked for.
 
     Not where the sum has a wider dtype than x has, nor in half arithmetic, nor on other devices: there a norm, an addition and
-    a ReLU cost no more.
+    a ReLU cost no more. Nor under torch.func, which the norm has a plain form for.
     """
-    if residual is not None and residual.dtype != x.dtype:
+    if transformed() or (residual is not None and residual.dtype != x.dtype):
         return False
     asked = not torch.compiler.is_compiling() and chosen() == "triton"  # compilers can't follow the switch
     return (x.is_cuda or asked) and half.chosen(x) is None
@@ -113,13 +114,34 @@ def _backward(
         more = {"sample": sample, "centred": centred, "relu": True, "residual": residual}
         told = row, cast(Gain, gain), eps
         return kernels.backward(g, x, weight, bias, *measured, live, *told, **more)  # type: ignore[no-any-return]
+    kept = g, x, weight, bias, *measured, live, metric, gain, eps, sample, centred, residual
+    masked, dx, dweight, dbias = _parted(*kept)
+    return dx, dweight, dbias, laid_out_as(masked, x) if residual else x.new_empty(0)
+
+
+def _parted(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    spread: Tensor,
+    indices: Tensor,
+    signs: Tensor,
+    live: Tensor,
+    metric: str,
+    gain: str,
+    eps: float,
+    sample: bool,
+    centred: bool,
+    residual: bool,
+) -> tuple[Tensor, ...]:
+    """ReLU's gradient, as g, then dx, dweight and dbias of the norm's own operator: differentiable."""
     live = unpack(live, geometry.of(x, sample), x.shape) if residual else passed(x, weight, bias, mean, spread + eps)
-    masked = torch.where(live, g, 0)
+    masked, measured = torch.where(live, g, 0), (mean, spread, indices, signs)
     if sample:
-        dx, *d = torch.ops.normrewrite.row_norm_backward(masked, x, weight, *measured, metric, gain, eps, centred)
-    else:
-        dx, *d = torch.ops.normrewrite.batch_norm_backward(masked, x, weight, *measured, metric, gain, eps)
-    return dx, *d, laid_out_as(masked, x) if residual else x.new_empty(0)
+        return masked, *rows.backward(masked, x, weight, *measured, metric, gain, eps, centred)
+    return masked, *eager.backward(masked, x, weight, *measured, metric, gain, eps)
 
 
 @_backward.register_fake
@@ -156,7 +178,11 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _gradients(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, *measured = ctx.saved_tensors
     dtype = ctx.residual_dtype
-    dx, dweight, dbias, masked = _backward(g, x, weight, bias, *measured, *ctx.settings, dtype is not None)
+    kept = g, x, weight, bias, *measured, *ctx.settings, dtype is not None
+    if torch.is_grad_enabled() or transformed():  # to be differentiated again, or many g at once
+        masked, dx, dweight, dbias = _parted(*kept)
+    else:
+        dx, dweight, dbias, masked = _backward(*kept)
     return (
         dx,
         None if dtype is None else masked.to(dtype),

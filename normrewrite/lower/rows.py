@@ -11,7 +11,7 @@ x's dtype and strides. The backward is, with gh = weight * dL/dy, w = dscale/dd 
     dbias = sum g      dweight = sum g*d/scale                               over all rows and positions of a channel
 
 It is lower/eager.py's with the weight inside, as that varies in a row; it keeps x, two numbers a row and, for the
-families that read few elements, their k indices a row. Twice-differentiation is refused by torch.
+families that read few elements, their k indices a row. Second derivatives and torch.func are plain.py's.
 """
 
 from typing import cast
@@ -19,12 +19,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from normrewrite.lower import plain
 from normrewrite.lower.families import (
     Sparse,
     dense_slope,
     extremes,
-    gradients,
-    keep,
     laid_out_as,
     nothing,
     power_mean,
@@ -165,7 +164,9 @@ def _(
     return torch.empty_like(x), channels, torch.empty_like(channels)
 
 
-_forward.register_autograd(gradients(lambda *kept: _backward(*kept)), setup_context=keep)
+backward = plain.of_many(lambda *kept: _backward(*kept), plain.rows)
+_forward.register_autograd(plain.gradients(backward), setup_context=plain.keep)
+_backward.register_autograd(plain.second(plain.rows), setup_context=plain.keep_backward)
 
 
 def normalise(
@@ -182,5 +183,7 @@ def normalise(
     Returns y (as x), mean (B, G) and C * S (B, G), the last two detached, fp32 at least; mean is 0 where not centred.
     Raises NormRewriteError where a row has fewer than two elements, or fewer than the metric reads.
     """
+    if plain.transformed():
+        return plain.rows(x, weight, bias, row_of(str(row)), gain, eps, centred)
     y, mean, spread, _, _ = _forward(x, weight, bias, str(row), gain, eps, centred)
     return y, mean, spread

@@ -1,4 +1,4 @@
-"""Who wants to know of statistics that are not finite: a training counts the batches that gave such.
+"""Who wants to know of statistics that are not finite, in this thread: a training counts the batches that gave such.
 
 >>> with watching() as watch:
 ...     model(x)
@@ -6,6 +6,7 @@
 False
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,26 +27,30 @@ class Watch:
         return bool(self.told) and not bool(torch.stack(self.told).all())
 
 
-_watch: Watch | None = None
+class _Here(threading.local):  # not a context variable: torch.compile reads no such, and norms tell in what it compiles
+    watch: Watch | None = None
+
+
+_here = _Here()
 
 
 def tell(finite: Tensor) -> None:
     """A norm has measured; finite: which of its statistics are."""
-    if _watch is not None:
-        _watch.told.append(finite.all())
+    if _here.watch is not None:
+        _here.watch.told.append(finite.all())
 
 
 def told() -> int:
     """How many norms have told so far of this watch; 0 where nobody watches."""
-    return 0 if _watch is None else len(_watch.told)
+    return 0 if _here.watch is None else len(_here.watch.told)
 
 
 @contextmanager
 def watching() -> Iterator[Watch]:
     """Be told of all that is measured inside, in place of whoever was told before."""
-    global _watch
-    before, _watch = _watch, Watch()
+    before, watch = _here.watch, Watch()
+    _here.watch = watch
     try:
-        yield _watch
+        yield watch
     finally:
-        _watch = before
+        _here.watch = before

@@ -33,6 +33,7 @@ class MeanOnlyBatchNorm(nn.Module):
 
     synchronised = False
     process_group: Any = None
+    track_running_stats = True  # False: running_mean stays where it is, as torch.nn.BatchNorm2d's
     weight: None = None  # it has no scale: a weight norm in front has it
     running_mean: Tensor
     num_batches_tracked: Tensor
@@ -77,13 +78,17 @@ class MeanOnlyBatchNorm(nn.Module):
     def _batch_mean(self, x: Tensor) -> Tensor:
         group = group_of(self)
         mean = x.mean(over(x)) if group is None else distributed.mean(x, group)
-        average_in(averaging_factor(self, x, group), (self.running_mean, mean))
+        self._average(x, mean, group)
         return mean
 
     def _centred_in_half(self, x: Tensor, accumulator: Accumulator) -> Tensor:
         y, mean = half.centre(x, self.bias, not_shared(accumulator, group_of(self)))
-        average_in(averaging_factor(self, x), (self.running_mean, mean))
+        self._average(x, mean)
         return y
+
+    def _average(self, x: Tensor, mean: Tensor, group: Any = None) -> None:
+        if self.track_running_stats:
+            average_in(averaging_factor(self, x, group), (self.running_mean, mean))
 
     def _check(self, input: Tensor) -> None:
         where = self.site or type(self).__name__

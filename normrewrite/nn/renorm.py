@@ -6,20 +6,44 @@ import torch
 from torch import Tensor
 
 from normrewrite.lower import eager
+from normrewrite.lower.plain import transformed
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.functional import average_in, averaging_factor, group_of, normalise, rectified
+from normrewrite.nn.recomputation import recalled, recomputing, remember
 from normrewrite.norms import Gain
 
 # Steps of Ioffe 2017, section 4: all is batch norm until the first, r is free at the second, d at the third.
 SCHEDULE = (5_000, 40_000, 25_000)
 
 
-@torch.library.custom_op("normrewrite::renorm_corrections", mutates_args=())
+@torch.library.custom_op("normrewrite::renorm_corrections", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _corrections(
+    mean: Tensor,
+    spread: Tensor,
+    running_mean: Tensor,
+    running_scale: Tensor,
+    r_max: Tensor,
+    d_max: Tensor,
+    eps: float,
+    owner: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """r and d: those of the first forward, where this is its recomputation; owner: a tensor that the norm keeps.
+
+    One operator, so that torch.compile keeps them: it would compute them anew in the backward, from running statistics that the
+    forward has moved since.
+    """
+    measured = torch.stack([mean, spread])
+    if recomputing():
+        return recalled(owner, measured)
+    r, d = corrections(mean, spread, running_mean, running_scale, r_max, d_max, eps)
+    remember(owner, torch.cat([measured, torch.stack([r, d])]))
+    return r, d
+
+
+def corrections(
     mean: Tensor, spread: Tensor, running_mean: Tensor, running_scale: Tensor, r_max: Tensor, d_max: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """r and d. One operator, so that torch.compile keeps them: it would compute them anew in the backward, from running
-    statistics that the forward has moved since."""
+    """r and d of a batch."""
     running = running_scale + eps
     r = ((spread + eps) / running).clamp(1 / r_max, r_max)
     return r, ((mean - running_mean) / running).clamp(-d_max, d_max)
@@ -27,7 +51,14 @@ def _corrections(
 
 @_corrections.register_fake
 def _(
-    mean: Tensor, spread: Tensor, running_mean: Tensor, running_scale: Tensor, r_max: Tensor, d_max: Tensor, eps: float
+    mean: Tensor,
+    spread: Tensor,
+    running_mean: Tensor,
+    running_scale: Tensor,
+    r_max: Tensor,
+    d_max: Tensor,
+    eps: float,
+    owner: Tensor,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(spread), torch.empty_like(mean)
 
@@ -44,6 +75,8 @@ class BatchRenorm(BatchNorm):
 
     Eval is BatchNorm's. schedule: (start, r_end, d_end) in steps: r_max rises from 1 and d_max from 0 between start and
     their ends; None: the full limits at once. The buffer `trained` says so too: statistics that were trained before.
+    track_running_stats switched off later: M and S stay, and still correct. Activation checkpointing repeats a forward with the
+    corrections that it had, and averages a batch in once.
     """
 
     def __init__(
@@ -71,9 +104,11 @@ class BatchRenorm(BatchNorm):
         group = group_of(self)
         y, mean, spread = normalise(input, None, None, self.metric, self.gain, self.eps, group)
         with torch.no_grad():
-            r, d = _corrections(mean, spread, self.running_mean, self.running_scale, *self.limits(), self.eps)
-            factor = averaging_factor(self, input, group)
-            average_in(factor, (self.running_mean, mean), (self.running_scale, spread))
+            told = mean, spread, self.running_mean, self.running_scale, *self.limits(), self.eps
+            r, d = corrections(*told) if transformed() else _corrections(*told, self.trained)
+            if self.track_running_stats and not recomputing():
+                factor = averaging_factor(self, input, group)
+                average_in(factor, (self.running_mean, mean), (self.running_scale, spread))
         r, d = (r, d) if self.weight is None else (self.weight * r, self.weight * d)
         d = d if self.bias is None else d + self.bias
         y = torch.addcmul(eager.per_channel(d, y.dim()), y, eager.per_channel(r, y.dim())).to(input.dtype)

@@ -262,7 +262,8 @@ class InstanceNorm(RowNorm):
     torch.Size([8, 64, 7, 7])
 
     Arguments are torch.nn.InstanceNorm2d's and LayerNorm's `metric` and `gain`. With track_running_stats, training keeps
-    running_mean and running_scale (means over the samples of a batch, fp32 at least), and eval uses them in their place.
+    running_mean and running_scale (means over the samples of a batch, fp32 at least), and eval uses them in their place; switched
+    off later, both stay, and eval measures.
     """
 
     ranks: ClassVar[tuple[int, int] | None] = None  # of one sample alone, and of a batch
@@ -304,14 +305,15 @@ class InstanceNorm(RowNorm):
         if isinstance(input, Proxy):
             return as_one_node(self, input)
         self._check_input(input)
-        if self.running_mean is not None and self.running_scale is not None and not self.training:
+        running = (self.running_mean, self.running_scale) if self.track_running_stats else (None, None)
+        if running[0] is not None and running[1] is not None and not self.training:
             viewed = self.view(input)
             assert self.eps is not None
-            y = eager.affine(viewed, self.running_mean, self.running_scale + self.eps, self.weight, self.bias)
+            y = eager.affine(viewed, running[0], running[1] + self.eps, self.weight, self.bias)
             return self.from_view(y, input)
         y, mean, spread = self._normalised(self.view(input))
-        if self.running_mean is not None and self.running_scale is not None:
-            average_in(self.momentum or 0.0, (self.running_mean, mean.mean(0)), (self.running_scale, spread.mean(0)))
+        if running[0] is not None and running[1] is not None:
+            average_in(self.momentum or 0.0, (running[0], mean.mean(0)), (running[1], spread.mean(0)))
         return self.from_view(y, input)
 
     def _alone(self, input: Tensor) -> bool:

@@ -54,6 +54,20 @@ def test_forward_and_backward_are_right(spec: str, dtype: torch.dtype, monkeypat
 
 
 @pytest.mark.slow
+def test_second_derivatives_are_torchs() -> None:
+    x, g = samples("laplace", (5, 3, 7), torch.float32).requires_grad_(), torch.randn(5, 3, 7)
+
+    def second() -> Tensor:
+        y = normalise(x.sin(), None, None, "l1", "exact", EPS)[0]
+        (dx,) = torch.autograd.grad(y, x, g, create_graph=True)
+        return torch.autograd.grad(dx.square().sum(), x)[0]
+
+    with kernels("compiled"):
+        found = second()
+    torch.testing.assert_close(found, second(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
 def test_a_dead_channel_stays_finite_in_half_and_nothing_else_is_needed() -> None:
     x = torch.ones(4, 2, 8, dtype=torch.float16, requires_grad=True)
     with kernels("compiled"):

@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import normrewrite as nr
+from normrewrite.errors import NormRewriteError
+from normrewrite.lower import distributed as lowering
 from normrewrite.lower.distributed import largest_of_all
 from normrewrite.nn import BatchNorm, BatchRenorm, MeanOnlyBatchNorm
 from normrewrite.norms import METRICS
@@ -199,6 +201,22 @@ def under_autocast(model: nn.Module, part: slice = slice(None)) -> Result:
 
 
 # --- what comes out --------------------------------------------------------------------------------------------------
+
+
+def test_what_is_beyond_first_derivatives_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lowering, "summed", lambda values, group: values.double())  # a rank that is alone
+    x = torch.randn(6, 3, requires_grad=True)
+    for norm in (
+        lambda x: lowering.normalise(x, None, None, "l1", "exact", 1e-5, None)[0],
+        lambda x: x - lowering.mean(x, None),
+    ):
+        with pytest.raises(NormRewriteError, match=r"a synchronised norm is neither for torch\.func nor"):
+            torch.func.grad(lambda x, norm=norm: norm(x).sum())(x)
+        (first,) = torch.autograd.grad(norm(x).square().sum(), x, create_graph=True)
+        with pytest.raises(
+            NormRewriteError, match=r"a synchronised norm has first derivatives alone.*synchronised=False"
+        ):
+            first.square().sum().backward()
 
 
 @pytest.fixture(scope="module", params=SIZES, ids=lambda size: f"{size} ranks")

@@ -165,3 +165,14 @@ def test_the_origin_travels(kind: str) -> None:
     first, second = modules
     second.load_state_dict(copy.deepcopy(first).state_dict(), strict=True)
     assert torch.equal(second.origin.running_var, first.origin.running_var)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_statistics_that_are_switched_off_stay(momentum: float | None) -> None:
+    norm, x = trained(momentum), torch.randn(4, 3, 7)
+    before = copy.deepcopy(norm)
+    norm.track_running_stats = False
+    y = norm(x)
+    assert all(torch.equal(a, b) for a, b in zip(norm.buffers(), before.buffers(), strict=True))
+    assert torch.equal(y, before(x)) and not torch.equal(norm.running_mean, before.running_mean)
+    assert torch.equal(norm.eval()(x), trained(momentum).eval()(x))

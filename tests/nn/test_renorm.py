@@ -1,14 +1,17 @@
 """Batch Renorm against the paper's formulas in float64: values, clipping, schedule, gradients, running statistics."""
 
 import copy
+import gc
+import pickle
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from normrewrite.errors import NormRewriteError
-from normrewrite.nn import BatchNorm, BatchRenorm
+from normrewrite.nn import BatchNorm, BatchRenorm, recomputation
 from normrewrite.nn.renorm import SCHEDULE
 from tests.lower.tolerances import TOLERANCES, check_close
 
@@ -144,6 +147,136 @@ def test_compiled_gradients(backend: str) -> None:
         (module(x) * g).sum().backward()
     for found, wanted in zip(norm.parameters(), eager.parameters(), strict=True):
         torch.testing.assert_close(found.grad, wanted.grad)
+
+
+@pytest.mark.parametrize(("r_max", "d_max"), LIMITS)
+def test_second_derivatives(r_max: float, d_max: float) -> None:
+    """Autograd alone and torch.func, against the paper's formulas."""
+    norm, x = trained(r_max, d_max), batch()
+    parameters = dict(norm.named_parameters())
+
+    def second(function: Any, x: Tensor) -> tuple[Tensor, ...]:
+        x = x.clone().requires_grad_()
+        (dx,) = torch.autograd.grad(function(x).sin().sum(), x, create_graph=True)
+        return torch.autograd.grad(dx.square().sum(), (x, norm.weight, norm.bias))
+
+    fixed = copy.deepcopy(norm)
+    wanted = second(lambda x: reference(norm, x, r_max, d_max), x)
+    state = {name: value.clone() for name, value in fixed.named_buffers()}
+    with_state = lambda x: torch.func.functional_call(  # noqa: E731
+        norm, parameters | {name: value.clone() for name, value in state.items()}, x
+    )
+    first = lambda x: torch.func.grad(lambda x: with_state(x).sin().sum())(x)  # noqa: E731
+    torch.testing.assert_close(torch.func.grad(lambda x: first(x).square().sum())(x), wanted[0], rtol=1e-9, atol=1e-9)
+    for found, expected in zip(second(norm, x), wanted, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+# --- activation checkpointing -----------------------------------------------------------------------------------------
+
+
+def chain(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    """Two norms, one of them at two places, whose corrections show."""
+    torch.manual_seed(3)
+    norm = trained(dtype=dtype)
+    return nn.Sequential(
+        nn.Conv2d(4, 4, 2, dtype=dtype), norm, nn.Tanh(), nn.Conv2d(4, 4, 2, dtype=dtype), norm, nn.Tanh()
+    )
+
+
+def after(model: nn.Module, run: Any, steps: int = 3) -> list[Tensor]:
+    """Every step's gradients, and the buffers at the end. The first two steps see the same batch."""
+    found = []
+    for seed in [0, 0, *range(1, steps - 1)]:
+        x = torch.randn((6, 4, 5, 5), generator=torch.Generator().manual_seed(seed)).requires_grad_()
+        model.zero_grad()
+        run(x).pow(3).mean().backward()
+        found += [x.grad, *(value.grad.clone() for value in model.parameters())]  # type: ignore[union-attr, list-item]
+    return found + list(model.buffers())
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["saved tensors", "reentrant"])
+def test_checkpointing_changes_nothing(reentrant: bool) -> None:
+    """Gradients, the steps after, and running statistics, which a batch enters once."""
+    wanted, model = after(plain := chain(), plain), chain()
+    found = after(model, lambda x: checkpoint(model, x, use_reentrant=reentrant))
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_checkpointed_parts_in_each_other_and_gradients_twice() -> None:
+    def inner(x: Tensor) -> Tensor:
+        return checkpoint(model[:3], x, use_reentrant=False)  # type: ignore[no-any-return]
+
+    wanted, model = after(plain := chain(), plain), chain()
+    outer = lambda x: checkpoint(lambda x: model[3:](inner(x)), x, use_reentrant=False)  # noqa: E731
+    assert all(torch.equal(a, b) for a, b in zip(after(model, outer), wanted, strict=True))
+    x = batch().float().requires_grad_()
+    y = checkpoint(model, batch((6, 4, 5, 5)).float().requires_grad_(), use_reentrant=False).sum() + x.sum()
+    first = torch.autograd.grad(y, list(model.parameters()), retain_graph=True)
+    for a, b in zip(first, torch.autograd.grad(y, list(model.parameters())), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_micro_batches_before_their_backwards() -> None:
+    """As a pipeline runs them: each is repeated with its own corrections."""
+    batches = [torch.randn(6, 4, 5, 5).requires_grad_() for _ in range(4)]
+    found = []
+    for checkpointed in (False, True):
+        model = chain()
+        run = (lambda x, model=model: checkpoint(model, x, use_reentrant=False)) if checkpointed else model
+        for y in [run(x).pow(3).mean() for x in batches]:
+            y.backward()
+        found.append([value.grad for value in model.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+def test_a_compiled_network_inside_a_checkpoint() -> None:
+    torch._dynamo.reset()
+    plain, model = chain(), chain()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager_decomp_partition")
+    x, grads = torch.randn(6, 4, 5, 5), []
+    for run in (plain, lambda x: checkpoint(compiled, x, use_reentrant=False)):
+        run(x.clone().requires_grad_()).pow(3).mean().backward()
+        grads.append([value.grad for value in (plain if run is plain else model).parameters()])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_batch_that_is_not_finite_is_recomputed_too() -> None:
+    model = chain()
+    x = torch.full((6, 4, 5, 5), torch.inf).requires_grad_()
+    checkpoint(model, x, use_reentrant=False).sum().backward()
+    assert model[0].weight.grad.isnan().all()  # type: ignore[union-attr]
+
+
+def test_what_is_no_repetition_is_refused() -> None:
+    norm, x = trained(), batch().requires_grad_()
+    noise = lambda x: norm(x + torch.rand_like(x)).tanh()  # noqa: E731
+    with pytest.raises(NormRewriteError, match="none of the last 32 it was trained on"):
+        checkpoint(noise, x, use_reentrant=False, preserve_rng_state=False).sum().backward()
+
+
+def test_what_is_remembered_goes_with_the_norm() -> None:
+    norm = trained()
+    for _ in range(2 * recomputation.FORWARDS):
+        norm(batch())
+    kept = recomputation._recent
+    assert len(kept[norm.trained]) == recomputation.FORWARDS and pickle.loads(pickle.dumps(norm))
+    size = len(kept)
+    del norm
+    gc.collect()
+    assert len(kept) < size
+
+
+def test_statistics_that_are_switched_off_stay() -> None:
+    """And still correct, so that a second look at a batch computes what the first did."""
+    norm, x = trained(), batch()
+    before = copy.deepcopy(norm)
+    norm.track_running_stats = False
+    y = norm(x)
+    assert all(torch.equal(a, b) for a, b in zip(norm.buffers(), before.buffers(), strict=True))
+    assert torch.equal(y, before(x)) and not torch.equal(norm.running_mean, before.running_mean)  # type: ignore[arg-type]
 
 
 def test_a_trace_is_one_node() -> None:

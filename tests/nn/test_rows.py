@@ -363,3 +363,16 @@ def test_training_on_digits(spec: str, make: Callable[[str], nn.Module]) -> None
         optimiser.step()
     with torch.no_grad():
         assert float((model(images).argmax(1) == labels).float().mean()) >= 0.9
+
+
+def test_statistics_that_are_switched_off_stay() -> None:
+    """Eval measures then, as torch's."""
+    norm, x = InstanceNorm2d(3, track_running_stats=True, metric="l2"), lognormal((4, 3, 5, 7))
+    norm(x)
+    before, theirs = copy.deepcopy(norm), torch.nn.InstanceNorm2d(3, eps=0.0, track_running_stats=True)
+    norm.track_running_stats = theirs.track_running_stats = False
+    for training in (True, False):
+        y = norm.train(training)(2 * x)
+        torch.testing.assert_close(y, theirs.train(training)(2 * x), rtol=1e-3, atol=1e-3)
+        assert all(torch.equal(a, b) for a, b in zip(norm.buffers(), before.buffers(), strict=True))
+    assert not torch.allclose(before.eval()(2 * x), y, atol=0.1)

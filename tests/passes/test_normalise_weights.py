@@ -35,6 +35,15 @@ def test_what_stands_where() -> None:
     assert type(nr.convert(model, "wn:mean-bn").get_submodule("1")) is MeanOnlyBatchNorm
 
 
+def test_statistics_that_were_switched_off_stay_so() -> None:
+    model = pair()
+    model[1].track_running_stats = False
+    twin = nr.convert(model, "wn:mean-bn").train()
+    before = twin[1].running_mean.clone()
+    twin(images())
+    assert torch.equal(twin[1].running_mean, before) and not twin[1].num_batches_tracked
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("to", ["wn", "bwn"])
 def test_the_folded_weight(to: str, bias: bool) -> None:
