@@ -16,14 +16,15 @@ from normrewrite.deployment.precision import Precision
 from normrewrite.deployment.quantise import Ranges
 from normrewrite.deployment.runtimes import RUNTIMES
 from normrewrite.errors import NormRewriteError
+from normrewrite.execution import Network
 from normrewrite.lower.onnx import DOMAIN
+from normrewrite.measure.comparison import Comparison
 from normrewrite.measure.layers import Layers, compare_layers
 from normrewrite.records.ranges import of_record
 from normrewrite.verbs.bench import Bench, Runtime
 from normrewrite.verbs.bench import bench as bench_networks
 from normrewrite.verbs.export import OPSET, Deploy, Exported
 from normrewrite.verbs.export import export as export_model
-from normrewrite.verbs.verify import Comparison, Network
 from normrewrite.verbs.verify import verify as verify_networks
 
 if TYPE_CHECKING:

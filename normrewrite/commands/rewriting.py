@@ -12,6 +12,8 @@ from normrewrite.commands.source import Source, derived, opened
 from normrewrite.data import Data, argument_names
 from normrewrite.data import example as example_input
 from normrewrite.errors import NormRewriteError
+from normrewrite.execution import device_of
+from normrewrite.measure.comparison import Comparison
 from normrewrite.nn.weights import gain_of
 from normrewrite.norms import Gain
 from normrewrite.records import history
@@ -31,7 +33,6 @@ from normrewrite.verbs.inspect import Inspection
 from normrewrite.verbs.inspect import inspect as inspect_model
 from normrewrite.verbs.replay import rewritten_again
 from normrewrite.verbs.revert import reverted
-from normrewrite.verbs.verify import Comparison, device_of
 from normrewrite.verbs.verify import verify as verify_networks
 
 

@@ -3,7 +3,7 @@
 >>> proto = read("model.onnx")
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,9 @@ from normrewrite.deployment import precision
 from normrewrite.errors import NormRewriteError, first_line, possible
 from normrewrite.files import write_atomically
 from normrewrite.lower import onnx as nodes
-from normrewrite.tolerances import FITTED, SAME_DEPLOYED
 
 OLDEST_OPSET = 13  # from here on axes are inputs and Q/DQ goes by channel
+_RECURRENT = {"LSTM", "GRU", "RNN"}
 _SCOPES = "pkg.torch.onnx.name_scopes"
 LARGEST = 2**31 - 1  # bytes: protobuf's own limit, so the largest file without weights beside it
 
@@ -78,11 +78,25 @@ def feed(batch: Batch, wanted: Sequence[str], where: object) -> dict[str, Any]:
         raise NormRewriteError(
             f"{where} takes {len(wanted)} inputs ({', '.join(wanted)}), the data has {len(batch.inputs)}."
         )
-    arrays = {name: tensor.numpy() for name, tensor in batch.inputs.items()}
+    arrays = {name: tensor.detach().cpu().numpy() for name, tensor in batch.inputs.items()}
     return arrays if set(arrays) == set(wanted) else dict(zip(wanted, arrays.values(), strict=True))
 
 
-def tolerance(proto: Any) -> float:
-    """What the outputs of a file may differ from its torch model's, of max(1, largest output), by what it says it is."""
-    fitted = any(entry.key == "normrewrite.fitted" and entry.value != "0" for entry in proto.metadata_props)
-    return max(SAME_DEPLOYED[precision.of(proto)], FITTED if fitted else 0.0)
+def half_recurrent(path: Path) -> bool:
+    """Whether a file computes a recurrent layer in fp16. False where it can't be read, which its reader tells better."""
+    import onnx
+
+    try:
+        proto = onnx.load(path, load_external_data=False)
+    except Exception:  # protobuf has classes of its own
+        return False
+    recurrent = any(node.op_type in _RECURRENT for graph in (proto.graph, *proto.functions) for node in _nodes(graph))
+    return recurrent and "fp16" in precision.present(proto)
+
+
+def _nodes(graph: Any) -> Iterator[Any]:
+    """Those of the graphs inside its nodes, too."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            yield from _nodes(attribute.g)

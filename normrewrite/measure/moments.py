@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from normrewrite.data import Data
 from normrewrite.errors import NormRewriteError
+from normrewrite.execution import runner
 from normrewrite.lower import eager
 from normrewrite.lower.families import wide
 from normrewrite.norms import METRICS, Gain, Metric, metric
 from normrewrite.sites import Site
-from normrewrite.verbs.verify import runner
 
 FP16_MAX = 65504.0
 INT8_MAX = 127

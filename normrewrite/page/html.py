@@ -11,12 +11,12 @@ from typing import Any
 
 from normrewrite._version import __version__
 from normrewrite.errors import NormRewriteError
+from normrewrite.measure.comparison import OutputDifference
 from normrewrite.page.columns import Column, power, used
 from normrewrite.page.document import Document, summary
 from normrewrite.page.facts import Row
 from normrewrite.page.picture import Picture, picture
 from normrewrite.targets import TARGETS
-from normrewrite.verbs.verify import OutputDifference
 
 SITES = (
     "Figures of a site are of random input of its width; those with data are of {inputs:,} inputs in batches of {batch}. "

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from normrewrite import sites
 from normrewrite.data import Batch, Data, argument_names, as_data
 from normrewrite.errors import NormRewriteError
+from normrewrite.execution import device_of
 from normrewrite.measure.moments import (
     ENOUGH_CALLS,
     FP16_MAX,
@@ -52,7 +53,6 @@ from normrewrite.measure.moments import (
 from normrewrite.records.report import table
 from normrewrite.sites import Site, neighbours
 from normrewrite.sites.traps import is_frozen, kind_of
-from normrewrite.verbs.verify import device_of
 
 FEW = 16  # elements a statistic
 QUIET = 0.05  # relative noise of a scale

@@ -24,6 +24,7 @@ from normrewrite.deployment.precision import PRECISIONS, Precision, cast_model
 from normrewrite.deployment.precision import keep_io_types as cast_io
 from normrewrite.deployment.quantise import RANGES, Ranges, activations, quantise, unkept
 from normrewrite.errors import NormRewriteError, first_line, nearest
+from normrewrite.execution import runner
 from normrewrite.files import check_writable
 from normrewrite.lower.onnx import add_bodies, as_nodes, fitted, inlined
 from normrewrite.nn.batch import BatchNorm
@@ -34,7 +35,6 @@ from normrewrite.passes.fold_affine import Outcome
 from normrewrite.records.ranges import LearnedRanges
 from normrewrite.sites import graph
 from normrewrite.verbs.bake import bake_
-from normrewrite.verbs.verify import runner
 
 Deploy = Literal["fold", "op"]
 DEPLOYS: tuple[Deploy, ...] = ("fold", "op")
