@@ -176,6 +176,8 @@ def verify(
     std: Numbers = None,
     batch_size: int = 250,
     tolerance: float | None = None,
+    min_snr: float | None = None,
+    min_agreement: float | None = None,
     layers: bool = False,
     each: Callable[..., object] = lambda done, **_: None,
 ) -> Comparison | Verified:
@@ -183,7 +185,15 @@ def verify(
     networks, names = _networks(source, other)
     missing = "compared on what? Give --data FILE, or --input-shape 1,3,32,32 for random inputs."
     inputs = _inputs(names, input_shape, data, mean, std, missing)
-    compared = verify_networks(*networks, inputs, batch_size=batch_size, tolerance=tolerance, each=each)
+    compared = verify_networks(
+        *networks,
+        inputs,
+        batch_size=batch_size,
+        tolerance=tolerance,
+        min_snr=min_snr,
+        min_agreement=min_agreement,
+        each=each,
+    )
     if not layers:
         return compared
     return Verified(compared, compare_layers(*networks, inputs.first(8)))

@@ -133,7 +133,7 @@ def convert(
 ) -> Converted | Planned:
     """Rewrite the norms of a model file and write the twin beside it, once its function has been checked.
 
-    calibrate: data to match training on, as `calibrate` does; fresh weight norms are initialised by it.
+    calibrate: data to bring training nearer to eval on, as `calibrate` does; fresh weight norms are initialised by it.
     manifest: a JSON file for the manifest, too.
     """
     asked = dict(locals())
@@ -346,7 +346,7 @@ def calibrate(
     force: bool = False,
     each: Callable[..., object] = lambda done, **_: None,
 ) -> Calibrated:
-    """Match a twin's training to the original on unlabelled data, and write it beside."""
+    """Bring a twin's training nearer to the original's eval on unlabelled data, and write it beside."""
     asked = dict(locals())
     output = output or derived(source.path, "calibrated")
     files.check_writable(output, force)
