@@ -69,7 +69,7 @@ def inspect(source: Any, as_json: bool, quiet: bool, **options: Any) -> None:
 @click.option(
     "--calibrate",
     metavar="DATA",
-    help="Bring training nearer to the original's eval on this data too, as `calibrate` does; fresh weight norms are initialised.",
+    help="Bring training nearer to the original's eval on this data, as `calibrate` does; fresh weight norms are initialised.",
 )
 @pixels
 @batch_size
