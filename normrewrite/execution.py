@@ -142,8 +142,8 @@ def _session(path: Path) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what goes wrong is raised, too
     options.intra_op_num_threads = torch.get_num_threads()
-    if onnx_file.half_recurrent(path):  # onnxruntime 1.32 has been seen to die of its default level there
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    if onnx_file.is_half(path):  # changing layouts, onnxruntime 1.32 dies of some, those of recurrent layers among them
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # as above

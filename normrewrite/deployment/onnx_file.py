@@ -3,7 +3,7 @@
 >>> proto = read("model.onnx")
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from normrewrite.files import write_atomically
 from normrewrite.lower import onnx as nodes
 
 OLDEST_OPSET = 13  # from here on axes are inputs and Q/DQ goes by channel
-_RECURRENT = {"LSTM", "GRU", "RNN"}
 _SCOPES = "pkg.torch.onnx.name_scopes"
 LARGEST = 2**31 - 1  # bytes: protobuf's own limit, so the largest file without weights beside it
 
@@ -82,21 +81,12 @@ def feed(batch: Batch, wanted: Sequence[str], where: object) -> dict[str, Any]:
     return arrays if set(arrays) == set(wanted) else dict(zip(wanted, arrays.values(), strict=True))
 
 
-def half_recurrent(path: Path) -> bool:
-    """Whether a file computes a recurrent layer in fp16. False where it can't be read, which its reader tells better."""
+def is_half(path: Path) -> bool:
+    """Whether a file holds fp16 tensors. False where it can't be read, which its reader tells better."""
     import onnx
 
     try:
         proto = onnx.load(path, load_external_data=False)
     except Exception:  # protobuf has classes of its own
         return False
-    recurrent = any(node.op_type in _RECURRENT for graph in (proto.graph, *proto.functions) for node in _nodes(graph))
-    return recurrent and "fp16" in precision.present(proto)
-
-
-def _nodes(graph: Any) -> Iterator[Any]:
-    """Those of the graphs inside its nodes, too."""
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            yield from _nodes(attribute.g)
+    return "fp16" in precision.present(proto)

@@ -95,7 +95,7 @@ class OutputDifference:
             self.whole = False
         a, b = _real(a, b)
         none = a.isnan() & b.isnan()
-        gap = torch.where(none | (a == b), 0.0, (a - b).abs()).nan_to_num(nan=math.inf)
+        gap = torch.where(none | (a == b), 0.0, (a - b).abs()).nan_to_num(nan=math.inf, posinf=math.inf)
         self.numbers += a.numel()
         self.nan += int(none.sum())
         self.finite += int((a.isfinite() | b.isfinite()).sum())
