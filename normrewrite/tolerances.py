@@ -48,8 +48,8 @@ class Limit:
 # on the same images, 6. On noise, which moves their outputs by 10 to 24 %, they have 28 dB in fp16 and 8 in bf16 (below `least`);
 # int8 may fall to 0, as its ranges are those of images.
 LIMITS: dict[str, Limit] = {
-    "fp64": Limit(SAME_NETWORK[torch.float64], min_snr=20, min_agreement=0, least=1e-8),
-    "fp32": Limit(SAME_NETWORK[torch.float32], min_snr=20, min_agreement=0, least=1e-3),
+    "fp64": Limit(SAME_NETWORK[torch.float64], min_snr=20, min_agreement=0, least=1e-10),
+    "fp32": Limit(SAME_NETWORK[torch.float32], min_snr=20, min_agreement=0, least=3e-5),
     "fp16": Limit(SAME_NETWORK[torch.float16], min_snr=20, min_agreement=0.9, least=0.05),
     "bf16": Limit(SAME_NETWORK[torch.bfloat16], min_snr=10, min_agreement=0.75, least=0.15),
     "int8": Limit(2.5e-1, min_snr=10, min_agreement=0.8, least=0.1),
