@@ -32,13 +32,14 @@ class Limit:
 
     tolerance: of one number, in units of its output's largest. min_snr: in dB, of what an output tells: how it varies from
     input to input. min_agreement: share of inputs with the same class. least: the variation, in units of the output, below
-    which a precision can't show it.
+    which a precision can't show it. constant: how far outputs may be apart that don't vary, in units of their size.
     """
 
     tolerance: float
     min_snr: float
     min_agreement: float
     least: float
+    constant: float
 
 
 # Int8 has a step of 1/127 of each tensor's range and clips the largest 0.01 % of values, so a number may be off by a quarter of
@@ -48,11 +49,11 @@ class Limit:
 # on the same images, 6. On noise, which moves their outputs by 10 to 24 %, they have 28 dB in fp16 and 8 in bf16 (below `least`);
 # int8 may fall to 0, as its ranges are those of images.
 LIMITS: dict[str, Limit] = {
-    "fp64": Limit(SAME_NETWORK[torch.float64], min_snr=20, min_agreement=0, least=1e-10),
-    "fp32": Limit(SAME_NETWORK[torch.float32], min_snr=20, min_agreement=0, least=3e-5),
-    "fp16": Limit(SAME_NETWORK[torch.float16], min_snr=20, min_agreement=0.9, least=0.05),
-    "bf16": Limit(SAME_NETWORK[torch.bfloat16], min_snr=10, min_agreement=0.75, least=0.15),
-    "int8": Limit(2.5e-1, min_snr=10, min_agreement=0.8, least=0.1),
+    "fp64": Limit(SAME_NETWORK[torch.float64], min_snr=20, min_agreement=0, least=1e-10, constant=1e-9),
+    "fp32": Limit(SAME_NETWORK[torch.float32], min_snr=20, min_agreement=0, least=3e-5, constant=1e-4),
+    "fp16": Limit(SAME_NETWORK[torch.float16], min_snr=20, min_agreement=0.9, least=0.05, constant=5e-3),
+    "bf16": Limit(SAME_NETWORK[torch.bfloat16], min_snr=10, min_agreement=0.75, least=0.15, constant=0.03),
+    "int8": Limit(2.5e-1, min_snr=10, min_agreement=0.8, least=0.1, constant=0.02),
 }
 
 

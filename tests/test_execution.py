@@ -84,6 +84,8 @@ def test_teacher_and_student_learn_from_the_same_input() -> None:
     nr.finetune(nr.convert(model), batches, epochs=1)
     nr.calibrate(nr.convert(model), batches)
     nr.calibrate(nr.convert(model, to="group:2"), batches)
+    bounded = nr.plan(InPlace(), to="wn", example_inputs=(batch.inputs["x"],)).apply()[0]
+    nr.initialise_(bounded.train(), batch.inputs["x"])
     assert torch.equal(batch.inputs["x"], kept)
 
 

@@ -63,7 +63,7 @@ class OutputDifference:
     def variation_db(self, limit: Limit) -> float:
         """Signal to noise of what the output tells: how it varies from row to row; two networks may well have the rest of its
         size in common. Where it varies less than the precision can show, all its variation counts; of a constant there is
-        nothing but its size, which has `limit.min_snr` where it agrees to a tenth of `limit.least`.
+        nothing but its size, which has `limit.min_snr` where it agrees to `limit.constant`.
         """
         columns = [(rows, values) for rows, values in self.columns.values() if rows and values.numel()]
         count = sum(rows * values.numel() for rows, values in columns)
@@ -72,7 +72,7 @@ class OutputDifference:
         for variation, least in ((by_row, limit.least), (self.signal - count * mean**2, limit.least / 10)):
             if variation > least**2 * self.signal:
                 return self._decibels(variation)
-        return limit.min_snr + self._decibels((limit.least / 10) ** 2 * self.signal)
+        return limit.min_snr + self._decibels(limit.constant**2 * self.signal)
 
     @property
     def judged(self) -> bool:
@@ -104,7 +104,7 @@ class OutputDifference:
         self.noise += float((gap * gap).sum())
         self._vary(torch.where(b.isfinite(), b, 0.0))
         if has_classes(a) and not self.whole:
-            fits = labels is not None and len(labels) == len(a) and int(labels.max()) < a.shape[1]
+            fits = labels is not None and len(labels) == len(a) > 0 and int(labels.max()) < a.shape[1]
             self._classes(a.argmax(1), b.argmax(1), labels if fits else None)
 
     def _vary(self, b: Tensor) -> None:
@@ -156,7 +156,7 @@ class Comparison:
     """What `verify` found.
 
     limit: of one number, in units of its output's largest, and floors of signal to noise and of agreement; precision: whose
-    they are. given: whether the tolerance was asked for, and is wider than the precision's own. left: what was not compared.
+    they are. given: whether others were asked for, wider than the precision's own. left: what was not compared.
     """
 
     outputs: list[OutputDifference]
@@ -277,10 +277,9 @@ def matched(
     By name where both have the same names; else in order, where one has none or is a file, which has its own. Raises
     NormRewriteError where one has outputs that the other has not.
     """
-    sides = [
-        {name: found for name, value in each.items() if (found := comparable(value)) is not None} for each in (a, b)
-    ]
-    left = {name: type(value).__name__ for each in (a, b) for name, value in each.items() if comparable(value) is None}
+    whole = [{name: comparable(value) for name, value in each.items()} for each in (a, b)]
+    left = {name: type((a, b)[i][name]).__name__ for i in (0, 1) for name, value in whole[i].items() if value is None}
+    sides = [{name: value for name, value in each.items() if value is not None} for each in whole]
     one, other = sides
     if set(one) == set(other):
         return [(name, values, other[name]) for name, values in one.items()], left

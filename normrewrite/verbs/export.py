@@ -115,7 +115,7 @@ def export(
     if live_stats and not any(isinstance(module, BatchNorm) for module in model.modules()):
         raise NormRewriteError("--live-stats: the model holds no batch norm of normrewrite's. Convert it first.")
     lowered, live = as_nodes(deepcopy(model).cpu().eval(), live_stats)
-    folded, outcome, notes = fold(lowered, [value.clone() for value in inputs], forwards=learned is None)
+    folded, outcome, notes = fold(lowered, inputs, forwards=learned is None)
     _refuse_live(folded, live_stats)
     inputs = cast_model(folded, inputs, precision)
     _check_weights(folded, path)

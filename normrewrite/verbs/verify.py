@@ -69,7 +69,9 @@ def verify(
     if not count:
         raise NormRewriteError("the data held no batch. Give at least one input.")
     outputs = _compared(differences, left)
-    wider = limit.tolerance > usual.tolerance
+    wider = (
+        limit.tolerance > usual.tolerance or limit.min_snr < usual.min_snr or limit.min_agreement < usual.min_agreement
+    )
     told = [f"{name} ({kind})" for name, kind in left.items()]
     return Comparison(outputs, limit, kind, labelled, count, wider, told)
 
@@ -94,18 +96,17 @@ def _compared(differences: Mapping[str, OutputDifference], left: dict[str, str])
 
 def _data(inputs: Any, labels: Tensor | None, a: Network, b: Network) -> Data:
     names = _names(a, b)
-    listed = isinstance(inputs, Sequence) and not isinstance(inputs, str)
-    if isinstance(inputs, Data) or (listed and any(isinstance(item, Mapping | Batch) for item in inputs)):
-        return as_data(inputs, names)
-    if isinstance(inputs, Iterable) and not isinstance(inputs, Tensor | Mapping | Sequence | np.ndarray):
-        return as_data(inputs, names)
     values = inputs.values() if isinstance(inputs, Mapping) else inputs
-    if not isinstance(inputs, Tensor | Mapping | Sequence) or not all(isinstance(value, Tensor) for value in values):
+    if isinstance(inputs, Tensor | Mapping | Sequence) and all(isinstance(value, Tensor) for value in values):
+        return as_data(Data(whole=Batch(named(inputs, a, b), labels)), names)
+    if isinstance(inputs, str | Mapping | np.ndarray) or not isinstance(inputs, Data | Iterable):
         raise NormRewriteError(
             f"inputs is a {type(inputs).__name__}; needed are forward's arguments as tensors: one, a sequence or a mapping of "
             "them, or batches of such."
         )
-    return as_data(Data(whole=Batch(named(inputs, a, b), labels)), names)
+    if labels is not None:
+        raise NormRewriteError("labels beside batches: each batch has its own, as in (inputs, labels).")
+    return as_data(inputs, names)
 
 
 def _names(*networks: Network) -> list[str]:

@@ -120,6 +120,8 @@ def test_wrong_labels_are_told(labels: Any, said: str) -> None:
             nr.finetune(model, data, labels=True, epochs=1)
     with pytest.raises(nr.NormRewriteError, match=said):
         nr.verify(model, model, X, labels)
+    with pytest.raises(nr.NormRewriteError, match="labels beside batches"):
+        nr.verify(model, model, [{"input": X}], labels)
     if "classes" not in said and "-1" not in said:  # calibrate needs no labels, and knows no classes
         with pytest.raises(nr.NormRewriteError, match=said):
             nr.calibrate(nr.convert(model), Data(Batch({"input": X}, labels)))
