@@ -1,4 +1,4 @@
-"""Training matched without labels: how far train mode is from the original's eval, before and after calibration.
+"""Training brought nearer to eval without labels: how far train mode is from the original's eval, before and after calibration.
 
     python -m benchmarks.calibrate ../shared/data          # two minutes on two cores; writes results/calibrate.json
 

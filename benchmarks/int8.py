@@ -29,7 +29,7 @@ from benchmarks.networks import resnet8
 from benchmarks.stamp import markdown, write
 from benchmarks.targets import outputs, top1
 from normrewrite.data import Batch, Data
-from normrewrite.verbs.verify import runner
+from normrewrite.execution import runner
 
 Labelled = tuple[Tensor, Tensor]
 PARTS = ("cifar10_resnet20", "imagenet_mobilenet_v2", "scratch")

@@ -7,7 +7,7 @@
 import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,29 @@ _FORMS = (
 
 @dataclass(frozen=True)
 class Batch:
-    """inputs: forward's arguments by name, each (N, ...); labels: (N,) int64 or None."""
+    """inputs: forward's arguments by name; labels: (N,) int64 or None.
+
+    Inputs (N, ...) each are a stack, which can be cut; those of several lengths, as a graph's nodes and edges, are one input.
+    """
 
     inputs: dict[str, Tensor]
     labels: Tensor | None = None
 
+    @property
+    def stacked(self) -> bool:
+        """Whether all inputs have the same first size."""
+        sizes = {tuple(values.shape[:1]) for values in self.inputs.values()}
+        return len(sizes) == 1 and () not in sizes
+
     def __len__(self) -> int:
-        return next((len(values) for values in self.inputs.values()), 0)
+        return len(next(iter(self.inputs.values()))) if self.stacked else int(bool(self.inputs))
+
+    def rows(self, chosen: slice | Tensor) -> "Batch":
+        """Some of a stack; what is one input stays whole."""
+        if not self.stacked:
+            return self
+        labels = None if self.labels is None else self.labels[chosen]
+        return Batch({name: values[chosen] for name, values in self.inputs.items()}, labels)
 
     def positional(self, names: Sequence[str]) -> list[Tensor]:
         """The inputs in the order of forward's arguments `names`, whatever order they came in; as they came, by other names."""
@@ -55,7 +71,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Data:
-    """Batches that can be gone through again. `whole` is sliced at each call; `stream` comes in its own sizes.
+    """Batches that can be gone through again. `whole` is cut at each call, where it is a stack; `stream` comes in its own sizes.
 
     skipped: files that were left out, as they can't be read.
     """
@@ -68,28 +84,39 @@ class Data:
         if size < 1:
             raise NormRewriteError(f"batch size {size}: give a whole number from 1.")
         if self.whole is None:
-            yield from self.stream or ()
+            yield from map(sound, self.stream or ())
             return
         for start in range(0, len(self.whole), size):
-            part = slice(start, start + size)
-            labels = None if self.whole.labels is None else self.whole.labels[part]
-            yield Batch({name: values[part] for name, values in self.whole.inputs.items()}, labels)
+            yield self.whole.rows(slice(start, start + size))
 
     def first(self, size: int) -> Batch:
         """The first inputs, `size` of them at most, without labels. Raises NormRewriteError where there are none."""
         batch = next(iter(self.batches(size)), None)
         if batch is None:
             raise NormRewriteError("the data held no batch. Give at least one input.")
-        return Batch({name: values[:size] for name, values in batch.inputs.items()})
+        return replace(batch.rows(slice(size)), labels=None)
+
+
+def sound(batch: Batch, where: str = "the data") -> Batch:
+    """The batch with labels as int64. Raises where there is not one whole number an input."""
+    if batch.labels is None:
+        return batch
+    labels = _labels(batch.labels, where)
+    if batch.stacked and len(labels) != len(batch):
+        raise NormRewriteError(
+            f"{where}: {len(labels)} labels for {len(batch)} inputs. Both must have the same number."
+        )
+    return replace(batch, labels=labels)
 
 
 def check_finite(batch: Batch, what: str) -> None:
     """Raises for inputs that are NaN or infinite; says which."""
     for name, values in batch.inputs.items():
-        bad = (~torch.isfinite(values.reshape(len(values), -1))).any(1).nonzero().flatten()
-        if len(bad):
+        if not torch.isfinite(values).all():
+            rows = ~torch.isfinite(values.reshape(len(values) if values.dim() else 1, -1))
+            bad = rows.any(1).nonzero().flatten()
             raise NormRewriteError(
-                f"{what}: {name}: {len(bad)} of {len(values)} inputs hold NaN or infinity, the first is number {int(bad[0])}. "
+                f"{what}: {name}: {len(bad)} of {len(rows)} inputs hold NaN or infinity, the first is number {int(bad[0])}. "
                 "Mend them or take them out."
             )
 
@@ -128,13 +155,16 @@ def open_data(
     )
 
 
-def as_data(source: Tensor | Data | Iterable[Any], names: Sequence[str]) -> Data:
-    """Data from what Python programs have at hand: a tensor, Data, or an iterable of batches, gone through once."""
+def as_data(source: Tensor | Data | Mapping[str, Tensor] | Iterable[Any], names: Sequence[str]) -> Data:
+    """Data from what Python programs have at hand: a tensor, forward's arguments by name, Data, or an iterable of batches,
+    gone through once."""
     first = names[0] if names else "input"
     if isinstance(source, Data):
-        return source
-    if isinstance(source, Tensor):
-        return Data(whole=Batch({first: source}))
+        return source if source.whole is None else replace(source, whole=sound(source.whole))
+    if isinstance(source, Tensor | Mapping):
+        return Data(whole=_batch(source, first, "data"))
+    if not isinstance(source, Iterable):
+        raise NormRewriteError(f"data is a {type(source).__name__}; needed is a tensor, or batches of tensors.")
     return Data(stream=[_batch(item, first, "data") for item in source])
 
 
@@ -188,12 +218,13 @@ def _arrays(path: Path) -> dict[str, Array]:
 
 
 def _checked(inputs: dict[str, Tensor], labels: Any, where: str) -> Batch:
-    """A batch whose inputs, and labels if any, have the same number of rows, at least one."""
+    """A stack of at least one row, with a label a row if any."""
     batch = Batch(inputs, None if labels is None else _labels(labels, where))
     rows = {len(values) for values in [*inputs.values(), *([] if batch.labels is None else [batch.labels])]}
     if len(rows) != 1 or 0 in rows:
         raise NormRewriteError(
-            f"{where}: arrays of {sorted(rows)} rows. All must have the same number, at least one, labels too."
+            f"{where}: arrays of {sorted(rows)} rows. All must have the same number, at least one, labels too; a network whose "
+            "inputs have several lengths takes module:factory, which gives batches."
         )
     return batch
 
@@ -290,7 +321,8 @@ def _pixels(path: Path) -> Array:
 
 @dataclass(frozen=True)
 class _Factory:
-    """Batches of the user's own: each a tensor, (tensor, labels), or a mapping of forward's arguments and `labels`."""
+    """Batches of the user's own: each a tensor, (tensor, labels), or a mapping of forward's arguments and `labels`, whose
+    tensors may have several lengths."""
 
     source: str
     first: str
@@ -310,13 +342,14 @@ class _Factory:
 
 def _batch(item: object, first: str, where: str) -> Batch:
     if isinstance(item, Batch):
-        return item
+        return sound(item, where)
     inputs, labels = _parts(item, first)
     if not inputs or not all(isinstance(values, Tensor) and values.dim() for values in inputs.values()):
         raise NormRewriteError(
             f"{where}: gave a {type(item).__name__}; a batch is a tensor, (tensor, labels) or a dict of tensors."
         )
-    return _checked(inputs, labels, where)
+    batch = Batch(inputs, None if labels is None else _labels(labels, where))
+    return _checked(inputs, labels, where) if batch.stacked else batch
 
 
 def _parts(item: object, first: str) -> tuple[dict[str, Any], object]:

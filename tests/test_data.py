@@ -463,6 +463,7 @@ def factories(folder: Path) -> Iterator[None]:
         ("unlabelled", [{"x": (2, 3)}], [None]),
         ("loader", [{"x": (2, 3)}, {"x": (2, 3)}, {"x": (1, 3)}], [[0, 1], [2, 3], [4]]),
         ("Batches", [{"x": (2, 3)}], [None]),
+        ("uneven", [{"x": (2, 3), "mask": (4,)}], [None]),  # a graph's nodes and edges are one input
     ],
 )
 def test_batches_from_code(
@@ -492,7 +493,6 @@ def test_module_comes_from_the_current_folder(factories: None) -> None:
         ("batches.py:arrays", "gave a ndarray; a batch is"),
         *((f"batches.py:{name}", "tensor") for name in ("named_arrays", "paired_arrays", "only_labels", "scalar")),
         *((f"batches.py:{name}", "labels") for name in ("listed_labels", "text_labels", "wrong_rows", "one_hot")),
-        ("batches.py:uneven", "rows"),
         ("batches.py:none", "raised TypeError: 'NoneType' object is not iterable"),
         ("batches.py:raises", "raised KeyError: 'no such split'"),
         ("batches.py:raises_later", "raised OSError: disk gone"),

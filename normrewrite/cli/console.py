@@ -60,7 +60,7 @@ def style_of(line: str) -> str:
         return "bold"
     if "DIFFERENT" in line or "can't be" in line:
         return "red"
-    if "same function" in line or " sites rewritten" in line or "to the bit" in line:
+    if "same function" in line or "'s tolerance: " in line or " sites rewritten" in line or "to the bit" in line:
         return "green"
     return "dim" if line.startswith("wrote ") else ""
 

@@ -135,7 +135,23 @@ def plugins_cmake() -> None:
 @click.argument("other", type=PATH, required=False)
 @data
 @batch_size
-@click.option("--tolerance", type=float, help="Of max(1, largest output).  [default: by precision, 1e-4 for fp32]")
+@click.option(
+    "--tolerance", type=float, help="Of the largest number of an output.  [default: by precision, 1e-4 for fp32]"
+)
+@click.option(
+    "--min-snr",
+    type=float,
+    metavar="DB",
+    help="Least signal to noise; the signal is how an output varies from input to input.  "
+    "[default: by precision, 20 for fp32 and fp16, 10 for bf16 and int8]",
+)
+@click.option(
+    "--min-agreement",
+    type=float,
+    metavar="SHARE",
+    help="Least share of inputs with the same class, 0 to 1, where there are classes.  "
+    "[default: by precision, 0 for fp32, 0.9 for fp16, 0.75 for bf16, 0.8 for int8]",
+)
 @click.option("--layers", is_flag=True, help="Compare layer by layer, too, on the first 8 inputs.")
 @click.option(
     "--manifest",

@@ -69,7 +69,7 @@ def inspect(source: Any, as_json: bool, quiet: bool, **options: Any) -> None:
 @click.option(
     "--calibrate",
     metavar="DATA",
-    help="Match training to the original on this data too, as `calibrate` does; fresh weight norms are initialised by it.",
+    help="Bring training nearer to the original's eval on this data, as `calibrate` does; fresh weight norms are initialised.",
 )
 @pixels
 @batch_size
@@ -113,9 +113,10 @@ def convert(
 @force
 @printed
 def calibrate(source: Any, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Match a converted network to its original on unlabelled data; the way back stays exact.
+    """Bring a converted network nearer to its original on unlabelled data; the way back stays exact.
 
-    Batch norms are matched in training, with eval as it was; norms that can't be exact are fitted to the original.
+    Training comes nearer to the original's eval, with eval as it was, and how far it is from the original's training is told
+    beside; norms that can't be exact are fitted to the original.
     """
     from normrewrite.commands import rewriting as commands
 

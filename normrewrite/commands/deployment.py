@@ -16,14 +16,15 @@ from normrewrite.deployment.precision import Precision
 from normrewrite.deployment.quantise import Ranges
 from normrewrite.deployment.runtimes import RUNTIMES
 from normrewrite.errors import NormRewriteError
+from normrewrite.execution import Network
 from normrewrite.lower.onnx import DOMAIN
+from normrewrite.measure.comparison import Comparison
 from normrewrite.measure.layers import Layers, compare_layers
 from normrewrite.records.ranges import of_record
 from normrewrite.verbs.bench import Bench, Runtime
 from normrewrite.verbs.bench import bench as bench_networks
 from normrewrite.verbs.export import OPSET, Deploy, Exported
 from normrewrite.verbs.export import export as export_model
-from normrewrite.verbs.verify import Comparison, Network
 from normrewrite.verbs.verify import verify as verify_networks
 
 if TYPE_CHECKING:
@@ -175,6 +176,8 @@ def verify(
     std: Numbers = None,
     batch_size: int = 250,
     tolerance: float | None = None,
+    min_snr: float | None = None,
+    min_agreement: float | None = None,
     layers: bool = False,
     each: Callable[..., object] = lambda done, **_: None,
 ) -> Comparison | Verified:
@@ -182,7 +185,15 @@ def verify(
     networks, names = _networks(source, other)
     missing = "compared on what? Give --data FILE, or --input-shape 1,3,32,32 for random inputs."
     inputs = _inputs(names, input_shape, data, mean, std, missing)
-    compared = verify_networks(*networks, inputs, batch_size=batch_size, tolerance=tolerance, each=each)
+    compared = verify_networks(
+        *networks,
+        inputs,
+        batch_size=batch_size,
+        tolerance=tolerance,
+        min_snr=min_snr,
+        min_agreement=min_agreement,
+        each=each,
+    )
     if not layers:
         return compared
     return Verified(compared, compare_layers(*networks, inputs.first(8)))

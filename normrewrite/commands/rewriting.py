@@ -12,6 +12,8 @@ from normrewrite.commands.source import Source, derived, opened
 from normrewrite.data import Data, argument_names
 from normrewrite.data import example as example_input
 from normrewrite.errors import NormRewriteError
+from normrewrite.execution import device_of
+from normrewrite.measure.comparison import Comparison
 from normrewrite.nn.weights import gain_of
 from normrewrite.norms import Gain
 from normrewrite.records import history
@@ -31,7 +33,6 @@ from normrewrite.verbs.inspect import Inspection
 from normrewrite.verbs.inspect import inspect as inspect_model
 from normrewrite.verbs.replay import rewritten_again
 from normrewrite.verbs.revert import reverted
-from normrewrite.verbs.verify import Comparison, device_of
 from normrewrite.verbs.verify import verify as verify_networks
 
 
@@ -132,7 +133,7 @@ def convert(
 ) -> Converted | Planned:
     """Rewrite the norms of a model file and write the twin beside it, once its function has been checked.
 
-    calibrate: data to match training on, as `calibrate` does; fresh weight norms are initialised by it.
+    calibrate: data to bring training nearer to eval on, as `calibrate` does; fresh weight norms are initialised by it.
     manifest: a JSON file for the manifest, too.
     """
     asked = dict(locals())
@@ -345,7 +346,7 @@ def calibrate(
     force: bool = False,
     each: Callable[..., object] = lambda done, **_: None,
 ) -> Calibrated:
-    """Match a twin's training to the original on unlabelled data, and write it beside."""
+    """Bring a twin's training nearer to the original's eval on unlabelled data, and write it beside."""
     asked = dict(locals())
     output = output or derived(source.path, "calibrated")
     files.check_writable(output, force)

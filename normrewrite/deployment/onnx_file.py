@@ -12,7 +12,6 @@ from normrewrite.deployment import precision
 from normrewrite.errors import NormRewriteError, first_line, possible
 from normrewrite.files import write_atomically
 from normrewrite.lower import onnx as nodes
-from normrewrite.tolerances import FITTED, SAME_DEPLOYED
 
 OLDEST_OPSET = 13  # from here on axes are inputs and Q/DQ goes by channel
 _SCOPES = "pkg.torch.onnx.name_scopes"
@@ -78,11 +77,16 @@ def feed(batch: Batch, wanted: Sequence[str], where: object) -> dict[str, Any]:
         raise NormRewriteError(
             f"{where} takes {len(wanted)} inputs ({', '.join(wanted)}), the data has {len(batch.inputs)}."
         )
-    arrays = {name: tensor.numpy() for name, tensor in batch.inputs.items()}
+    arrays = {name: tensor.detach().cpu().numpy() for name, tensor in batch.inputs.items()}
     return arrays if set(arrays) == set(wanted) else dict(zip(wanted, arrays.values(), strict=True))
 
 
-def tolerance(proto: Any) -> float:
-    """What the outputs of a file may differ from its torch model's, of max(1, largest output), by what it says it is."""
-    fitted = any(entry.key == "normrewrite.fitted" and entry.value != "0" for entry in proto.metadata_props)
-    return max(SAME_DEPLOYED[precision.of(proto)], FITTED if fitted else 0.0)
+def is_half(path: Path) -> bool:
+    """Whether a file holds fp16 tensors. False where it can't be read, which its reader tells better."""
+    import onnx
+
+    try:
+        proto = onnx.load(path, load_external_data=False)
+    except Exception:  # protobuf has classes of its own
+        return False
+    return "fp16" in precision.present(proto)

@@ -58,15 +58,38 @@ def _rename(graph: Any, old: str, new: str) -> None:
 
 
 def of(proto: Any) -> Precision:
-    """What a model's layers compute in: as its metadata say, else int8 where it dequantises, else its widest weights."""
+    """What a model's layers compute in: as its metadata say, else as its types show."""
+    return _said(proto) or by_types(proto)
+
+
+def shown(proto: Any) -> Precision:
+    """The same, where what the metadata say counts only as far as types in the file show it: for what is judged by it."""
+    said = _said(proto)
+    return said if said == "fp32" or said in present(proto) else by_types(proto)
+
+
+def by_types(proto: Any) -> Precision:
+    """Int8 where a model dequantises, else its widest weights."""
+    found = present(proto, weights=True)
+    return next((kind for kind in ("int8", "fp32", "fp16", "bf16") if kind in found), "fp32")
+
+
+def _said(proto: Any) -> Precision | None:
+    said = next((entry.value for entry in proto.metadata_props if entry.key == "normrewrite.precision"), None)
+    return cast(Precision, said) if said in PRECISIONS else None
+
+
+_NAMES: dict[str, Precision] = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16"}
+
+
+def present(proto: Any, weights: bool = False) -> set[Precision]:
+    """The precisions that a model's types show: those of its weights, or of its inputs and outputs, too."""
     import onnx
 
-    said = next((entry.value for entry in proto.metadata_props if entry.key == "normrewrite.precision"), None)
-    if said in PRECISIONS:
-        return cast(Precision, said)
-    if any(node.op_type == "DequantizeLinear" for node in proto.graph.node):
-        return "int8"
-    types = {onnx.TensorProto.DataType.Name(tensor.data_type) for tensor in proto.graph.initializer}
-    if "FLOAT" in types:
-        return "fp32"
-    return "fp16" if "FLOAT16" in types else "bf16" if "BFLOAT16" in types else "fp32"
+    graph = proto.graph
+    codes = {tensor.data_type for tensor in graph.initializer}
+    if not weights:
+        codes |= {value.type.tensor_type.elem_type for value in [*graph.input, *graph.output, *graph.value_info]}
+    found = {_NAMES[name] for name in map(onnx.TensorProto.DataType.Name, codes) if name in _NAMES}
+    quantised = any(node.op_type == "DequantizeLinear" for node in graph.node)
+    return found | ({"int8"} if quantised else set())

@@ -303,6 +303,17 @@ def fitted(proto: Any) -> list[str]:
     return [node.name for node in proto.graph.node if node.domain == DOMAIN and any(attribute(node, "reads")[2:])]
 
 
+def is_fitted(proto: Any) -> bool:
+    """Whether any C(n) is a fitted formula, in nodes of ours or in bodies that stand in their place."""
+    constants = (node for node in proto.graph.node if node.op_type == "Constant")
+    lists = (list(attribute(node, "value_floats", ())) for node in constants)
+    formulas = any(len(values) == _DEGREE + 1 and any(values[2:]) and values != _EXPONENTS for values in lists)
+    return formulas or bool(fitted(proto))
+
+
+_EXPONENTS = [float(exponent) for exponent in range(_DEGREE + 1)]
+
+
 def inlined(proto: Any) -> Any:
     """The model with the bodies in the place of their nodes: standard operators alone."""
     import onnx.inliner

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from normrewrite.data import Batch, argument_names
 from normrewrite.deployment import onnx_file
 from normrewrite.errors import NormRewriteError
+from normrewrite.execution import Network, Outputs, runner
+from normrewrite.measure.comparison import OutputDifference
 from normrewrite.records.report import table
 from normrewrite.verbs.export import fold
-from normrewrite.verbs.verify import Network, OutputDifference, Outputs, runner
 
 
 @dataclass

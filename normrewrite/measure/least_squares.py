@@ -24,6 +24,7 @@ from torch.fx.node import map_arg
 from normrewrite import sites
 from normrewrite.data import Batch, Data
 from normrewrite.errors import NormRewriteError
+from normrewrite.execution import device_of, runner
 from normrewrite.lower.families import wide
 from normrewrite.nn.parts import deepcopy
 from normrewrite.nn.rows import RowNorm
@@ -32,7 +33,6 @@ from normrewrite.passes.lift_functional import lift_
 from normrewrite.sites import Site
 from normrewrite.sites.kinds import Kind, recognise
 from normrewrite.sites.modes import evaluating
-from normrewrite.verbs.verify import device_of, runner
 
 _RIDGE = 1e-6  # a channel without variance gets weight 0
 

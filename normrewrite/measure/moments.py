@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normrewrite.data import Data
+from normrewrite.data import Batch, Data
 from normrewrite.errors import NormRewriteError
+from normrewrite.execution import runner
 from normrewrite.lower import eager
 from normrewrite.lower.families import wide
 from normrewrite.norms import METRICS, Gain, Metric, metric
 from normrewrite.sites import Site
-from normrewrite.verbs.verify import runner
 
 FP16_MAX = 65504.0
 INT8_MAX = 127
@@ -170,12 +170,14 @@ def every_row(site: Site, n: int) -> Rows:
 
 @dataclass
 class Readings:
-    """Moments by site name, the inputs they come from, their largest batch, and the batches left out as not finite."""
+    """Moments by site name, the inputs they come from, their largest batch, the batches left out as not finite, and the first
+    two that were not."""
 
     by_site: dict[str, Moments]
     inputs: int = 0
     batch: int = 0
     skipped_batches: int = 0
+    first: list[Batch] = field(default_factory=list)
 
 
 def read(
@@ -206,6 +208,7 @@ def read(
                 continue
             if batch.finite:
                 run(batch)
+                readings.first += [batch] if len(readings.first) < 2 else []
                 readings.inputs += len(batch)
                 readings.batch = max(readings.batch, len(batch))
             else:

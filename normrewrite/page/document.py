@@ -104,7 +104,7 @@ class Document:
         shown = []
         if self.facts.came:
             shown.append((power(found.max_abs), "", f"largest difference of the outputs, {found.inputs:,} inputs"))
-        output = next((each for each in found.outputs if each.rows), None)
+        output = next((each for each in found.outputs if each.judged), None)
         if output is not None and found.labelled:
             now, before = (f"{100 * right / output.rows:.2f}" for right in output.right)
             was = f"; the original {before} %" if self.facts.came else ""

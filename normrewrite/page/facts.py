@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from normrewrite import sites
 from normrewrite.data import Data
 from normrewrite.errors import NormRewriteError
+from normrewrite.measure.comparison import Comparison
 from normrewrite.measure.moments import Moments, Rows, every_row
 from normrewrite.measure.remeasure import had_back, measure
 from normrewrite.nn.batch import BatchNorm
@@ -29,7 +30,7 @@ from normrewrite.verbs.advise import Advice, SiteAdvice, study
 from normrewrite.verbs.bench import Bench
 from normrewrite.verbs.inspect import SiteFacts
 from normrewrite.verbs.inspect import inspect as inspect_model
-from normrewrite.verbs.verify import Comparison, verify
+from normrewrite.verbs.verify import verify
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from typing import Any
 
 from normrewrite._version import __version__
 from normrewrite.errors import NormRewriteError
+from normrewrite.measure.comparison import OutputDifference
 from normrewrite.page.columns import Column, power, used
 from normrewrite.page.document import Document, summary
 from normrewrite.page.facts import Row
 from normrewrite.page.picture import Picture, picture
 from normrewrite.targets import TARGETS
-from normrewrite.verbs.verify import OutputDifference
 
 SITES = (
     "Figures of a site are of random input of its width; those with data are of {inputs:,} inputs in batches of {batch}. "
@@ -159,11 +159,13 @@ def _network(document: Document) -> dict[str, Any] | None:
     if found is None or not document.facts.came:
         return None
     original = document.original["file"] if document.original else "the original, had back from it"
-    verdict = "the same function" if found.ok else "another function"
+    verdict = found.word.replace("same function", "the same function") if found.ok else "another function"
     lead = (
         f"{document.file['file']} against {original}, both in eval on {found.inputs:,} inputs: {verdict}, by a tolerance of "
-        f"{power(found.tolerance, 0)} of max(1, largest output)."
+        f"{power(found.tolerance, 0)} of the largest output."
     )
+    if found.left:
+        lead += f" Not compared: {', '.join(found.left)}."
     head = ["output", "largest difference", "of largest output", "signal to noise"]
     head += ["same class"] if any(output.rows for output in found.outputs) else []
     head += ["top-1", "original's top-1"] if found.labelled else []
@@ -173,7 +175,8 @@ def _network(document: Document) -> dict[str, Any] | None:
 def _output(output: OutputDifference, width: int) -> list[str]:
     cells = [output.name, power(output.max_abs), power(output.max_rel)]
     cells.append(f"{output.snr_db:.1f} dB" if math.isfinite(output.snr_db) else "no noise" if output.snr_db > 0 else "")
-    cells += [f"{100 * count / output.rows:.2f} %" for count in (output.agreeing, *output.right) if output.rows]
+    shares = (output.agreeing, *output.right) if output.judged else (output.agreeing,)
+    cells += [f"{100 * count / output.rows:.2f} %" for count in shares if output.rows]
     return [*cells, *[""] * width][:width]
 
 

@@ -96,7 +96,7 @@ def ranks_of(graph_module: GraphModule, example_inputs: Sequence[Tensor] | None)
     ranks = _Ranks(graph_module)
     try:
         with torch.no_grad(), evaluating(graph_module):
-            ranks.run(*example_inputs)
+            ranks.run(*(value.clone() for value in example_inputs))  # the model may work in place
     except Exception as error:  # the model's code runs here, and may raise anything
         shapes = ", ".join(str(tuple(value.shape)) for value in example_inputs)
         raise NormRewriteError(f"the model can't run on inputs of shapes {shapes}: {first_line(error)}") from error

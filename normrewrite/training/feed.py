@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from normrewrite.data import Batch, Data, check_finite
 from normrewrite.errors import NormRewriteError
+from normrewrite.execution import runner
 from normrewrite.training import randomness
-from normrewrite.verbs.verify import runner
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Feed:
         size = min(self.batch_size, rows // self._batches_a_step)
         for step in range(start, self.steps):
             batches = order[step * size * self._batches_a_step :][: size * self._batches_a_step].split(size)
-            yield [_rows(self.data.whole, chosen) for chosen in batches[self.rank :: self.ranks]]
+            yield [self.data.whole.rows(chosen) for chosen in batches[self.rank :: self.ranks]]
 
     def _streamed(self, number: int, start: int) -> Iterator[list[Batch]]:
         batches = self.data.batches(self.batch_size)
@@ -74,15 +74,6 @@ class Feed:
             found = list(islice(batches, self._batches_a_step))
             if step >= start and len(found) == self._batches_a_step:
                 yield found[self.rank :: self.ranks]
-
-
-def _rows(whole: Batch, rows: Tensor) -> Batch:
-    labels = None if whole.labels is None else whole.labels[rows]
-    return Batch({name: values[rows] for name, values in whole.inputs.items()}, labels)
-
-
-def first(batch: Batch, rows: int) -> Batch:
-    return _rows(batch, torch.arange(min(rows, len(batch))))
 
 
 def split(data: Data, share: float, seed: int) -> tuple[Data, Data]:
@@ -96,7 +87,7 @@ def split(data: Data, share: float, seed: int) -> tuple[Data, Data]:
         )
     order = torch.randperm(len(data.whole), generator=randomness.generator(seed))
     rest, chosen = order[held_out:].sort()[0], order[:held_out].sort()[0]
-    return replace(data, whole=_rows(data.whole, rest)), Data(whole=_rows(data.whole, chosen))
+    return replace(data, whole=data.whole.rows(rest)), Data(whole=data.whole.rows(chosen))
 
 
 def check(data: Data, model: nn.Module, labels: bool, what: str) -> None:
@@ -106,7 +97,7 @@ def check(data: Data, model: nn.Module, labels: bool, what: str) -> None:
     if batch is None:
         raise NormRewriteError(f"{what} held no batch. Give at least one input.")
     try:
-        outputs = runner(model)(first(batch, 2))
+        outputs = runner(model)(batch.rows(slice(2)))
     except NormRewriteError as error:
         raise NormRewriteError(f"{what}: {error}") from error
     check_finite(data.whole or batch, what)

@@ -19,7 +19,7 @@ from normrewrite.sites.modes import evaluating, freeze_statistics, without_dropo
 from normrewrite.training import optimise, randomness
 from normrewrite.training.augment import augmentation
 from normrewrite.training.checkpoints import Checkpoints
-from normrewrite.training.feed import Feed, first
+from normrewrite.training.feed import Feed
 from normrewrite.training.int8 import Int8, aside
 from normrewrite.training.losses import Objective, counted
 from normrewrite.training.machine import align_buffers, prepare, sharded, whole_weights
@@ -76,7 +76,7 @@ class Loop:
         machine.register_for_checkpointing(self.schedule, self.progress, *weights.saved, *more)
 
     def _loss_of_two(self, data: Data) -> Tensor:
-        batch = first(next(iter(data.batches(2))), 2)
+        batch = next(iter(data.batches(2))).rows(slice(2))
         with evaluating(self.model), aside(self.quantised):
             return self.objective(self.model, batch.to(self.machine.device)).loss
 

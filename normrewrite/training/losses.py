@@ -15,11 +15,11 @@ from torch.nn import functional as F
 
 from normrewrite.data import Batch, argument_names
 from normrewrite.errors import NormRewriteError, first_line, nearest
+from normrewrite.execution import call, flat
 from normrewrite.files import arch
 from normrewrite.training.feed import check_labels
 from normrewrite.training.progress import Tally
 from normrewrite.training.recipe import Recipe
-from normrewrite.verbs.verify import call, flat
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, distributed, nn
 
 from normrewrite.errors import NormRewriteError, first_line
+from normrewrite.execution import device_of
 from normrewrite.training.recipe import Recipe
-from normrewrite.verbs.verify import device_of
 
 # as accelerate calls them
 _MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16", "fp16-pure": "no", "int8": "no"}

@@ -10,8 +10,8 @@ target    none where the norm is frozen: training never measures it. group where
 also      linf, topk and range where their scale moves by at most 5 % from batch to batch. On a trained ResNet-20 linf, at
           6 %, is in training still nearer to eval than the original batch norm was.
 calibrate where the target's kappa is 5 % from 1: on these inputs it reads another scale than on Gaussians, and only a
-          calibrated twin trains as its eval computes. Eval is the same function either way. group is another function:
-          it has to be fitted in any case, which calibrate does.
+          calibrated twin computes in training nearly what it does in eval. Eval is the same function either way. group is
+          another function: it has to be fitted in any case, which calibrate does.
 fp16      what half precision would do to a sum over one statistic's elements, for kernels and devices that sum in it (ours
           sums in fp32, whatever the model's dtype; `finetune --accumulator half:1` sums as is foreseen here). Where sums of
           d*d pass 65504 and those of |d| don't, l1 fits and l2 does not. Where both do, sum in fp32, or take linf or range,
@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from normrewrite import sites
 from normrewrite.data import Batch, Data, argument_names, as_data
 from normrewrite.errors import NormRewriteError
+from normrewrite.execution import device_of
 from normrewrite.measure.moments import (
     ENOUGH_CALLS,
     FP16_MAX,
@@ -52,7 +53,6 @@ from normrewrite.measure.moments import (
 from normrewrite.records.report import table
 from normrewrite.sites import Site, neighbours
 from normrewrite.sites.traps import is_frozen, kind_of
-from normrewrite.verbs.verify import device_of
 
 FEW = 16  # elements a statistic
 QUIET = 0.05  # relative noise of a scale

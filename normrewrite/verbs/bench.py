@@ -15,9 +15,10 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from normrewrite.data import Batch, argument_names
+from normrewrite.execution import Network, runner
 from normrewrite.records.report import table
 from normrewrite.verbs.export import export
-from normrewrite.verbs.verify import Network, named, runner
+from normrewrite.verbs.verify import named
 
 Runtime = Literal["torch", "onnxruntime"]
 _WARM = 3

@@ -1,11 +1,13 @@
-"""Make training match: scale each norm to what its metric really reads on the network's own data.
+"""Bring training nearer to eval: scale each norm to what its metric really reads on the network's own data.
 
 >>> twin, calibration = calibrate(twin, images, batch_size=250)          # no labels needed
 
 A conversion assumes Gaussian inputs in training. Here S_c, the metric's scale by channel, is measured in eval mode at each
 site's own input, and running_scale = S_c - eps, weight' = weight * S_c / (old running_scale + eps). Eval computes the same
-function as before, and training now matches it on average. S depends on the number of elements, so the batch size must be
-that of the training to come; scales are averaged over the calls, and batches that are not finite are left out.
+function as before, and each norm in training matches that on average, so that a network in training comes nearer to its
+original's eval; to its original's training it may come nearer or not, and both are measured. S depends on the number of
+elements, so the batch size must be that of the training to come; scales are averaged over the calls, and batches that are not
+finite are left out.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from normrewrite import sites
-from normrewrite.data import Data, argument_names, as_data
+from normrewrite.data import Batch, Data, argument_names, as_data
 from normrewrite.errors import NormRewriteError
 from normrewrite.measure.exactness import Probe, in_eval, tolerance
 from normrewrite.measure.least_squares import Fit, fit_, fittable
 from normrewrite.measure.moments import Moments, Rows, headroom, read
+from normrewrite.measure.training_mode import TrainingDistance, TrainingMode
 from normrewrite.nn.batch import BatchNorm, FrozenBatchNorm
 from normrewrite.nn.parts import deepcopy
 from normrewrite.norms import metric
@@ -54,19 +57,21 @@ class SiteCalibration:
 
 @dataclass
 class Calibration:
-    """Every site of a calibration, and what of the data was left out."""
+    """Every site of a calibration, what of the data was left out, and what it did to training (None: that wasn't measured)."""
 
     sites: list[SiteCalibration]
     fits: list[Fit] = field(default_factory=list)
     inputs: int = 0
     skipped_batches: int = 0
     notes: list[str] = field(default_factory=list)
+    training: TrainingDistance | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def __str__(self) -> str:
-        return "\n".join(part for part in (self._fitted(), self._matched(), *self.notes) if part)
+        training = "" if self.training is None else str(self.training)
+        return "\n".join(part for part in (self._fitted(), self._matched(), training, *self.notes) if part)
 
     def _fitted(self) -> str:
         if not self.fits:
@@ -121,13 +126,14 @@ def calibrate(
     original: nn.Module | None = None,
     each: Callable[..., object] = lambda done, **_: None,
 ) -> tuple[nn.Module, Calibration]:
-    """A copy of `twin` whose norms read 1 where the original's did; `calibrate_` does it in place.
+    """A copy of `twin` whose norms in training compute on average what they do in eval; `calibrate_` does it in place.
 
     >>> twin, calibration = calibrate(convert(model, to="l1"), images, batch_size=64)
 
     Norms that can't be exact (group, layer, ...) are fitted to what the original computes (normrewrite.measure.least_squares); it
     is had back from the twin, or given as `original` where the twin was trained since.
     data: (N, ...) inputs, Data, or an iterable of batches (a tensor, (tensor, labels) or a dict each), no labels needed.
+    What it does to training is measured on the first two batches: Calibration.training.
     batch_size: that of the training to come; a smaller last batch is left out. each: called with the inputs done.
     Raises NormRewriteError where no site can be calibrated or the data doesn't fit the model.
     """
@@ -160,9 +166,34 @@ def calibrate_(
     if not usable:
         raise NormRewriteError(f"no site can be calibrated. {found[0].label}: {_why_not(found[0], shared)}.")
     readings = read(twin, usable, examples, _rows, batch_size=batch_size, each=each)
-    probe = Probe()
-    rows = [_apply(site, readings.by_site.get(site.name), probe, _why_not(site, shared)) for site in found]
-    return twin, Calibration(rows, fits, readings.inputs, readings.skipped_batches)
+    probe, rows = Probe(), list[SiteCalibration]()
+
+    def apply() -> None:
+        rows.extend(_apply(site, readings.by_site.get(site.name), probe, _why_not(site, shared)) for site in found)
+
+    distance, notes = _around(apply, twin, original, readings.first)
+    return twin, Calibration(rows, fits, readings.inputs, readings.skipped_batches, notes, distance)
+
+
+def _around(
+    apply: Callable[[], None], twin: nn.Module, original: nn.Module | None, batches: list[Batch]
+) -> tuple[TrainingDistance | None, list[str]]:
+    """Calibrates, and says how far training is from the original before and after; or why that can't be said."""
+    try:
+        mode = TrainingMode(batches, twin, original or _had_back(twin))
+        before = mode.apart(twin)
+    except NormRewriteError as error:  # training needs two values a channel, say
+        apply()
+        return None, [f"training was not measured: {error}"]
+    apply()
+    return mode.distance(before, mode.apart(twin)), []
+
+
+def _had_back(twin: nn.Module) -> nn.Module | None:
+    try:
+        return untrained(twin, "")
+    except NormRewriteError:  # it was trained since, or is none of ours
+        return None
 
 
 def calibratable(twin: nn.Module) -> bool:

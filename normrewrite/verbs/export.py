@@ -8,7 +8,7 @@ import io
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from normrewrite.deployment.precision import PRECISIONS, Precision, cast_model
 from normrewrite.deployment.precision import keep_io_types as cast_io
 from normrewrite.deployment.quantise import RANGES, Ranges, activations, quantise, unkept
 from normrewrite.errors import NormRewriteError, first_line, nearest
+from normrewrite.execution import runner
 from normrewrite.files import check_writable
 from normrewrite.lower.onnx import add_bodies, as_nodes, fitted, inlined
 from normrewrite.nn.batch import BatchNorm
@@ -34,7 +35,6 @@ from normrewrite.passes.fold_affine import Outcome
 from normrewrite.records.ranges import LearnedRanges
 from normrewrite.sites import graph
 from normrewrite.verbs.bake import bake_
-from normrewrite.verbs.verify import runner
 
 Deploy = Literal["fold", "op"]
 DEPLOYS: tuple[Deploy, ...] = ("fold", "op")
@@ -77,7 +77,7 @@ class Exported:
 
 def export(
     model: nn.Module,
-    example_inputs: Tensor | Sequence[Tensor],
+    example_inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor],
     path: str | Path,
     *,
     opset: int = OPSET,
@@ -97,7 +97,8 @@ def export(
 
     >>> export(twin, example_inputs, "model.onnx", precision="int8", calibrate=images)
 
-    example_inputs: forward's arguments, (N, ...) each; sizes other than the batch become fixed, unless `dynamic_size`.
+    example_inputs: forward's arguments, in order or by name; of their sizes the first stays open and the others become fixed,
+    unless `dynamic_size`. Arguments of several first sizes, as a graph's nodes and edges, have one of their own each.
     deploy: `fold` (standard operators alone) or `op`: a norm that measures at inference is one node of domain normrewrite,
     with its body as a local function unless `bodies` is False. live_stats: batch norms measure their batch, too.
     precision: `fp16` and `bf16` cast the network, `keep_io_types` leaves its inputs and outputs fp32; `int8` quantises by the
@@ -107,12 +108,7 @@ def export(
     path = Path(path)
     check_writable(path, force)
     _check_request(opset, deploy, bodies, precision, ranges, calibrate, learned)
-    examples = [example_inputs] if isinstance(example_inputs, Tensor) else list(example_inputs)
-    if not all(isinstance(value, Tensor) for value in examples):
-        raise NormRewriteError(
-            "example_inputs: needed are forward's arguments as tensors, as in torch.zeros(1, 3, 32, 32)."
-        )
-    inputs = tuple(value.detach().cpu() for value in examples)
+    inputs = _examples(example_inputs, argument_names(model))
     names = argument_names(model)[: len(inputs)]
     keys = names if len(names) == len(inputs) else [f"input_{i}" for i in range(len(inputs))]  # forward(*inputs)
     runner(model)(Batch(dict(zip(keys, inputs, strict=True))))  # input that doesn't fit is told in plain words
@@ -146,6 +142,23 @@ def export(
     onnx_file.write(proto, path, force)
     nodes = dict(Counter(node.op_type for node in proto.graph.node))
     return Exported(str(path), opset, outcome.into_neighbour, outcome.to_affine, notes, nodes, live, precision, deploy)
+
+
+def _examples(given: Tensor | Sequence[Tensor] | Mapping[str, Tensor], names: list[str]) -> tuple[Tensor, ...]:
+    """Forward's arguments in order, copied: the model may work in place."""
+    if isinstance(given, Mapping):
+        if set(given) != set(names[: len(given)]):
+            raise NormRewriteError(
+                f"example_inputs: {', '.join(map(str, given))}; forward takes {', '.join(names)}, and needed are the first of "
+                "them without a gap."
+            )
+        given = [given[name] for name in names[: len(given)]]
+    examples = [given] if isinstance(given, Tensor) else list(given)
+    if not all(isinstance(value, Tensor) for value in examples):
+        raise NormRewriteError(
+            "example_inputs: needed are forward's arguments as tensors, as in torch.zeros(1, 3, 32, 32)."
+        )
+    return tuple(value.detach().cpu().clone() for value in examples)
 
 
 def _quantised(
@@ -258,8 +271,10 @@ def _to_onnx(
     model: nn.Module, inputs: tuple[Tensor, ...], names: list[str], opset: int, dynamic_batch: bool, dynamic_size: bool
 ) -> Any:
     """An onnx.ModelProto."""
-    if dynamic_batch:  # a batch of one would be taken for a constant
-        inputs = tuple(value.expand(2, *value.shape[1:]) if value.shape[0] == 1 else value for value in inputs)
+    if dynamic_batch:  # a size of one would be taken for a constant
+        inputs = tuple(
+            value.repeat(2, *[1] * (value.dim() - 1)) if value.shape[:1] == (1,) else value for value in inputs
+        )
     shapes: Any = _open_shapes(inputs, dynamic_batch, dynamic_size)
     if not names:  # forward(*inputs) has one argument, a tuple
         shapes = [tuple(shapes)]
@@ -280,7 +295,7 @@ def _to_onnx(
         raise NormRewriteError(f"torch can't export {type(model).__name__} to ONNX: {cause}.{hint}") from error
     assert program is not None
     proto = program.model_proto
-    if dynamic_batch and any(value.type.tensor_type.shape.dim[0].HasField("dim_value") for value in proto.graph.input):
+    if dynamic_batch and any(_fixed_first(value) for value in proto.graph.input):
         raise NormRewriteError(
             f"{type(model).__name__} fixes its batch size while it runs (by len(x) or int(x.shape[0]), say). Export it "
             "with --static-batch."
@@ -288,11 +303,17 @@ def _to_onnx(
     return proto
 
 
+def _fixed_first(value: Any) -> bool:
+    return any(dim.HasField("dim_value") for dim in value.type.tensor_type.shape.dim[:1])
+
+
 def _open_shapes(inputs: Sequence[Tensor], dynamic_batch: bool, dynamic_size: bool) -> list[dict[int, Any]]:
-    """What each input leaves open, by axis: the batch, and the sizes behind the channels."""
-    batch = {0: torch.export.Dim("batch")} if dynamic_batch else {}
+    """What each input leaves open, by axis: the batch, or a first size of its own, and the sizes behind the channels."""
+    stacked = len({tuple(value.shape[:1]) for value in inputs}) == 1
+    batch = {0: torch.export.Dim("batch") if stacked else torch.export.Dim.DYNAMIC} if dynamic_batch else {}
     sizes = [range(2, value.dim()) if dynamic_size else () for value in inputs]
-    return [batch | dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for axes in sizes]
+    open_axes = [batch | dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for axes in sizes]
+    return [axes if value.dim() else {} for axes, value in zip(open_axes, inputs, strict=True)]
 
 
 def _innermost(error: BaseException) -> str:

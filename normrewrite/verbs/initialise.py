@@ -139,10 +139,15 @@ def _nothing_else_moves(model: nn.Module) -> Iterator[None]:
 
 
 def _run(model: nn.Module, batch: Batch) -> None:
+    """On copies: the model may work in place."""
     try:
         if isinstance(batch, Mapping):
-            model(**batch)
+            model(**{name: _copied(value) for name, value in batch.items()})
         else:
-            model(*(batch if isinstance(batch, tuple) else (batch,)))
+            model(*map(_copied, batch if isinstance(batch, tuple) else (batch,)))
     except Exception as error:  # the model's code runs here, and may raise anything
         raise NormRewriteError(f"the model can't run on this batch: {first_line(error)}") from error
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value

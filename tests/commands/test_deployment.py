@@ -92,6 +92,9 @@ def test_export_to_int8_and_verify_by_layers(run: Command) -> None:
     assert outcome.code == 0, outcome
     found = outcome.json
     assert found["tolerance"] == 0.25 and {"stem.0.0", "head"} <= {layer["name"] for layer in found["layers"]}
+    assert found["verdict"].startswith("within int8's tolerance: ")
+    for floor in ("--min-snr 99", "--min-agreement 2"):
+        assert run(f"verify {DIGITS} int8.onnx --data few.npz -q {floor}").code == (1 if "snr" in floor else 2)
     outcome = run(f"verify {DIGITS} int8.onnx --data few.npz --layers --tolerance 1e-6")
     assert outcome.code == 1 and "DIFFERENT" in outcome.out and outcome.out.startswith("layer ")
 

@@ -40,3 +40,6 @@ def test_what_a_file_says_counts_before_its_weights(tmp_path: Path) -> None:
     nr.export(residual(), images(), tmp_path / "half.onnx", precision="fp16")
     proto.metadata_props.extend(onnx.load(tmp_path / "half.onnx").metadata_props)
     assert precision.of(proto) == "fp16"
+    assert precision.shown(proto) == "fp32"  # but for what it is judged by
+    proto.graph.initializer.append(onnx.TensorProto(name="half", data_type=onnx.TensorProto.FLOAT16, dims=[1]))
+    assert precision.shown(proto) == "fp16"

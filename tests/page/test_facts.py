@@ -25,7 +25,7 @@ def original() -> nn.Module:
 def labelled(original: nn.Module) -> Data:
     x = images()
     labels = original(x).argmax(1)
-    labels[:4] += 1  # the original gets four wrong
+    labels[:4] = (labels[:4] + 1) % 3  # the original gets four wrong
     return Data(Batch({"x": x}, labels))
 
 

@@ -1,0 +1,156 @@
+"""What runs a network: a torch module in eval, an ONNX file in onnxruntime, an engine on its GPU; and what comes out, by name.
+
+>>> runner(model)(Batch({"x": images}))["output"].shape
+torch.Size([8, 10])
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from normrewrite.data import Batch, argument_names
+from normrewrite.deployment import onnx_file
+from normrewrite.errors import NormRewriteError, first_line
+from normrewrite.sites.modes import evaluating
+
+Network = nn.Module | str | Path
+Outputs = dict[str, Tensor]
+
+
+# --- what comes out ---------------------------------------------------------------------------------------------------
+
+
+def leaves(outputs: object, name: str = "") -> dict[str, object]:
+    """Everything in what forward returns, by name: of mappings and dataclasses their own names, of sequences the place.
+
+    >>> list(leaves({"logits": x, "states": [y, z], "cache": None}))
+    ['logits', 'states_0', 'states_1', 'cache']
+    """
+    if (named := _named(outputs)) is not None:
+        parts = [(f"{name}.{key}" if name else str(key), value) for key, value in named.items()]
+    elif (listed := _listed(outputs)) is not None:
+        parts = [(f"{name or 'output'}_{i}", value) for i, value in enumerate(listed)]
+    else:
+        return {name or "output": outputs}
+    found: dict[str, object] = {}
+    for part, value in parts:
+        for leaf, content in leaves(value, part).items():
+            found[leaf if leaf not in found else f"{leaf}'"] = content  # {"a": [x], "a_0": y}
+    return found
+
+
+def _named(outputs: Any) -> Mapping[Any, object] | None:
+    if isinstance(outputs, Mapping):
+        return outputs
+    if dataclasses.is_dataclass(outputs) and not isinstance(outputs, type):
+        return {field.name: getattr(outputs, field.name) for field in dataclasses.fields(outputs)}
+    return None
+
+
+def _listed(outputs: Any) -> Sequence[object] | None:
+    if isinstance(outputs, Tensor):
+        return outputs.unbind() if outputs.is_nested else None
+    return outputs if isinstance(outputs, Sequence) and not isinstance(outputs, str | bytes) else None
+
+
+def flat(outputs: object) -> Outputs:
+    """Every tensor in what forward returns, by name."""
+    return {name: value for name, value in leaves(outputs).items() if isinstance(value, Tensor)}
+
+
+# --- what runs it -----------------------------------------------------------------------------------------------------
+
+
+def runner(network: Network, of: Callable[[object], dict[str, Any]] = flat) -> Callable[[Batch], dict[str, Any]]:
+    """What runs a batch: a module in eval, an ONNX file in onnxruntime, or an engine on its GPU.
+
+    of: what is wanted of the outputs: `flat`, its tensors, or all its `leaves`.
+    """
+    if isinstance(network, nn.Module):
+        return _torch_runner(network, of)
+    if Path(network).suffix == ".engine":
+        from normrewrite.deployment import engine
+
+        return engine.runner(Path(network))
+    return _onnx_runner(Path(network), of)
+
+
+def _torch_runner(model: nn.Module, of: Callable[[object], dict[str, Any]]) -> Callable[[Batch], dict[str, Any]]:
+    names, device = argument_names(model), device_of(model)
+
+    def run(batch: Batch) -> dict[str, Any]:
+        with evaluating(model), torch.inference_mode():
+            return of(call(model, batch.to(device), names))
+
+    return run
+
+
+def call(model: nn.Module, batch: Batch, names: Sequence[str]) -> Any:
+    """What forward returns, its arguments given by name where they are called `names`; a failure is told in plain words.
+
+    forward gets copies, as it may work in place on what the next network is to be given, too.
+    """
+    inputs = {name: values.clone() for name, values in batch.inputs.items()}
+    try:
+        return model(**inputs) if set(inputs) <= set(names) else model(*inputs.values())
+    except NormRewriteError:
+        raise
+    except Exception as error:  # the model's code runs here, and may raise anything
+        shapes = ", ".join(f"{name} {tuple(values.shape)}" for name, values in batch.inputs.items())
+        raise NormRewriteError(f"the model can't run on {shapes}: {first_line(error)}") from error
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model is: the device of its first tensor."""
+    return next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+
+
+def _onnx_runner(path: Path, of: Callable[[object], dict[str, Any]]) -> Callable[[Batch], dict[str, Any]]:
+    if not path.is_file():
+        raise NormRewriteError(f"{path}: there is no such file.")
+    session = _session(path)
+    wanted = {node.name: node.type for node in session.get_inputs()}
+    outputs = [node.name for node in session.get_outputs()]
+
+    def run(batch: Batch) -> dict[str, Any]:
+        arrays = onnx_file.feed(batch, list(wanted), path)
+        arrays = {
+            name: value.astype(np.float16) if wanted[name] == "tensor(float16)" else value
+            for name, value in arrays.items()
+        }
+        try:
+            results = session.run(outputs, arrays)
+        except Exception as error:  # onnxruntime has a class of its own for every fault
+            raise NormRewriteError(f"{path}: onnxruntime can't run it: {_cause(error)}") from error
+        return of({name: _tensor(value) for name, value in zip(outputs, results, strict=True)})
+
+    return run
+
+
+def _tensor(value: Any) -> Any:
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) and value.dtype.kind in "biufc" else value
+
+
+def _session(path: Path) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what goes wrong is raised, too
+    options.intra_op_num_threads = torch.get_num_threads()
+    if onnx_file.is_half(path):  # changing layouts, onnxruntime 1.32 dies of some, those of recurrent layers among them
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # as above
+        raise NormRewriteError(f"{path}: onnxruntime can't load it: {_cause(error)}") from error
+
+
+def _cause(error: Exception) -> str:
+    text = str(error).splitlines()[0]
+    bf16 = " Its CPU kernels have no bf16: run such a file on a GPU." if "bfloat16" in text else ""
+    return f"{text}{bf16}"

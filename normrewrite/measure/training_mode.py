@@ -1,0 +1,102 @@
+"""How far a network whose norms measure each batch, as in training, is from what its original computes.
+
+>>> mode = TrainingMode(batches, twin, original)
+>>> mode.apart(twin)                            # from the original's eval, and from its training
+(0.299, 0.121)
+
+Relative: the norm of the difference of all outputs, over the norm of the original's. All but the norms run as in eval.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from normrewrite import sites
+from normrewrite.data import Batch, argument_names
+from normrewrite.execution import call, device_of, flat
+from normrewrite.sites.modes import evaluating
+
+Mode = Callable[[nn.Module], AbstractContextManager[object]]
+
+
+@dataclass(frozen=True)
+class TrainingDistance:
+    """Of a twin in training, before and after it was calibrated. from_training: None where the original isn't at hand.
+
+    original: how far the original's own training is from its eval.
+    """
+
+    inputs: int
+    from_eval: tuple[float, float]
+    from_training: tuple[float, float] | None
+    original: float | None
+
+    def __str__(self) -> str:
+        whose = "the original's" if self.original is not None else "its own"
+        told = f"outputs in training, relative difference on {self.inputs} inputs: from {whose} eval {_both(self.from_eval)}"
+        if self.from_training is not None:
+            told += f"; from the original's training {_both(self.from_training)}"
+        if self.original is not None:
+            told += f"; of the original's training from its eval {self.original:.3f}"
+        return told
+
+
+def _both(pair: tuple[float, float]) -> str:
+    return f"{pair[0]:.3f}, calibrated {pair[1]:.3f}"
+
+
+class TrainingMode:
+    """What a twin is compared with: its original's eval and training; without an original, its own eval as it is now."""
+
+    def __init__(self, batches: Sequence[Batch], twin: nn.Module, original: nn.Module | None) -> None:
+        self.batches = batches
+        self.eval = _outputs(twin if original is None else original, batches, evaluating)
+        self.training = None if original is None else _outputs(original, batches, measuring)
+
+    def apart(self, twin: nn.Module) -> tuple[float, float | None]:
+        """The relative differences of the twin in training to eval, and to training."""
+        found = _outputs(twin, self.batches, measuring)
+        return _apart(found, self.eval), None if self.training is None else _apart(found, self.training)
+
+    def distance(self, before: tuple[float, float | None], after: tuple[float, float | None]) -> TrainingDistance:
+        training = None if before[1] is None or after[1] is None else (before[1], after[1])
+        original = None if self.training is None else _apart(self.training, self.eval)
+        return TrainingDistance(sum(map(len, self.batches)), (before[0], after[0]), training, original)
+
+
+def _outputs(model: nn.Module, batches: Sequence[Batch], mode: Mode) -> list[Tensor]:
+    names, device = argument_names(model), device_of(model)
+    with mode(model), torch.no_grad():
+        return [value for batch in batches for value in _floats(call(model, batch.to(device), names))]
+
+
+def _floats(outputs: object) -> list[Tensor]:
+    return [value.detach().double().cpu() for value in flat(outputs).values() if value.is_floating_point()]
+
+
+@contextmanager
+def measuring(model: nn.Module) -> Iterator[None]:
+    """The norms in training and all else in eval; flags and running statistics come back afterwards."""
+    with evaluating(model):
+        before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        for site in sites.find(model):
+            for module in site.module.modules():
+                module.training = True
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, value in before:
+                    buffer.copy_(value)
+
+
+def _apart(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """NaN where they have other shapes."""
+    if [value.shape for value in found] != [value.shape for value in expected]:
+        return float("nan")
+    gap = sum(float((a - b).square().sum()) for a, b in zip(found, expected, strict=True))
+    size = sum(float(b.square().sum()) for b in expected)
+    return (gap / size) ** 0.5 if size else float("nan")
