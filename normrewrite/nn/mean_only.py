@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
 
 from normrewrite.errors import NormRewriteError
 from normrewrite.lower import distributed, half
@@ -15,10 +14,10 @@ from normrewrite.lower.families import statistics_dtype, wide
 from normrewrite.nn.functional import average_in, averaging_factor, group_of, not_shared
 from normrewrite.nn.origin import Origin
 from normrewrite.nn.parts import keep_wide, through_tail
-from normrewrite.nn.tracing import as_one_node
+from normrewrite.nn.tracing import OneNode
 
 
-class MeanOnlyBatchNorm(nn.Module):
+class MeanOnlyBatchNorm(OneNode):
     """y = x - mean + bias by channel: Salimans & Kingma, arXiv:1602.07868, section 4. (N, C, *), any rank from 2.
 
     >>> norm = MeanOnlyBatchNorm(64)
@@ -63,8 +62,6 @@ class MeanOnlyBatchNorm(nn.Module):
         self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long, device=device))
 
     def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, Proxy):
-            return as_one_node(self, input)
         self._check(input)
         accumulator = half.chosen(input)
         if accumulator is not None and self.training:

@@ -104,8 +104,8 @@ ACCEPTED: list[tuple[nn.Module, type[nn.Module]]] = [
     (Frozen(6), FrozenBatchNorm),
     (Frozen(6, eps=1e-6), FrozenBatchNorm),
     (FrozenWithItsOwnEps(6), FrozenBatchNorm),
-    (NormAct(6), nr.nn.BatchNorm2d),
-    (NormAct(6, drop=0.3), nr.nn.BatchNorm2d),
+    (NormAct(6), nr.nn.BatchNorm),
+    (NormAct(6, drop=0.3), nr.nn.BatchNorm),
     (Handmade(6), nr.nn.BatchNorm),
 ]
 
@@ -157,7 +157,7 @@ def test_the_activation_and_the_dropout_survive_training() -> None:
 def test_watching_leaves_module_and_random_state_alone() -> None:
     norm = randomise(NormAct(6, drop=0.5))
     before, state = copy.deepcopy(norm.state_dict()), torch.random.get_rng_state()
-    assert recognise(norm) == Kind(nr.nn.BatchNorm2d, 1e-5, ("drop", "act"))
+    assert recognise(norm) == Kind(nr.nn.BatchNorm, 1e-5, ("drop", "act"))
     assert torch.equal(state, torch.random.get_rng_state())
     assert all(torch.equal(before[name], value) for name, value in norm.state_dict().items())
 

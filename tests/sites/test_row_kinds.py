@@ -121,9 +121,9 @@ TOLD: list[tuple[nn.Module, RowKind]] = [
     (LlamaRMSNorm(16), RowKind("rms", 1e-6, (16,))),
     (LlamaRMSNorm(5, 1e-5), RowKind("rms", 1e-5, (5,))),
     (T5LayerNorm(16), RowKind("rms", 1e-6, (16,))),
-    (ConvNeXtLayerNorm(8), RowKind("layer", 1e-6, (8,), channels_first=True)),
-    (ConvNeXtLayerNorm(5, 1e-5), RowKind("layer", 1e-5, (5,), channels_first=True)),
-    (LayerNorm2d(8), RowKind("layer", 1e-5, (8,), channels_first=True)),
+    (ConvNeXtLayerNorm(8), RowKind("layer", 1e-6, (8,), channels_first=True, ranks=(4,))),
+    (ConvNeXtLayerNorm(5, 1e-5), RowKind("layer", 1e-5, (5,), channels_first=True, ranks=(4,))),
+    (LayerNorm2d(8), RowKind("layer", 1e-5, (8,), channels_first=True, ranks=(4,))),
     (GroupNorm1(8), RowKind("group", 1e-5, (8,))),
     (HiddenEpsNorm(8), RowKind("layer", 1e-3, (8,))),
 ]
