@@ -93,7 +93,7 @@ class FoldAffine(Rewrite):
         own_parents(graph_module, self.wants)
         lifted = LiftFunctional()(graph_module).modified
         ranks = neighbours.ranks_of(graph_module, self.example_inputs)
-        norms = {id(site.module): site for site in sites.find(graph_module, self.wants) if self.why_not(site) is None}
+        norms = {id(site.module): site for site in sites.find(graph_module, self.wants) if self.refusal(site) is None}
         called = False
         for node in list(graph_module.graph.nodes):
             module = graph.module_of(graph_module, node)

@@ -70,6 +70,8 @@ def batch_norm(
             return with_relu.affine(input, residual, running_mean, running_scale + eps, weight, bias)
         y = eager.affine(input, running_mean, running_scale + eps, weight, bias)
         return rectified(y, residual) if relu else y
+    if group is None and input.dim() > 1 and input.numel() == 0:  # as torch: nothing was measured
+        return eager.affine(input, input.new_zeros(()), input.new_ones(()), weight, bias)
     together = together and group is None
     if together:
         check_trainable(input)

@@ -16,6 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from normrewrite import sites
 from normrewrite.errors import NormRewriteError, first_line
 from normrewrite.sites import Site, graph
+from normrewrite.sites.calls import why_computed
 from normrewrite.sites.modes import evaluating
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
@@ -80,6 +81,8 @@ def why_not_fold(graph_module: GraphModule, node: Node, reader: Node | None, ran
         return f"{node.target} is parametrised"
     if has_hooks(layer):
         return f"{node.target} has hooks"
+    if why_computed(layer) is not None:
+        return f"the weight of {node.target} is computed anew"
     read = graph.read_past_modules(graph_module)
     elsewhere = any(id(parameter) in read for parameter in layer.parameters())
     return f"a tensor of {node.target} is read elsewhere too" if elsewhere else None

@@ -238,7 +238,7 @@ def _choose(site: Site, target: str, include: list[str], exclude: list[str], pas
         return Choice(site, KEEP, None, "in --exclude")
     if target == KEEP:
         return Choice(site, KEEP, None, "kept by a rule")
-    refusal = passes[target].why_not(site)
+    refusal = passes[target].refusal(site)
     return Choice(site, KEEP, None, refusal) if refusal else Choice(site, target, passes[target], None)
 
 
