@@ -107,6 +107,7 @@ class NormaliseWeights(Rewrite):
             new: Any = as_affine(old)
         else:
             new = _mean_only(old) if self.form.mean_bn else StandIn(None, {})
+            new.rank = neighbours.rank_of(site.before.module)
         moving = {name: getattr(new, name, None) for name in ("weight", "bias", "running_mean")}
         pairs = {name: (getattr(old, name), value) for name, value in moving.items() if value is not None}
         new.origin, new.site, new.tail = Origin(old, pairs).keep(old), site.name, kind.tail

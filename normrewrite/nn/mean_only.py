@@ -11,9 +11,9 @@ from normrewrite.lower import distributed, half
 from normrewrite.lower.accumulate import Accumulator
 from normrewrite.lower.eager import over, per_channel
 from normrewrite.lower.families import statistics_dtype, wide
-from normrewrite.nn.functional import average_in, averaging_factor, group_of, not_shared
+from normrewrite.nn.functional import average_in, averaging_factor, group_of, is_empty, not_shared
 from normrewrite.nn.origin import Origin
-from normrewrite.nn.parts import keep_wide, through_tail
+from normrewrite.nn.parts import keep_wide, require_rank, through_tail
 from normrewrite.nn.tracing import OneNode
 
 
@@ -55,6 +55,7 @@ class MeanOnlyBatchNorm(OneNode):
         self.origin: Origin | None = None  # what it was before a rewrite
         # the one that has its scale; in a tuple, so that it is not registered here too
         self.layer: tuple[nn.Module, ...] = ()
+        self.rank: int | None = None  # of the inputs at which that layer's channels are at dimension 1
         self.tail: tuple[str, ...] = ()  # children that are applied behind the norm: a fused activation, dropout
         self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
         mean = torch.zeros(num_features, device=device, dtype=statistics_dtype(self.bias.dtype))
@@ -64,7 +65,7 @@ class MeanOnlyBatchNorm(OneNode):
     def forward(self, input: Tensor) -> Tensor:
         self._check(input)
         accumulator = half.chosen(input)
-        if accumulator is not None and self.training:
+        if accumulator is not None and self.training and input.numel():
             return through_tail(self, self._centred_in_half(input, accumulator))
         x = wide(input)
         mean = self._batch_mean(x) if self.training else self.running_mean
@@ -73,6 +74,9 @@ class MeanOnlyBatchNorm(OneNode):
 
     def _batch_mean(self, x: Tensor) -> Tensor:
         group = group_of(self)
+        if is_empty(x, group):
+            averaging_factor(self, x)  # it counts, as with torch
+            return self.running_mean
         mean = x.mean(over(x)) if group is None else distributed.mean(x, group)
         average_in(averaging_factor(self, x, group), (self.running_mean, mean))
         return mean
@@ -83,10 +87,11 @@ class MeanOnlyBatchNorm(OneNode):
         return y
 
     def _check(self, input: Tensor) -> None:
+        require_rank(self, input)
         where = self.site or type(self).__name__
         if input.dim() < 2 or input.shape[1] != self.num_features:
             raise NormRewriteError(f"{where} expects (N, {self.num_features}, *), got shape {tuple(input.shape)}.")
-        if self.training and input.numel() // self.num_features < 2 and group_of(self) is None:
+        if self.training and input.numel() == self.num_features and group_of(self) is None:
             raise NormRewriteError(
                 f"{where} needs more than one value a channel when training, got shape {tuple(input.shape)}. "
                 "Raise the batch size or call .eval()."

@@ -27,6 +27,11 @@ def is_layer(module: nn.Module) -> bool:
     return type(module) in LAYERS and "forward" not in vars(module)
 
 
+def rank_of(layer: Any) -> int:
+    """The rank at which a layer's channels are at dimension 1, where a batch norm takes them to be; unbatched they are not."""
+    return 2 if isinstance(layer, nn.Linear) else 2 + len(layer.kernel_size)
+
+
 def attach(model: nn.Module, found: Sequence[Site], example_inputs: Sequence[Tensor] | None = None) -> list[Site]:
     """The sites with what stands before them: `before`, a layer that may be changed for this norm's sake, or `alone`.
 
@@ -75,8 +80,10 @@ def why_not_fold(graph_module: GraphModule, node: Node, reader: Node | None, ran
         return f"the output of {node.target} is read elsewhere too"
     if graph.call_counts(graph_module)[id(layer)] != 1:
         return f"{node.target} is called at several places"
-    if isinstance(layer, nn.Linear) and ranks.get(node) != 2:
+    if isinstance(layer, nn.Linear) and node not in ranks:
         return f"the rank of {node.target}'s output is unknown: give an example input"
+    if ranks.get(node, rank_of(layer)) != rank_of(layer):
+        return f"the output of {node.target} has its channels elsewhere than the norm"
     if is_parametrized(layer):
         return f"{node.target} is parametrised"
     if has_hooks(layer):
