@@ -158,10 +158,7 @@ def as_nodes(model: nn.Module, live_stats: bool = False) -> tuple[nn.Module, lis
     """The model in which live norms are nodes, changed in place unless it is a norm itself, and the names of the norms."""
     found = sites.find(model, lambda module: is_live(module, live_stats))
     for site in found:
-        new = Node(site.module)
-        new.training = False
-        for parent, key in site.homes:
-            parent._modules[key] = new
+        new = sites.replace(site, Node(site.module))
         model = new if site.module is model else model
     return model, [site.label for site in found]
 

@@ -248,10 +248,13 @@ def fold(
         bake_(copied)
     rewrite = FoldAffine(example_inputs, forwards=forwards)
     try:
-        return rewrite(graph.trace(copied)).graph_module, rewrite.outcome, []
+        traced = graph.trace(copied)
     except graph.Untraceable as error:
         whole, _ = rewrite.apply(copied)
         return whole, rewrite.outcome, [f"norms are not folded into their neighbours: {error}"]
+    if traced is not copied:
+        sites.carry_over(copied, traced)  # hooks around the model's own forward are no part of the trace
+    return rewrite(traced).graph_module, rewrite.outcome, []
 
 
 def _to_onnx(
