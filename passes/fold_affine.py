@@ -83,6 +83,7 @@ class FoldAffine(Rewrite):
             return _rest(site, site.before.module)
         new, tail = as_affine(site.module), _tail(site.module)
         new.site, new.tail, new.folded = site.name, tuple(tail), site.kind
+        new.rank = getattr(site.module, "rank", None)
         new._modules.update(tail)
         return new
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from normrewrite.lower.eager import per_channel
 from normrewrite.nn.origin import Origin
-from normrewrite.nn.parts import through_tail
+from normrewrite.nn.parts import require_rank, through_tail
 from normrewrite.nn.tracing import OneNode
 
 
@@ -20,11 +20,13 @@ class ChannelAffine(OneNode):
         self.site = ""  # the dotted name in a converted model
         self.origin: Origin | None = None  # the norm that it was before a rewrite
         self.tail: tuple[str, ...] = ()  # children that are applied behind it: a fused activation, dropout
+        self.rank: int | None = None  # of the inputs at which the layer in front holds the rest of the norm, if it does
         self.folded = ""  # the class of a norm that was folded away for good
         self.weight = nn.Parameter(weight)
         self.bias = nn.Parameter(bias)
 
     def forward(self, input: Tensor) -> Tensor:
+        require_rank(self, input)
         weight, bias = per_channel(self.weight, input.dim()), per_channel(self.bias, input.dim())
         return through_tail(self, torch.addcmul(bias, input, weight).to(input.dtype))
 

@@ -13,18 +13,21 @@ from torch import nn
 
 
 def why_not_taken_over(module: nn.Module) -> str | None:
-    """Why no other module can stand in for this one, whatever its forward computes; None where one can."""
-    name, cls = type(module).__name__, type(module)
+    """Why no norm can stand in for this one, whatever its forward computes; None where one can."""
+    reason = why_called_otherwise(module)
+    if reason is None and _takes_more(type(module).forward):
+        reason = f"{type(module).__name__}.forward takes further arguments, which a norm has no place for"
+    return reason or why_computed(module)
+
+
+def why_called_otherwise(module: nn.Module) -> str | None:
+    """Why a call is no call of its class's forward with hooks around it, or None."""
+    name, own = type(module).__name__, type(module).__mro__[: type(module).__mro__.index(nn.Module)]
     if "forward" in vars(module):
         return f"{name} has a forward of its own on the instance, which would not move along"
-    if any(method in vars(base) for base in cls.__mro__[: cls.__mro__.index(nn.Module)] for method in _CALLS):
+    if any(method in vars(cls) for cls in own for method in ("__call__", "_call_impl", "_wrapped_call_impl")):
         return f"{name} overrides __call__, so it may do more than its forward"
-    if _takes_more(cls.forward):
-        return f"{name}.forward takes further arguments, which a norm has no place for"
-    return why_computed(module)
-
-
-_CALLS = ("__call__", "_call_impl", "_wrapped_call_impl")
+    return None
 
 
 def why_computed(module: nn.Module) -> str | None:

@@ -99,9 +99,7 @@ def _watched(module: nn.Module) -> RowKind | str:
 def _kind(subject: nn.Module, width: int) -> RowKind | None:
     """The one kind that it agrees with wherever the channels stand where that kind has them; first where it takes more."""
     taken = [(rank, axis, x) for rank, axis, x in layouts(width) if takes(subject, x)]
-    ranks = {
-        first: tuple(rank for rank, axis, _ in taken if axis == _axis(first, rank)) for first in (False, True)
-    }
+    ranks = {first: tuple(rank for rank, axis, _ in taken if axis == _axis(first, rank)) for first in (False, True)}
     for first in sorted(ranks, key=lambda first: -len(ranks[first])):
         inputs = [x for rank in ranks[first] for x in trials(width, rank, _axis(first, rank))]
         for kind in _candidates(subject, width, first) if inputs else ():

@@ -67,7 +67,9 @@ def trials(width: int, rank: int, axis: int) -> Iterator[Tensor]:
 
 def outcome(call: Callable[[Tensor], Any], x: Tensor) -> Any:
     """What a call gives, by random numbers that are always the same; None where it raises."""
-    torch.default_generator.manual_seed(0)  # torch.manual_seed would keep a stack trace for CUDA, which takes longer than x
+    torch.default_generator.manual_seed(
+        0
+    )  # torch.manual_seed would keep a stack trace for CUDA, which takes longer than x
     try:
         return call(x.clone())
     except Exception:  # the wrong rank, or whatever a foreign forward raises

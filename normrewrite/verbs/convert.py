@@ -274,7 +274,7 @@ def convert(
 def convert_(
     model: nn.Module, to: str = "l1", *, optimizers: Iterable[Optimizer] = (), **options: Unpack[Options]
 ) -> nn.Module:
-    """`convert` in place. Returns the model, or the new root where the model itself is a norm. On an error the model is as it was."""
+    """`convert` in place. Returns the model, or the new root where the model itself is a norm. On an error it is as it was."""
     chosen = plan(model, to, **options)
     with undone_on_error(model):
         return _checked(*chosen.apply_(optimizers))

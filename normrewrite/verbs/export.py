@@ -33,6 +33,7 @@ from normrewrite.passes import FoldAffine
 from normrewrite.passes.fold_affine import Outcome
 from normrewrite.records.ranges import LearnedRanges
 from normrewrite.sites import graph
+from normrewrite.sites.neighbours import has_hooks
 from normrewrite.verbs.bake import bake_
 from normrewrite.verbs.verify import runner
 
@@ -111,6 +112,11 @@ def export(
     if not all(isinstance(value, Tensor) for value in examples):
         raise NormRewriteError(
             "example_inputs: needed are forward's arguments as tensors, as in torch.zeros(1, 3, 32, 32)."
+        )
+    if has_hooks(model):
+        raise NormRewriteError(
+            f"hooks on the whole {type(model).__name__}: torch's exporter leaves them out. Remove them, or export a module whose "
+            "forward calls this one."
         )
     inputs = tuple(value.detach().cpu() for value in examples)
     names = argument_names(model)[: len(inputs)]

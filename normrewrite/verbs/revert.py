@@ -22,7 +22,7 @@ def revert(twin: nn.Module) -> nn.Module:
 
 
 def revert_(twin: nn.Module) -> nn.Module:
-    """`revert` in place. Returns the model, or the new root where the model itself is a norm. On an error the model is as it was."""
+    """`revert` in place. Returns the model, or the new root where the model itself is a norm. On an error it is as it was."""
     with undone_on_error(twin):
         return reverted(twin)[0]
 
