@@ -35,7 +35,9 @@ _BY_RANK_CHECK: dict[Any, type[BatchNorm]] = {
     nn.SyncBatchNorm._check_input_dim: BatchNorm,
     AnyBatchNorm._check_input_dim: BatchNorm,
 }
-_BY_RANKS = {cls.ranks: cls for cls in (batch.BatchNorm1d, batch.BatchNorm2d, batch.BatchNorm3d)}
+_BY_RANKS: dict[tuple[int, ...], type[BatchNorm]] = {
+    cls.ranks: cls for cls in (batch.BatchNorm1d, batch.BatchNorm2d, batch.BatchNorm3d)
+}
 _PLAIN_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 _EPS = (1e-5, 1e-3, 1e-6, 1e-4, 0.0)
 _RANKS = (2, 3, 4, 5)

@@ -67,7 +67,7 @@ def test_once_in_every_form(where: str, hook: str, to: str) -> None:
         symbolic_trace(twin),
         passed(FuseActivation(), twin),
         passed(FoldAffine((X,)), twin),
-        nr.revert(twin),
+        twin if to == "none" else nr.revert(twin),  # what was folded away is gone
     ]
     for form in [*forms, passed(SwapMetric("l1"), model), passed(FoldAffine((X,)), model)]:
         torch.testing.assert_close(form(X), expected, rtol=1e-4, atol=1e-4)
