@@ -32,7 +32,7 @@ class BatchNorm(OneNode):
     In training y = weight * (x - mean) / (C * S + eps) + bias, and running_mean, running_scale follow as torch's running
     statistics do (momentum None: cumulative average). running_scale holds C * S: a scale, not a variance and not its
     inverse. The running statistics stay fp32 when the module is cast to half precision. A state_dict of it loads
-    anywhere; training needs two values a channel.
+    anywhere; training needs two values a channel, or none.
     """
 
     ranks: tuple[int, ...] | None = None  # of the inputs that it takes; None: all from 2

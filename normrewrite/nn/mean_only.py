@@ -27,7 +27,7 @@ class MeanOnlyBatchNorm(OneNode):
     num_features: C. momentum: as torch.nn.BatchNorm2d's (None: cumulative average). Training subtracts the batch's mean
     and averages it into running_mean (fp32 at least, in half precision too); eval subtracts running_mean. y has x's dtype.
     synchronised, process_group: the mean of all ranks' batches, as BatchNorm's.
-    Raises NormRewriteError for other shapes, and where training sees fewer than two values a channel (y would be bias).
+    Raises NormRewriteError for other shapes, and where training sees one value a channel (y would be bias).
     """
 
     synchronised = False

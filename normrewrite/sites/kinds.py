@@ -1,11 +1,11 @@
 """What a norm module computes, found by its class where that is torch's own, else by watching it.
 
 >>> recognise(torchvision_frozen_batch_norm)
-Kind(cls=FrozenBatchNorm, eps=1e-05, tail=())
+Kind(cls=FrozenBatchNorm, eps=1e-05, tail=(), ranks=(4,))
 
 A subclass that overrides forward may do more than normalise, and a class that is no subclass may do just that. Such a
-module is copied, given well-conditioned random tensors in float64, and run in eval and in training on random input. Only
-if both agree with a batch norm, followed by the module's own children in their order, is it taken for one.
+module is copied, given well-conditioned random tensors in float64, and run in eval and in training on what trials.py has. Only
+if all agree with a batch norm, followed by the module's own children in their order, is it taken for one.
 """
 
 import copy

@@ -1,10 +1,10 @@
 """What a norm within a sample computes, told by its class where that is torch's own, else by watching it.
 
 >>> recognise_row(llama_rms_norm)
-RowKind(scope='rms', eps=1e-06, shape=(512,), groups=1, channels_first=False)
+RowKind(scope='rms', eps=1e-06, shape=(512,), groups=1, channels_first=False, ranks=None)
 
 Libraries write the same few norms again and again. A module with nothing but a weight and a bias, each (C,), is copied,
-given random ones in float64, and run on random input in both modes. Only if it agrees with a layer, RMS, group or instance
+given random ones in float64, and run in both modes on what trials.py has. Only if it agrees with a layer, RMS, group or instance
 norm, also where eps is all that matters, is it taken for one.
 """
 

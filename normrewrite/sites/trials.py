@@ -34,7 +34,7 @@ def subject_of(module: nn.Module) -> Any:
         if isinstance(tensor, Tensor):
             size = 0.5 + torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
             if name == "running_var":
-                tensor.data = 10 ** (4 * size - 6)  # 1e-4 to 1
+                tensor.data = 10 ** (4 * size - 6)  # 1e-4 to 1: eps shows, and so does a clamp
             else:
                 tensor.data = size * (-1) ** torch.arange(size.numel()).view_as(size)
     return subject
