@@ -15,12 +15,13 @@ class ChannelAffine(OneNode):
     >>> ChannelAffine(torch.ones(64), torch.zeros(64))(x)
     """
 
+    rank: int | None = None  # of the inputs at which the layer in front holds the rest of the norm, if it does
+
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
         self.site = ""  # the dotted name in a converted model
         self.origin: Origin | None = None  # the norm that it was before a rewrite
         self.tail: tuple[str, ...] = ()  # children that are applied behind it: a fused activation, dropout
-        self.rank: int | None = None  # of the inputs at which the layer in front holds the rest of the norm, if it does
         self.folded = ""  # the class of a norm that was folded away for good
         self.weight = nn.Parameter(weight)
         self.bias = nn.Parameter(bias)

@@ -30,6 +30,7 @@ class MeanOnlyBatchNorm(OneNode):
     Raises NormRewriteError for other shapes, and where training sees one value a channel (y would be bias).
     """
 
+    rank: int | None = None  # of the inputs at which that layer's channels are at dimension 1
     synchronised = False
     process_group: Any = None
     weight: None = None  # it has no scale: a weight norm in front has it
@@ -55,7 +56,6 @@ class MeanOnlyBatchNorm(OneNode):
         self.origin: Origin | None = None  # what it was before a rewrite
         # the one that has its scale; in a tuple, so that it is not registered here too
         self.layer: tuple[nn.Module, ...] = ()
-        self.rank: int | None = None  # of the inputs at which that layer's channels are at dimension 1
         self.tail: tuple[str, ...] = ()  # children that are applied behind the norm: a fused activation, dropout
         self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
         mean = torch.zeros(num_features, device=device, dtype=statistics_dtype(self.bias.dtype))

@@ -17,13 +17,14 @@ class StandIn(OneNode):
     refused, as that norm would take another axis for the channels.
     """
 
+    rank: int | None = None
+
     def __init__(self, norm: nn.Module | None, tail: dict[str, nn.Module]) -> None:
         super().__init__()
         self.site = ""  # the dotted name in a converted model
         self.origin: Origin | None = None
         self.layer: tuple[nn.Module, ...] = ()
         self.tail = tuple(tail)
-        self.rank: int | None = None
         self.folded = ""  # the class of a norm that was folded away for good
         if norm is not None:
             self.norm = norm
