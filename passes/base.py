@@ -23,6 +23,7 @@ from normrewrite.norms import Gain
 from normrewrite.passes.lift_functional import LiftFunctional
 from normrewrite.sites import Site, graph
 from normrewrite.sites.fused import step_aside_
+from normrewrite.sites.owners import why_owned
 
 Pair = tuple[nn.Module | None, nn.Module]  # the layer in front, where the rewrite changed that too, and the norm
 
@@ -44,6 +45,10 @@ class Rewrite(ABC):
     @abstractmethod
     def why_not(self, site: Site) -> str | None:
         """The reason why this site must stay as it is, or None."""
+
+    def refusal(self, site: Site) -> str | None:
+        """The same, or what stands around it forbids any rewrite."""
+        return why_owned(site) or self.why_not(site)
 
     def inexact(self, site: Site) -> str:
         """Why eval can't stay the same function here; empty where it does."""
@@ -80,7 +85,7 @@ class Rewrite(ABC):
         """
         if chosen is None:
             found = self.look(model, sites.find(model, self.wants))
-            chosen = [site for site in found if self.why_not(site) is None]
+            chosen = [site for site in found if self.refusal(site) is None]
         done = []
         for site in chosen:
             before, new = self.rewrite_before(site), self.rewrite(site)

@@ -5,6 +5,7 @@ after:   the same in eval; training is the class's own
 """
 
 from abc import abstractmethod
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -28,7 +29,7 @@ class ChangeClass(Rewrite):
     def rewrite(self, site: Site) -> nn.Module:
         kind = native(site.module)
         assert isinstance(kind, Kind)
-        new = from_native(site.module, Kind(self.cls, kind.eps, kind.tail), "l2", "exact")
+        new = from_native(site.module, replace(kind, cls=self.cls), "l2", "exact")
         new.site = site.name
         self.finish(site.module, new)
         return new

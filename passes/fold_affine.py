@@ -79,10 +79,12 @@ class FoldAffine(Rewrite):
 
     def rewrite(self, site: Site) -> nn.Module:
         (self.outcome.to_affine if site.before is None else self.outcome.into_neighbour).append(site.name)
-        new: StandIn | ChannelAffine = as_affine(site.module) if site.before is None else StandIn(None, {})
-        tail = tail_names(site.module)
-        new.tail, new.folded = tail, site.kind
-        new._modules.update({name: site.module._modules[name] for name in tail})
+        if site.before is not None:
+            return _rest(site, site.before.module)
+        new, tail = as_affine(site.module), _tail(site.module)
+        new.site, new.tail, new.folded = site.name, tuple(tail), site.kind
+        new.rank = getattr(site.module, "rank", None)
+        new._modules.update(tail)
         return new
 
     def rewrite_before(self, site: Site) -> nn.Module | None:
@@ -93,7 +95,7 @@ class FoldAffine(Rewrite):
         own_parents(graph_module, self.wants)
         lifted = LiftFunctional()(graph_module).modified
         ranks = neighbours.ranks_of(graph_module, self.example_inputs)
-        norms = {id(site.module): site for site in sites.find(graph_module, self.wants) if self.why_not(site) is None}
+        norms = {id(site.module): site for site in sites.find(graph_module, self.wants) if self.refusal(site) is None}
         called = False
         for node in list(graph_module.graph.nodes):
             module = graph.module_of(graph_module, node)
@@ -114,15 +116,15 @@ class FoldAffine(Rewrite):
             return
         call, fold = taker
         layer = str(call.target)
-        graph_module.set_submodule(layer, fold(graph_module.get_submodule(layer), affine_of(norm)))
+        taken = graph_module.get_submodule(layer)
+        graph_module.set_submodule(layer, fold(taken, affine_of(norm)))
         self.outcome.into_neighbour.append(str(node.target))
-        tail = tail_of(norm)
-        if tail is None:
+        if not tail_names(norm) and not _may_be_unbatched(norm, taken):
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
             graph_module.graph.erase_node(node)
         else:
             name = free_name(graph_module, f"{node.target}_tail")  # another call of the norm still needs the norm
-            graph_module.add_submodule(name, tail)
+            graph_module.add_submodule(name, _rest(Site((str(node.target),), norm, ()), taken))
             node.target = name
 
     def _taker(
@@ -148,6 +150,24 @@ class FoldAffine(Rewrite):
         graph_module.set_submodule(str(node.target), new)
 
 
+def _rest(site: Site, layer: nn.Module) -> StandIn:
+    """What stands where a norm was folded into the layer beside it."""
+    new = StandIn(None, _tail(site.module))
+    new.rank, new.site, new.folded = neighbours.rank_of(layer), site.name, site.kind
+    return new
+
+
+def _tail(norm: nn.Module) -> dict[str, nn.Module]:
+    return {name: norm.get_submodule(name) for name in tail_names(norm)}
+
+
+def _may_be_unbatched(norm: Any, layer: nn.Module) -> bool:
+    """Whether a norm could take the layer's output without a batch, another axis for its channels: then that is to be refused."""
+    kind = norm if isinstance(norm, BatchNorm) else recognise(norm) if sites.is_norm(norm) else None
+    ranks = getattr(kind, "ranks", None)
+    return ranks is None or neighbours.rank_of(layer) - 1 in ranks
+
+
 def tail_names(norm: nn.Module) -> tuple[str, ...]:
     """The children that a norm applies to its own result (a fused activation), if any."""
     if isinstance(norm, BatchNorm | MeanOnlyBatchNorm):
@@ -158,8 +178,8 @@ def tail_names(norm: nn.Module) -> tuple[str, ...]:
 
 def tail_of(norm: nn.Module) -> nn.Sequential | None:
     """The same, as one module."""
-    names = tail_names(norm)
-    return nn.Sequential(*(norm.get_submodule(name) for name in names)) if names else None
+    tail = _tail(norm)
+    return nn.Sequential(*tail.values()) if tail else None
 
 
 def as_affine(norm: Any) -> ChannelAffine:

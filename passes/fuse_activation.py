@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from normrewrite.nn.rectify import norm_relu, together
 from normrewrite.sites import graph
+from normrewrite.sites.neighbours import has_hooks
 
 _RELUS: tuple[Any, ...] = (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")
 _ADDITIONS: tuple[Any, ...] = (operator.add, torch.add, "add")
@@ -45,7 +46,7 @@ class FuseActivation:
 def _is_relu(graph_module: GraphModule, node: Node) -> bool:
     module = graph.module_of(graph_module, node)
     if module is not None:
-        return type(module) is nn.ReLU and not module._forward_hooks
+        return type(module) is nn.ReLU and not has_hooks(module)
     return node.op in ("call_function", "call_method") and node.target in _RELUS
 
 

@@ -29,6 +29,7 @@ from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.native import AnyBatchNorm
 from normrewrite.nn.parts import assemble, attributes
 from normrewrite.sites import Site, kinds
+from normrewrite.sites.calls import why_called_otherwise, why_computed
 from normrewrite.sites.modes import same_flags
 
 _TENSORS = ("running_mean", "running_var", "weight", "bias")
@@ -188,6 +189,9 @@ def _calls_batch_norm(forward: Any) -> bool:
 def lifted(module: nn.Module) -> GraphModule | str:
     """The module as a GraphModule without calls of F.batch_norm, sharing its tensors; or the reason why not."""
     name = type(module).__name__
+    taken_over = why_called_otherwise(module) or why_computed(module)
+    if taken_over is not None:
+        return taken_over
     if getattr(module, "momentum", 0.0) is None:
         return f"{name} calls F.batch_norm with a cumulative average of its own"
     traces, fixed = [], _defaults(module)

@@ -32,6 +32,7 @@ from normrewrite.nn.weights import normalise_weight, remember
 from normrewrite.passes.base import Rewrite
 from normrewrite.passes.fold_affine import affine_of, as_affine, into_previous
 from normrewrite.sites import Site, neighbours
+from normrewrite.sites.calls import why_computed
 from normrewrite.sites.kinds import Kind, native
 
 
@@ -66,7 +67,7 @@ class NormaliseWeights(Rewrite):
         taken = {id(site.before.module) for site in norms if site.before is not None}
         shared = sites.shared_parameters(model)
         alone = [
-            replace(site, alone="shares its weight with another layer" if id(site.module.weight) in shared else "")
+            replace(site, alone="shares its weight with another layer" if _weight(site.module) in shared else "")
             for site in found
             if _is_convolution(site.module) and id(site.module) not in taken
         ]
@@ -82,6 +83,9 @@ class NormaliseWeights(Rewrite):
 
     def _unfit(self, layer: nn.Module) -> str | None:
         """One norm for a layer can't hold a weight without a norm, nor keep one bad channel to itself."""
+        computed = why_computed(layer)
+        if computed is not None:
+            return computed
         weight = cast(Tensor, layer.weight).detach()
         if weight.is_meta:
             return "its weight is on the meta device, and has no direction yet"
@@ -103,6 +107,7 @@ class NormaliseWeights(Rewrite):
             new: Any = as_affine(old)
         else:
             new = _mean_only(old) if self.form.mean_bn else StandIn(None, {})
+            new.rank = neighbours.rank_of(site.before.module)
         moving = {name: getattr(new, name, None) for name in ("weight", "bias", "running_mean")}
         pairs = {name: (getattr(old, name), value) for name, value in moving.items() if value is not None}
         new.origin, new.site, new.tail = Origin(old, pairs).keep(old), site.name, kind.tail
@@ -121,6 +126,10 @@ class NormaliseWeights(Rewrite):
     def _normalised(self, layer: nn.Module, was: nn.Module) -> nn.Module:
         form = self.form
         return normalise_weight(layer, bounded=form.bounded, strict=form.strict, p=form.p, origin=remember(was))
+
+
+def _weight(layer: nn.Module) -> int:
+    return id(layer._parameters.get("weight"))
 
 
 def _is_convolution(module: nn.Module) -> bool:

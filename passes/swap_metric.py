@@ -123,6 +123,8 @@ def _attributes(old: Any, kind: Kind, to: str, gain: Gain) -> dict[str, Any]:
         "synchronised": isinstance(old, nn.SyncBatchNorm),
         "process_group": getattr(old, "process_group", None),
     }
+    if kind.ranks != kind.cls.ranks:
+        ours["ranks"] = kind.ranks
     return attributes(old) | ours
 
 

@@ -107,5 +107,7 @@ def _attributes(old: Any, kind: RowKind, to: Metric, gain: Gain) -> dict[str, An
     else:
         running = {name: getattr(old, name, None) for name in ("momentum", "track_running_stats")}
         own = {"num_features": kind.shape[0], "affine": affine} | running
-    shared = {"eps": kind.eps, "metric": str(to), "gain": gain, "site": "", "origin": None}
+    shared: dict[str, Any] = {"eps": kind.eps, "metric": str(to), "gain": gain, "site": "", "origin": None}
+    if kind.ranks is not None:
+        shared["ranks_taken"] = kind.ranks
     return attributes(old) | shared | own

@@ -35,13 +35,12 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
 
 from normrewrite import sites
 from normrewrite.errors import NormRewriteError
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.rows import RowNorm
-from normrewrite.nn.tracing import as_one_node
+from normrewrite.nn.tracing import OneNode
 from normrewrite.norms import Gain, Metric
 from normrewrite.norms import metric as row_of
 
@@ -104,7 +103,7 @@ def variable(row: Metric, n: int) -> float:
 # --- modules to nodes ------------------------------------------------------------------------------------------------
 
 
-class Node(nn.Module):
+class Node(OneNode):
     """A norm of normrewrite.nn as one node under torch.onnx.export; it has no other use.
 
     x: as the norm takes it. Statistics are those of x itself, for batch scope too.
@@ -121,8 +120,6 @@ class Node(nn.Module):
         self.tail = nn.Sequential(*(norm.get_submodule(name) for name in getattr(norm, "tail", ())))
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(x, Proxy):
-            return as_one_node(self, x)
         view, from_view = self.layout
         rows = view(x)
         groups, members = int(rows.shape[1]), int(rows.shape[2])
@@ -161,10 +158,7 @@ def as_nodes(model: nn.Module, live_stats: bool = False) -> tuple[nn.Module, lis
     """The model in which live norms are nodes, changed in place unless it is a norm itself, and the names of the norms."""
     found = sites.find(model, lambda module: is_live(module, live_stats))
     for site in found:
-        new = Node(site.module)
-        new.training = False
-        for parent, key in site.homes:
-            parent._modules[key] = new
+        new = sites.replace(site, Node(site.module))
         model = new if site.module is model else model
     return model, [site.label for site in found]
 

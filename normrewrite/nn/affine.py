@@ -2,19 +2,20 @@
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
 
 from normrewrite.lower.eager import per_channel
 from normrewrite.nn.origin import Origin
-from normrewrite.nn.parts import through_tail
-from normrewrite.nn.tracing import as_one_node
+from normrewrite.nn.parts import require_rank, through_tail
+from normrewrite.nn.tracing import OneNode
 
 
-class ChannelAffine(nn.Module):
+class ChannelAffine(OneNode):
     """y = weight * x + bias, one weight and one bias a channel. x: (N, C, *), weight and bias: (C,), any float dtype.
 
     >>> ChannelAffine(torch.ones(64), torch.zeros(64))(x)
     """
+
+    rank: int | None = None  # of the inputs at which the layer in front holds the rest of the norm, if it does
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
@@ -26,8 +27,7 @@ class ChannelAffine(nn.Module):
         self.bias = nn.Parameter(bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, Proxy):
-            return as_one_node(self, input)
+        require_rank(self, input)
         weight, bias = per_channel(self.weight, input.dim()), per_channel(self.bias, input.dim())
         return through_tail(self, torch.addcmul(bias, input, weight).to(input.dtype))
 

@@ -1,23 +1,22 @@
 """Batch norms with a metric, drop-in for torch.nn's: `nr.nn.BatchNorm2d(64, metric="l1")`."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
 
 from normrewrite.errors import NormRewriteError
 from normrewrite.lower.families import statistics_dtype
 from normrewrite.nn.functional import averaging_factor, batch_norm, group_of
 from normrewrite.nn.origin import Origin
 from normrewrite.nn.parts import keep_wide, through_tail
-from normrewrite.nn.tracing import as_one_node
+from normrewrite.nn.tracing import OneNode
 from normrewrite.norms import Gain, require_gain
 from normrewrite.norms import metric as row_of
 
 
-class BatchNorm(nn.Module):
+class BatchNorm(OneNode):
     """Batch normalisation over (N, *) of (N, C, *), its spread measured by `metric`; any rank from 2.
 
     >>> norm = BatchNorm(64, metric="topk:10")
@@ -33,10 +32,10 @@ class BatchNorm(nn.Module):
     In training y = weight * (x - mean) / (C * S + eps) + bias, and running_mean, running_scale follow as torch's running
     statistics do (momentum None: cumulative average). running_scale holds C * S: a scale, not a variance and not its
     inverse. The running statistics stay fp32 when the module is cast to half precision. A state_dict of it loads
-    anywhere; training needs two values a channel.
+    anywhere; training needs two values a channel, or none.
     """
 
-    ranks: ClassVar[tuple[int, ...] | None] = None
+    ranks: tuple[int, ...] | None = None  # of the inputs that it takes; None: all from 2
     synchronised = False
     process_group: Any = None
     running_mean: Tensor | None
@@ -88,8 +87,6 @@ class BatchNorm(nn.Module):
                 self.register_buffer(name, None)
 
     def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, Proxy):
-            return as_one_node(self, input)
         return through_tail(self, self._checked(input))
 
     def forward_relu(self, input: Tensor, residual: Tensor | None = None) -> Tensor:

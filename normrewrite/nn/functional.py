@@ -10,6 +10,7 @@ from normrewrite.errors import NormRewriteError
 from normrewrite.lower import distributed, eager, half
 from normrewrite.lower import relu as with_relu
 from normrewrite.lower.accumulate import Accumulator
+from normrewrite.lower.families import statistics_dtype
 from normrewrite.lower.watch import tell
 from normrewrite.norms import Gain
 from normrewrite.norms import metric as row_of
@@ -39,7 +40,8 @@ def batch_norm(
     batch statistics are not finite keeps its running ones. In eval: weight * (x - running_mean)/(running_scale + eps) + bias.
     group: a torch.distributed process group, whose ranks' inputs are measured as one batch; None: this process's own.
     relu: relu(y), with a residual of input's shape relu(y + residual): on CUDA in the same pass over memory.
-    Raises NormRewriteError where training sees fewer than two values a channel, or fewer than the metric reads.
+    An empty batch comes back empty, and moves nothing. Raises NormRewriteError where training sees one value a channel, or
+    fewer than the metric reads.
     """
     tensors = (input, running_mean, running_scale, weight, bias, residual)
     if has_torch_function(tensors):  # one node under torch.fx
@@ -70,6 +72,9 @@ def batch_norm(
             return with_relu.affine(input, residual, running_mean, running_scale + eps, weight, bias)
         y = eager.affine(input, running_mean, running_scale + eps, weight, bias)
         return rectified(y, residual) if relu else y
+    if is_empty(input, group):
+        zeros = input.new_zeros(input.shape[1], dtype=statistics_dtype(input.dtype))
+        return eager.affine(input, zeros, zeros + 1, weight, bias)  # weight and bias get gradients of 0, as torch's
     together = together and group is None
     if together:
         check_trainable(input)
@@ -79,6 +84,11 @@ def batch_norm(
     if running_mean is not None and running_scale is not None:
         average_in(momentum, (running_mean, mean), (running_scale, spread))
     return rectified(y, residual) if relu and not together else y
+
+
+def is_empty(input: Tensor, group: Any) -> bool:
+    """Whether there is nothing to measure in a batch: it goes through, as with torch, and leaves the statistics alone."""
+    return group is None and input.dim() > 1 and input.numel() == 0
 
 
 def rectified(y: Tensor, residual: Tensor | None) -> Tensor:

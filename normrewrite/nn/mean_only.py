@@ -5,20 +5,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
 
 from normrewrite.errors import NormRewriteError
 from normrewrite.lower import distributed, half
 from normrewrite.lower.accumulate import Accumulator
 from normrewrite.lower.eager import over, per_channel
 from normrewrite.lower.families import statistics_dtype, wide
-from normrewrite.nn.functional import average_in, averaging_factor, group_of, not_shared
+from normrewrite.nn.functional import average_in, averaging_factor, group_of, is_empty, not_shared
 from normrewrite.nn.origin import Origin
-from normrewrite.nn.parts import keep_wide, through_tail
-from normrewrite.nn.tracing import as_one_node
+from normrewrite.nn.parts import keep_wide, require_rank, through_tail
+from normrewrite.nn.tracing import OneNode
 
 
-class MeanOnlyBatchNorm(nn.Module):
+class MeanOnlyBatchNorm(OneNode):
     """y = x - mean + bias by channel: Salimans & Kingma, arXiv:1602.07868, section 4. (N, C, *), any rank from 2.
 
     >>> norm = MeanOnlyBatchNorm(64)
@@ -28,9 +27,10 @@ class MeanOnlyBatchNorm(nn.Module):
     num_features: C. momentum: as torch.nn.BatchNorm2d's (None: cumulative average). Training subtracts the batch's mean
     and averages it into running_mean (fp32 at least, in half precision too); eval subtracts running_mean. y has x's dtype.
     synchronised, process_group: the mean of all ranks' batches, as BatchNorm's.
-    Raises NormRewriteError for other shapes, and where training sees fewer than two values a channel (y would be bias).
+    Raises NormRewriteError for other shapes, and where training sees one value a channel (y would be bias).
     """
 
+    rank: int | None = None  # of the inputs at which that layer's channels are at dimension 1
     synchronised = False
     process_group: Any = None
     track_running_stats = True  # False: running_mean stays where it is, as torch.nn.BatchNorm2d's
@@ -64,11 +64,9 @@ class MeanOnlyBatchNorm(nn.Module):
         self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long, device=device))
 
     def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, Proxy):
-            return as_one_node(self, input)
         self._check(input)
         accumulator = half.chosen(input)
-        if accumulator is not None and self.training:
+        if accumulator is not None and self.training and input.numel():
             return through_tail(self, self._centred_in_half(input, accumulator))
         x = wide(input)
         mean = self._batch_mean(x) if self.training else self.running_mean
@@ -77,6 +75,9 @@ class MeanOnlyBatchNorm(nn.Module):
 
     def _batch_mean(self, x: Tensor) -> Tensor:
         group = group_of(self)
+        if is_empty(x, group):
+            averaging_factor(self, x)  # it counts, as with torch
+            return self.running_mean
         mean = x.mean(over(x)) if group is None else distributed.mean(x, group)
         self._average(x, mean, group)
         return mean
@@ -91,10 +92,11 @@ class MeanOnlyBatchNorm(nn.Module):
             average_in(averaging_factor(self, x, group), (self.running_mean, mean))
 
     def _check(self, input: Tensor) -> None:
+        require_rank(self, input)
         where = self.site or type(self).__name__
         if input.dim() < 2 or input.shape[1] != self.num_features:
             raise NormRewriteError(f"{where} expects (N, {self.num_features}, *), got shape {tuple(input.shape)}.")
-        if self.training and input.numel() // self.num_features < 2 and group_of(self) is None:
+        if self.training and input.numel() == self.num_features and group_of(self) is None:
             raise NormRewriteError(
                 f"{where} needs more than one value a channel when training, got shape {tuple(input.shape)}. "
                 "Raise the batch size or call .eval()."

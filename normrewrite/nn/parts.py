@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from normrewrite.errors import NormRewriteError
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -57,6 +59,15 @@ def keep_wide(module: nn.Module, names: list[str], apply: Callable[[], object]) 
         if new is not None and torch.finfo(new.dtype).bits < 32:
             setattr(module, name, old.to(new.device))
     return module
+
+
+def require_rank(module: Any, input: Tensor) -> None:
+    """Refuses an input of another rank than the one at which the layer in front has what a norm was."""
+    if module.rank is not None and input.dim() != module.rank:
+        raise NormRewriteError(
+            f"{module.site or type(module).__name__}: the norm that stood here is a part of the layer in front, for inputs "
+            f"of {module.rank} dimensions, (N, C, *); got shape {tuple(input.shape)}. Give a batch, or convert to another target."
+        )
 
 
 def through_tail(module: Any, output: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from normrewrite.lower import eager
 from normrewrite.lower.plain import transformed
 from normrewrite.nn.batch import BatchNorm
-from normrewrite.nn.functional import average_in, averaging_factor, group_of, normalise, rectified
+from normrewrite.nn.functional import average_in, averaging_factor, group_of, is_empty, normalise, rectified
 from normrewrite.nn.recomputation import recalled, recomputing, remember
 from normrewrite.norms import Gain
 
@@ -99,9 +99,9 @@ class BatchRenorm(BatchNorm):
         self.register_buffer("trained", torch.tensor(False))
 
     def _normalised(self, input: Tensor, training: bool, relu: bool = False, residual: Tensor | None = None) -> Tensor:
-        if not training or self.running_mean is None or self.running_scale is None:
-            return super()._normalised(input, training, relu, residual)
         group = group_of(self)
+        if not training or self.running_mean is None or self.running_scale is None or is_empty(input, group):
+            return super()._normalised(input, training, relu, residual)
         y, mean, spread = normalise(input, None, None, self.metric, self.gain, self.eps, group)
         with torch.no_grad():
             told = mean, spread, self.running_mean, self.running_scale, *self.limits(), self.eps

@@ -9,7 +9,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
 
 from normrewrite.errors import NormRewriteError
 from normrewrite.lower import eager, half, rows
@@ -18,12 +17,12 @@ from normrewrite.lower.families import statistics_dtype
 from normrewrite.nn.functional import average_in, rectified
 from normrewrite.nn.origin import Origin
 from normrewrite.nn.parts import keep_wide
-from normrewrite.nn.tracing import as_one_node
+from normrewrite.nn.tracing import OneNode
 from normrewrite.norms import Gain, require_gain
 from normrewrite.norms import metric as row_of
 
 
-class RowNorm(nn.Module):
+class RowNorm(OneNode):
     """What LayerNorm, RMSNorm, GroupNorm and InstanceNorm share; they say how an input is `view`ed, and how it comes back.
 
     y = weight * (x - mean) / (C * S + eps) + bias over each row of `view(x)`: (B, G, K, S); mean is 0 where not `centred`.
@@ -33,6 +32,7 @@ class RowNorm(nn.Module):
     """
 
     centred: bool = True
+    ranks_taken: tuple[int, ...] | None = None  # where it stands for a norm that takes inputs of some ranks alone
     weight: nn.Parameter | None
     bias: nn.Parameter | None
 
@@ -67,9 +67,7 @@ class RowNorm(nn.Module):
         return y.reshape(x.shape)
 
     def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, Proxy):
-            return as_one_node(self, input)
-        self._check_input(input)
+        self._check(input)
         return self.from_view(self._normalised(self.view(input))[0], input)
 
     def _normalised(
@@ -93,6 +91,11 @@ class RowNorm(nn.Module):
             raise NormRewriteError(
                 f"{self.site}: {error} (rows of {viewed.shape[2]} channels × {viewed.shape[3]} positions)"
             ) from error
+
+    def _check(self, input: Tensor) -> None:
+        if self.ranks_taken is not None and input.dim() not in self.ranks_taken:
+            self._refuse(f"{' or '.join(f'{rank}D' for rank in self.ranks_taken)} input", input)
+        self._check_input(input)
 
     def _check_input(self, input: Tensor) -> None:
         raise NotImplementedError
@@ -241,7 +244,7 @@ class GroupNorm(RowNorm):
 
     def forward_relu(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """relu(norm(input) + residual), without hooks: what `norm_relu` calls."""
-        self._check_input(input)
+        self._check(input)
         if not with_relu.as_one(input, residual):
             return rectified(self.from_view(self._normalised(self.view(input))[0], input), residual)
         added = None if residual is None else self.view(residual)
@@ -302,9 +305,7 @@ class InstanceNorm(RowNorm):
         return batch.reshape(*batch.shape[:2], 1, math.prod(batch.shape[2:]))
 
     def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, Proxy):
-            return as_one_node(self, input)
-        self._check_input(input)
+        self._check(input)
         running = (self.running_mean, self.running_scale) if self.track_running_stats else (None, None)
         if running[0] is not None and running[1] is not None and not self.training:
             viewed = self.view(input)

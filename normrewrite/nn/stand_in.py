@@ -3,17 +3,21 @@
 from torch import Tensor, nn
 
 from normrewrite.nn.origin import Origin
-from normrewrite.nn.parts import through_tail
+from normrewrite.nn.parts import require_rank, through_tail
+from normrewrite.nn.tracing import OneNode
 
 
-class StandIn(nn.Module):
+class StandIn(OneNode):
     """Another norm or nothing, then what the norm itself applied to its result (a fused activation, dropout).
 
     >>> StandIn(nn.GroupNorm(4, 64), {"act": nn.ReLU()})(x)
 
     `origin` holds the norm that was here, for revert. `layer` is the one that the norm was folded into, where it was: in a
-    tuple, so that it is not registered here too.
+    tuple, so that it is not registered here too. `rank`: of the inputs at which that is the norm's function; other ranks are
+    refused, as that norm would take another axis for the channels.
     """
+
+    rank: int | None = None
 
     def __init__(self, norm: nn.Module | None, tail: dict[str, nn.Module]) -> None:
         super().__init__()
@@ -27,5 +31,6 @@ class StandIn(nn.Module):
         self._modules.update(tail)
 
     def forward(self, input: Tensor) -> Tensor:
+        require_rank(self, input)
         norm = self._modules.get("norm")
         return through_tail(self, input if norm is None else norm(input))

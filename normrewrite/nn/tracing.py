@@ -7,13 +7,25 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 
-def as_one_node(module: nn.Module, input: Proxy) -> Tensor:
-    """Record `module(input)` as one call_module node of the trace that `input` belongs to.
+class OneNode(nn.Module):
+    """A module that torch.fx records as one call_module node, whole, with its hooks still to run.
 
-    torch.fx steps into every module outside torch.nn, and would bake the training flag in. This keeps the module whole.
+    torch.fx steps into every module outside torch.nn: it would bake the training flag in, and run hooks on the trace as well as
+    in the module that the trace calls.
     """
-    tracer: Any = input.tracer
-    return tracer.create_proxy("call_module", tracer.path_of_module(module), (input,), {})  # type: ignore[no-any-return]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        traced = next((value for value in (*args, *kwargs.values()) if isinstance(value, Proxy)), None)
+        return super().__call__(*args, **kwargs) if traced is None else _as_one_node(self, traced.tracer, args, kwargs)
+
+
+def _as_one_node(module: nn.Module, tracer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The call as the tracer takes that of a leaf: some note there where each module stands."""
+
+    def leaf(*args: Any, **kwargs: Any) -> Any:
+        return tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)
+
+    return tracer.call_module(module, leaf, args, kwargs)
 
 
 def as_one_function(function: Callable[..., Tensor], module: nn.Module, *arguments: Any) -> Tensor:

@@ -144,7 +144,7 @@ def replay(model: nn.Module, record: dict[str, Any], where: str) -> nn.Module:
                 "Is --arch the one that the file was converted with?"
             )
         site = _with_layer(model, site, entry.get("layer"), where)
-        refusal = "it is rewritten already" if site.name in done else rewrite.why_not(site)
+        refusal = "it is rewritten already" if site.name in done else rewrite.refusal(site)
         done.add(site.name)
         if refusal:
             raise NormRewriteError(f"{where}: {site.label} can't be rewritten as its manifest says: {refusal}")

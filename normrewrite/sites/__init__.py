@@ -22,6 +22,7 @@ from normrewrite.nn.weights import WeightNorm, weight_norm_of
 class Site:
     """One norm module, every name it goes by, and every place (parent, key) it is registered at; none for a root.
 
+    inside: the modules that hold it, and those that hold them.
     before: the layer that feeds this norm alone, so that the norm can be folded into it; alone: why there is none. Both
     are known only where a rewrite has looked (normrewrite.sites.neighbours).
     """
@@ -29,6 +30,7 @@ class Site:
     names: tuple[str, ...]
     module: nn.Module
     homes: tuple[tuple[nn.Module, str], ...]
+    inside: tuple[nn.Module, ...] = ()
     before: "Site | None" = None
     alone: str = ""
 
@@ -97,12 +99,26 @@ def find(model: nn.Module, wanted: Callable[[nn.Module], bool] = is_norm) -> lis
     names: dict[int, list[str]] = {}
     homes: dict[int, list[tuple[nn.Module, str]]] = {}
     modules: dict[int, nn.Module] = {}
+    parents: dict[int, list[nn.Module]] = {}
     for name, module, home in registrations(model):
+        parents.setdefault(id(module), []).extend(parent for parent, _ in home)
         if wanted(module):
             modules[id(module)] = module
             names.setdefault(id(module), []).append(name)
             homes.setdefault(id(module), []).extend(home)
-    return [Site(tuple(names[key]), module, tuple(homes[key])) for key, module in modules.items()]
+    return [
+        Site(tuple(names[key]), module, tuple(homes[key]), _ancestors(key, parents)) for key, module in modules.items()
+    ]
+
+
+def _ancestors(module: int, parents: dict[int, list[nn.Module]]) -> tuple[nn.Module, ...]:
+    found: dict[int, nn.Module] = {}
+    queue = [module]
+    for key in queue:
+        new = {id(parent): parent for parent in parents[key] if id(parent) not in found}
+        found |= new
+        queue += new
+    return tuple(found.values())
 
 
 def registrations(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[tuple[nn.Module, str]]]]:

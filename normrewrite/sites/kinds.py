@@ -1,11 +1,11 @@
 """What a norm module computes, found by its class where that is torch's own, else by watching it.
 
 >>> recognise(torchvision_frozen_batch_norm)
-Kind(cls=FrozenBatchNorm, eps=1e-05, tail=())
+Kind(cls=FrozenBatchNorm, eps=1e-05, tail=(), ranks=(4,))
 
 A subclass that overrides forward may do more than normalise, and a class that is no subclass may do just that. Such a
-module is copied, given well-conditioned random tensors in float64, and run in eval and in training on random input. Only
-if both agree with a batch norm, followed by the module's own children in their order, is it taken for one.
+module is copied, given well-conditioned random tensors in float64, and run in eval and in training on what trials.py has. Only
+if all agree with a batch norm, followed by the module's own children in their order, is it taken for one.
 """
 
 import copy
@@ -22,32 +22,46 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from normrewrite.nn import batch, parts
 from normrewrite.nn.batch import BatchNorm, FrozenBatchNorm
+from normrewrite.nn.native import AnyBatchNorm
+from normrewrite.sites.calls import why_not_taken_over
+from normrewrite.sites.trials import layouts, outcome, same, subject_of, takes, trials
 from normrewrite.tolerances import SAME_FUNCTION
 
 # The rank check tells the dimensions that a class stands for, also in subclasses that leave it alone.
-_BY_RANK_CHECK = {
+_BY_RANK_CHECK: dict[Any, type[BatchNorm]] = {
     nn.BatchNorm1d._check_input_dim: batch.BatchNorm1d,
     nn.BatchNorm2d._check_input_dim: batch.BatchNorm2d,
     nn.BatchNorm3d._check_input_dim: batch.BatchNorm3d,
+    nn.SyncBatchNorm._check_input_dim: BatchNorm,
+    AnyBatchNorm._check_input_dim: BatchNorm,
+}
+_BY_RANKS: dict[tuple[int, ...], type[BatchNorm]] = {
+    cls.ranks: cls for cls in (batch.BatchNorm1d, batch.BatchNorm2d, batch.BatchNorm3d)
 }
 _PLAIN_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 _EPS = (1e-5, 1e-3, 1e-6, 1e-4, 0.0)
-_SAME = 1e-9  # of float64 outputs of order one: an eps of 1e-6 that is another's 1e-5 shows at 4e-6
+_RANKS = (2, 3, 4, 5)
+_SAME = 1e-9  # of the largest output, in float64: an eps of 1e-6 that is another's 1e-5 shows at 4e-6
 
 
 @dataclass(frozen=True)
 class Kind:
-    """The class of ours that takes the module's place, its eps, and the children that it applies behind the norm."""
+    """The class of ours that takes the module's place, its eps, the children that it applies behind the norm, and the ranks of
+    input that it takes (None: all from 2)."""
 
     cls: type[BatchNorm]
     eps: float
     tail: tuple[str, ...] = ()
+    ranks: tuple[int, ...] | None = None
 
 
 def unreadable(module: nn.Module) -> str | None:
     """Why no norm's tensors can be taken over as they are, or None."""
     if is_parametrized(module):
         return "its parameters are parametrised; remove the parametrisation first"
+    refusal = why_not_taken_over(module)
+    if refusal is not None:
+        return refusal
     tensors = [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
     if any(is_lazy(tensor) for tensor in tensors):
         return "is lazy and has no size yet; run the model on one batch first"
@@ -66,8 +80,9 @@ def recognise(module: nn.Module) -> Kind | str:
     refusal = unreadable(module)
     if refusal is not None:
         return refusal
-    if isinstance(module, _BatchNorm) and type(module).forward in _PLAIN_FORWARDS and "forward" not in vars(module):
-        return Kind(_BY_RANK_CHECK.get(type(module)._check_input_dim, BatchNorm), module.eps)
+    if _is_plain(module):
+        cls = _BY_RANK_CHECK[_rank_check(module)]
+        return Kind(cls, module.eps, (), cls.ranks)  # type: ignore[arg-type]
     if module._forward_hooks or module._forward_pre_hooks:
         return f"{name} overrides forward and has hooks, so it can't be watched"
     if not isinstance(module._buffers.get("running_mean"), Tensor) or not isinstance(
@@ -76,6 +91,14 @@ def recognise(module: nn.Module) -> Kind | str:
         return f"{name} overrides forward and keeps no running statistics, so it can't be told what it computes"
     kind = remembered(_SEEN, module, _watched)
     return kind or f"{name} overrides forward, and does more than a batch norm followed by its own children"
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return (
+        isinstance(module, _BatchNorm)
+        and type(module).forward in _PLAIN_FORWARDS
+        and _rank_check(module) in _BY_RANK_CHECK
+    )
 
 
 def native(module: nn.Module, *, tracked: bool = False, frozen: bool = True) -> Kind | str:
@@ -91,6 +114,7 @@ def native(module: nn.Module, *, tracked: bool = False, frozen: bool = True) -> 
 
 
 _PLAIN = (bool, int, float, str, tuple, type(None))
+_TENSORS = frozenset(("weight", "bias", "running_mean", "running_var", "num_batches_tracked"))
 _SEEN: dict[tuple[Any, ...], "Kind | None"] = {}  # a network has dozens of norms that differ in their width alone
 Found = TypeVar("Found")
 
@@ -99,7 +123,8 @@ def remembered(seen: dict[tuple[Any, ...], Found], module: nn.Module, watch: Cal
     """What watching the module finds, or found in one that behaves alike."""
     alike = _alike(module)
     kind = seen[alike] if alike in seen else watch(module)
-    if all(isinstance(value, _PLAIN) for value in parts.attributes(module).values()):
+    plain = all(isinstance(value, _PLAIN) for value in parts.attributes(module).values())
+    if plain and _TENSORS.issuperset(alike[2]):  # what other tensors hold may be a switch, too
         seen[alike] = kind
     return kind
 
@@ -109,63 +134,87 @@ def _alike(module: nn.Module) -> tuple[Any, ...]:
     plain = sorted((name, repr(value)) for name, value in parts.attributes(module).items() if name != "num_features")
     tensors = sorted(name for name, value in {**module._parameters, **module._buffers}.items() if value is not None)
     return (
-        type(module),
+        (type(module), type(module).forward),
         tuple(plain),
         tuple(tensors),
         tuple((name, repr(child)) for name, child in module._modules.items()),
     )
 
 
+@torch.no_grad()
 def _watched(module: nn.Module) -> Kind | None:
-    try:
-        subject = copy.deepcopy(module).cpu().double()
-    except Exception:  # a module that can't be copied can't be watched
+    subject = subject_of(module)
+    if subject is None:  # a module that can't be copied can't be watched
         return None
-    generator = torch.Generator().manual_seed(0)
-    for name in ("running_mean", "running_var", "weight", "bias"):
-        tensor = getattr(subject, name, None)
-        if isinstance(tensor, Tensor):
-            tensor.data = 0.5 + torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
-    tail = tuple(subject._modules)
-    for rank in (4, 2, 3, 5):
-        x = 2 * torch.randn(6, len(subject.running_mean), *(5,) * (rank - 2), generator=generator, dtype=torch.float64)  # type: ignore[arg-type]
-        for eps in (getattr(module, "eps", None), *_EPS):
-            if isinstance(eps, float) and _agrees(subject, x, eps, tail, training=False):
-                return _trained(subject, x, Kind(_BY_RANK_CHECK.get(_rank_check(module), BatchNorm), eps, tail))
-    return None
+    with torch.random.fork_rng(devices=[]):
+        layouts = _layouts(subject.eval())
+        return _kind(subject, *layouts) if layouts[0] else None
+
+
+def _layouts(subject: Any) -> tuple[tuple[int, ...], set[int]]:
+    """The ranks at which it takes (N, C, *), and those at which it takes channels elsewhere."""
+    taken = [(rank, axis) for rank, axis, x in layouts(len(subject.running_mean)) if takes(subject, x)]
+    return tuple(rank for rank, axis in taken if axis == 1), {rank for rank, axis in taken if axis != 1}
+
+
+def _kind(subject: Any, ranks: tuple[int, ...], elsewhere: set[int]) -> Kind | None:
+    """What it agrees with on every input of these ranks, in eval and in training."""
+    tail, width = tuple(subject._modules), len(subject.running_mean)
+    inputs = [x for rank in ranks for x in trials(width, rank, axis=1)]
+    for eps in (getattr(subject, "eps", None), *_EPS):
+        if isinstance(eps, float) and _agrees(subject, inputs[0], eps, tail, training=False):
+            break
+    else:
+        return None
+    frozen = _agrees(subject, inputs[0], eps, tail, training=True, frozen=True)
+    if frozen and tail:
+        return None
+    # A frozen norm multiplies and adds by broadcasting, at ranks that nobody had in mind: there the twin raises.
+    if elsewhere & set(ranks) if frozen else elsewhere:
+        return None
+    watched = [(subject, x, training) for training in (False, True) for x in inputs]
+    watched += [(_aged(subject), inputs[0], True)]
+    if not all(_agrees(old, x, eps, tail, training=training, frozen=frozen) for old, x, training in watched):
+        return None
+    cls = FrozenBatchNorm if frozen else _BY_RANKS.get(ranks, BatchNorm)
+    return Kind(cls, eps, tail, None if ranks == _RANKS else ranks)
+
+
+def _aged(subject: Any) -> Any:
+    """The same after a million batches: some normalise otherwise, or begin to, by then."""
+    aged = copy.deepcopy(subject)
+    if isinstance(getattr(aged, "num_batches_tracked", None), Tensor):
+        aged.num_batches_tracked.fill_(10**6)
+    return aged
 
 
 def _rank_check(module: nn.Module) -> Any:
     return getattr(type(module), "_check_input_dim", None)
 
 
-def _trained(subject: nn.Module, x: Tensor, kind: Kind) -> Kind | None:
-    """The kind, once training is found to be a batch norm's too, or never to differ from eval (then it is frozen)."""
-    if _agrees(subject, x, kind.eps, kind.tail, training=True, frozen=True):
-        return None if kind.tail else Kind(FrozenBatchNorm, kind.eps)
-    return kind if _agrees(subject, x, kind.eps, kind.tail, training=True) else None
-
-
-@torch.no_grad()
 def _agrees(
     subject: Any, x: Tensor, eps: float, tail: tuple[str, ...], *, training: bool, frozen: bool = False
 ) -> bool:
-    watched = copy.deepcopy(subject).train(training)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        try:
-            got = watched(x.clone())
-        except Exception:  # the wrong rank, or a forward that needs more than x
-            return False
-        torch.manual_seed(0)
-        live = training and not frozen
-        mean, var = subject.running_mean.clone(), subject.running_var.clone()
-        momentum = getattr(subject, "momentum", None)
+    """Whether it does what a batch norm does: the same output and the same running statistics, or an error of both."""
+    watched = (copy.deepcopy(subject) if training else subject).train(training)
+    mean, var = subject.running_mean.clone(), subject.running_var.clone()
+
+    def batch_norm(x: Tensor) -> Tensor:
         weight, bias = getattr(subject, "weight", None), getattr(subject, "bias", None)
-        expected = F.batch_norm(x, mean, var, weight, bias, live, 0.0 if momentum is None else momentum, eps)
+        y = F.batch_norm(x, mean, var, weight, bias, training and not frozen, _momentum(subject), eps)
         for name in tail:
-            expected = getattr(subject, name).train(training)(expected)
-    same_output = (
-        isinstance(got, Tensor) and got.shape == expected.shape and bool(((got - expected).abs() < _SAME).all())
+            y = getattr(subject, name).train(training)(y)
+        return y
+
+    got, expected = outcome(watched, x), outcome(batch_norm, x)
+    return (
+        same(got, expected, _SAME, least=1.0)
+        and same(watched.running_mean, mean, _SAME)
+        and same(watched.running_var, var, _SAME)
     )
-    return same_output and (momentum is None or bool(((watched.running_var - var).abs() < _SAME).all()))
+
+
+def _momentum(subject: Any) -> float:
+    """The weight of a batch in the running statistics; a norm that names none must leave them alone."""
+    momentum = getattr(subject, "momentum", 0.0)
+    return 1 / (int(subject.num_batches_tracked) + 1) if momentum is None else momentum

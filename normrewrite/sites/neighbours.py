@@ -16,6 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from normrewrite import sites
 from normrewrite.errors import NormRewriteError, first_line
 from normrewrite.sites import Site, graph
+from normrewrite.sites.calls import why_computed
 from normrewrite.sites.modes import evaluating
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
@@ -24,6 +25,11 @@ LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2
 def is_layer(module: nn.Module) -> bool:
     """A convolution, transposed convolution or linear layer, just as torch has it: a subclass may do anything."""
     return type(module) in LAYERS and "forward" not in vars(module)
+
+
+def rank_of(layer: Any) -> int:
+    """The rank at which a layer's channels are at dimension 1, where a batch norm takes them to be; unbatched they are not."""
+    return 2 if isinstance(layer, nn.Linear) else 2 + len(layer.kernel_size)
 
 
 def attach(model: nn.Module, found: Sequence[Site], example_inputs: Sequence[Tensor] | None = None) -> list[Site]:
@@ -74,12 +80,16 @@ def why_not_fold(graph_module: GraphModule, node: Node, reader: Node | None, ran
         return f"the output of {node.target} is read elsewhere too"
     if graph.call_counts(graph_module)[id(layer)] != 1:
         return f"{node.target} is called at several places"
-    if isinstance(layer, nn.Linear) and ranks.get(node) != 2:
+    if isinstance(layer, nn.Linear) and node not in ranks:
         return f"the rank of {node.target}'s output is unknown: give an example input"
+    if ranks.get(node, rank_of(layer)) != rank_of(layer):
+        return f"the output of {node.target} has its channels elsewhere than the norm"
     if is_parametrized(layer):
         return f"{node.target} is parametrised"
     if has_hooks(layer):
         return f"{node.target} has hooks"
+    if why_computed(layer) is not None:
+        return f"the weight of {node.target} is computed anew"
     read = graph.read_past_modules(graph_module)
     elsewhere = any(id(parameter) in read for parameter in layer.parameters())
     return f"a tensor of {node.target} is read elsewhere too" if elsewhere else None

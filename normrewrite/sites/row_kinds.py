@@ -1,15 +1,13 @@
 """What a norm within a sample computes, told by its class where that is torch's own, else by watching it.
 
 >>> recognise_row(llama_rms_norm)
-RowKind(scope='rms', eps=1e-06, shape=(512,), groups=1, channels_first=False)
+RowKind(scope='rms', eps=1e-06, shape=(512,), groups=1, channels_first=False, ranks=None)
 
 Libraries write the same few norms again and again. A module with nothing but a weight and a bias, each (C,), is copied,
-given random ones in float64, and run on random input in both modes. Only if it agrees with a layer, RMS, group or instance
+given random ones in float64, and run in both modes on what trials.py has. Only if it agrees with a layer, RMS, group or instance
 norm, also where eps is all that matters, is it taken for one.
 """
 
-import copy
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -21,14 +19,13 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from normrewrite.nn import parts
 from normrewrite.sites.kinds import remembered, unreadable
+from normrewrite.sites.trials import RANKS, layouts, outcome, same, subject_of, takes, trials
 
 Scope = Literal["layer", "group", "instance", "rms"]
 ROW_SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 _SEEN: dict[tuple[Any, ...], "RowKind | str"] = {}
 _EPS = (1e-5, 1e-6, 1e-3, 1e-8, 1e-12, 0.0)
-# Inputs of order one, and two that an eps of 1e-5, and of 1e-8, outweighs: an eps that is another's shows.
-_SCALES = (2.0, 1e-2, 1e-4)
 _SAME = 2e-5  # in units of the largest output: many such modules compute in fp32 whatever they are given
 
 
@@ -37,7 +34,8 @@ class RowKind:
     """Which elements share statistics, and what is added to the variance (None: the machine epsilon).
 
     shape is that of the parameters: the last dimensions that a layer or RMS norm reduces, else the channels. channels_first:
-    a layer or RMS norm over dimension 1 at each position.
+    a layer or RMS norm over dimension 1 at each position. ranks: those of the inputs that a watched module takes; None: its
+    class tells.
     """
 
     scope: Scope
@@ -45,6 +43,7 @@ class RowKind:
     shape: tuple[int, ...]
     groups: int = 1
     channels_first: bool = False
+    ranks: tuple[int, ...] | None = None
 
 
 def recognise_row(module: nn.Module) -> RowKind | str:
@@ -58,8 +57,6 @@ def recognise_row(module: nn.Module) -> RowKind | str:
 
 def _by_class(module: nn.Module) -> RowKind | None:
     forward = type(module).forward
-    if "forward" in vars(module):
-        return None
     if isinstance(module, nn.LayerNorm) and forward is nn.LayerNorm.forward:
         return RowKind("layer", module.eps, module.normalized_shape)
     if isinstance(module, nn.RMSNorm) and forward is nn.RMSNorm.forward:
@@ -89,36 +86,52 @@ def _shape_refusal(module: nn.Module) -> str | None:
     return None
 
 
-def _watched(module: nn.Module) -> RowKind | str:
-    name = type(module).__name__
-    try:
-        subject = copy.deepcopy(module).cpu().double()
-    except Exception:  # whatever a foreign class raises
-        return f"{name} has its own forward and can't be copied, so it can't be watched"
-    generator = torch.Generator().manual_seed(0)
-    for tensor in subject.parameters():
-        tensor.data = 0.5 + torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
-    width = len(subject.weight)  # type: ignore[arg-type]
-    for channels_first, shape in ((False, (3, 5, width)), (True, (3, width, 4, 5)), (True, (3, width, 7))):
-        noise = 0.5 + torch.randn(shape, generator=generator, dtype=torch.float64)
-        seen = _outputs(subject, [scale * noise for scale in _SCALES])
-        for kind in _candidates(module, width, channels_first) if seen else ():
-            if all(_same(got, _expected(kind, subject, x)) for x, got in seen):
-                return kind
-    return f"{name} has its own forward, and is no layer, RMS, group or instance norm with a weight and a bias"
-
-
 @torch.no_grad()
-def _outputs(subject: nn.Module, inputs: list[Tensor]) -> list[tuple[Tensor, Any]]:
-    """Each input with what the module makes of it, in both modes; nothing where it takes no such input."""
-    seen = []
-    for training, x in itertools.product((False, True), inputs):
-        with torch.random.fork_rng(devices=[]):
-            try:
-                seen.append((x, subject.train(training)(x.clone())))
-            except Exception:  # whatever a foreign forward raises: the wrong rank, or it needs more than x
-                return []
-    return seen
+def _watched(module: nn.Module) -> RowKind | str:
+    name, subject = type(module).__name__, subject_of(module)
+    if subject is None:
+        return f"{name} has its own forward and can't be copied, so it can't be watched"
+    with torch.random.fork_rng(devices=[]):
+        kind = _kind(subject.eval(), len(subject.weight))
+    return kind or f"{name} has its own forward, and is no layer, RMS, group or instance norm with a weight and a bias"
+
+
+def _kind(subject: nn.Module, width: int) -> RowKind | None:
+    """The one kind that it agrees with wherever the channels stand where that kind has them; first where it takes more."""
+    taken = [(rank, axis, x) for rank, axis, x in layouts(width) if takes(subject, x)]
+    ranks = {first: tuple(rank for rank, axis, _ in taken if axis == _axis(first, rank)) for first in (False, True)}
+    for first in sorted(ranks, key=lambda first: -len(ranks[first])):
+        inputs = [x for rank in ranks[first] for x in trials(width, rank, _axis(first, rank))]
+        for kind in _candidates(subject, width, first) if inputs else ():
+            if all(_agrees(kind, subject, x, training) for training in (False, True) for x in inputs):
+                others = [(rank, axis, x) for rank, axis, x in taken if axis != _axis(first, rank)]
+                wider = any(rank in ranks[first] or _is_norm(kind, subject, axis, x) for rank, axis, x in others)
+                return None if wider else replace(kind, ranks=None if ranks[first] == _all(first) else ranks[first])
+    return None
+
+
+def _all(channels_first: bool) -> tuple[int, ...]:
+    return RANKS[1:] if channels_first else RANKS
+
+
+def _axis(channels_first: bool, rank: int) -> int:
+    return 1 if channels_first else rank - 1
+
+
+def _is_norm(kind: RowKind, subject: nn.Module, axis: int, x: Tensor) -> bool:
+    """Whether it is this norm with the channels elsewhere, too. Broadcasting makes something of other layouts, which is none of
+    a norm's business: there the twin raises."""
+    if x.dim() == 1:
+        return False
+    to = _axis(kind.channels_first, x.dim())
+    moved = _expected(kind, subject, x.movedim(axis, to)).movedim(to, axis)
+    return same(outcome(subject, x), moved, _SAME)
+
+
+def _agrees(kind: RowKind, subject: nn.Module, x: Tensor, training: bool) -> bool:
+    """Whether both give the same; where the norm itself raises, so does the twin."""
+    expected = outcome(lambda x: _expected(kind, subject, x), x)
+    return expected is None or same(outcome(subject.train(training), x), expected, _SAME)
 
 
 def _candidates(module: nn.Module, width: int, channels_first: bool) -> Iterator[RowKind]:
@@ -144,9 +157,3 @@ def _expected(kind: RowKind, subject: Any, x: Tensor) -> Tensor:
         y = F.rms_norm(last, list(kind.shape), weight, kind.eps)
         y = y if bias is None else y + bias
     return y.movedim(-1, 1) if kind.channels_first else y
-
-
-def _same(got: Any, expected: Tensor) -> bool:
-    if not isinstance(got, Tensor) or got.shape != expected.shape:
-        return False
-    return bool((got - expected).abs().max() <= _SAME * expected.abs().max())

@@ -27,6 +27,7 @@ from normrewrite.passes.swap_metric import SCOPES
 from normrewrite.records.report import Report, SiteResult, table
 from normrewrite.rules import KEEP, Rules
 from normrewrite.sites import Site
+from normrewrite.sites.undo import undone_on_error
 from normrewrite.targets import rewrite
 
 Names = str | Sequence[str]
@@ -98,8 +99,10 @@ class Plan:
         parameters of its own (weight norms, affines), the optimizers that are given step those from now on.
         """
         self.require()
-        model, report, heirs = self._carry_out(self.model)
-        rebind(optimizers, {id(parameter): [parameter] for parameter in model.parameters()} | heirs)
+        with undone_on_error(self.model):
+            model, report, heirs = self._carry_out(self.model)
+            if report.ok:
+                rebind(optimizers, {id(parameter): [parameter] for parameter in model.parameters()} | heirs)
         return model, report
 
     def _carry_out(self, model: nn.Module) -> tuple[nn.Module, Report, dict[int, list[nn.Parameter]]]:
@@ -238,7 +241,7 @@ def _choose(site: Site, target: str, include: list[str], exclude: list[str], pas
         return Choice(site, KEEP, None, "in --exclude")
     if target == KEEP:
         return Choice(site, KEEP, None, "kept by a rule")
-    refusal = passes[target].why_not(site)
+    refusal = passes[target].refusal(site)
     return Choice(site, KEEP, None, refusal) if refusal else Choice(site, target, passes[target], None)
 
 
@@ -271,8 +274,10 @@ def convert(
 def convert_(
     model: nn.Module, to: str = "l1", *, optimizers: Iterable[Optimizer] = (), **options: Unpack[Options]
 ) -> nn.Module:
-    """`convert` in place. Returns the model, or the new root where the model itself is a norm."""
-    return _checked(*plan(model, to, **options).apply_(optimizers))
+    """`convert` in place. Returns the model, or the new root where the model itself is a norm. On an error it is as it was."""
+    chosen = plan(model, to, **options)
+    with undone_on_error(model):
+        return _checked(*chosen.apply_(optimizers))
 
 
 def _checked(model: nn.Module, report: Report) -> nn.Module:

@@ -34,6 +34,7 @@ from normrewrite.passes import FoldAffine
 from normrewrite.passes.fold_affine import Outcome
 from normrewrite.records.ranges import LearnedRanges
 from normrewrite.sites import graph
+from normrewrite.sites.neighbours import has_hooks
 from normrewrite.verbs.bake import bake_
 
 Deploy = Literal["fold", "op"]
@@ -108,6 +109,11 @@ def export(
     path = Path(path)
     check_writable(path, force)
     _check_request(opset, deploy, bodies, precision, ranges, calibrate, learned)
+    if has_hooks(model):
+        raise NormRewriteError(
+            f"hooks on the whole {type(model).__name__}: torch's exporter leaves them out. Remove them, or export a module whose "
+            "forward calls this one."
+        )
     inputs = _examples(example_inputs, argument_names(model))
     names = argument_names(model)[: len(inputs)]
     keys = names if len(names) == len(inputs) else [f"input_{i}" for i in range(len(inputs))]  # forward(*inputs)
@@ -261,10 +267,13 @@ def fold(
         bake_(copied)
     rewrite = FoldAffine(example_inputs, forwards=forwards)
     try:
-        return rewrite(graph.trace(copied)).graph_module, rewrite.outcome, []
+        traced = graph.trace(copied)
     except graph.Untraceable as error:
         whole, _ = rewrite.apply(copied)
         return whole, rewrite.outcome, [f"norms are not folded into their neighbours: {error}"]
+    if traced is not copied:
+        sites.carry_over(copied, traced)  # hooks around the model's own forward are no part of the trace
+    return rewrite(traced).graph_module, rewrite.outcome, []
 
 
 def _to_onnx(

@@ -7,6 +7,7 @@ from normrewrite.errors import NormRewriteError
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.parts import deepcopy
 from normrewrite.passes import RestoreNative
+from normrewrite.sites.undo import undone_on_error
 
 
 def revert(twin: nn.Module) -> nn.Module:
@@ -21,8 +22,9 @@ def revert(twin: nn.Module) -> nn.Module:
 
 
 def revert_(twin: nn.Module) -> nn.Module:
-    """`revert` in place. Returns the model, or the new root where the model itself is a norm."""
-    return reverted(twin)[0]
+    """`revert` in place. Returns the model, or the new root where the model itself is a norm. On an error it is as it was."""
+    with undone_on_error(twin):
+        return reverted(twin)[0]
 
 
 def reverted(twin: nn.Module) -> tuple[nn.Module, list[str], list[str]]:

@@ -1,5 +1,6 @@
 """FoldAffine: norms vanish into their neighbours, and the function stays."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -173,3 +174,28 @@ def test_a_graph_whose_calls_were_only_lifted_says_that_it_changed() -> None:
     result = FoldAffine()(graph_module)
     assert result.modified and [node.op for node in graph_module.graph.nodes][1] == "call_module"
     assert not FoldAffine()(graph_module).modified
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d(5), nn.SyncBatchNorm(5)], ids=lambda norm: type(norm).__name__)
+@pytest.mark.parametrize("to", ["none", "wn", "bwn", "wn:mean-bn", "l1", "frozen"])
+def test_one_sample_whose_length_is_its_width_is_exact_or_refused(to: str, norm: nn.Module) -> None:
+    """A convolution takes (C, L), and a batch norm takes that for N samples of L channels: a fold would scale the others."""
+    model = randomise(nn.Sequential(nn.Conv1d(3, 5, 3), copy.deepcopy(norm))).eval()
+    batch, alone = torch.randn(2, 3, 7), torch.randn(3, 7)
+    twin = nr.convert(model, to)
+    for form in (twin, torch.fx.symbolic_trace(twin), FoldAffine()(torch.fx.symbolic_trace(twin)).graph_module):
+        torch.testing.assert_close(form(batch), model(batch), rtol=1e-4, atol=1e-4)
+        try:
+            torch.testing.assert_close(form(alone), model(alone), rtol=1e-4, atol=1e-4)
+        except nr.NormRewriteError as error:
+            assert "Give a batch" in str(error)
+
+
+def test_an_example_without_a_batch_is_not_folded() -> None:
+    model = randomise(nn.Sequential(nn.Conv1d(3, 5, 3), nn.BatchNorm1d(5))).eval()
+    alone = torch.randn(3, 7)
+    rewrite = FoldAffine((alone,))
+    torch.testing.assert_close(
+        rewrite(torch.fx.symbolic_trace(model)).graph_module(alone), model(alone), rtol=1e-4, atol=1e-4
+    )
+    assert rewrite.outcome.to_affine == ["1"]

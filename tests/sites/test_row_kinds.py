@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
+import normrewrite as nr
 from normrewrite.sites import find, is_row_norm
 from normrewrite.sites.row_kinds import RowKind, recognise_row
 
@@ -113,6 +115,40 @@ class TwoSizesNorm(ConvNeXtLayerNorm):
         self.bias = nn.Parameter(torch.zeros(1))
 
 
+class ByRank(nn.LayerNorm):
+    """As MixTransformer's: channels first in images, last in sequences."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1) if x.dim() == 4 else super().forward(x)
+
+
+class StepsAsideForOneNorm(LlamaRMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if len(x) == 1 else super().forward(x)
+
+
+class GuardedNorm(LlamaRMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.clamp(-1e4, 1e4) + 0 * x)
+
+
+class AbsoluteNorm(LlamaRMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.weight.sign()
+
+
+class GatedNorm(LlamaRMSNorm):
+    """As Mamba's."""
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        return super().forward(x if gate is None else x * gate)
+
+
+class CalledNorm(LlamaRMSNorm):
+    def __call__(self, x: Tensor) -> Tensor:
+        return 2 * super().__call__(x)
+
+
 TOLD: list[tuple[nn.Module, RowKind]] = [
     (nn.LayerNorm((3, 4), eps=1e-3), RowKind("layer", 1e-3, (3, 4))),
     (nn.RMSNorm(6), RowKind("rms", None, (6,))),
@@ -121,9 +157,9 @@ TOLD: list[tuple[nn.Module, RowKind]] = [
     (LlamaRMSNorm(16), RowKind("rms", 1e-6, (16,))),
     (LlamaRMSNorm(5, 1e-5), RowKind("rms", 1e-5, (5,))),
     (T5LayerNorm(16), RowKind("rms", 1e-6, (16,))),
-    (ConvNeXtLayerNorm(8), RowKind("layer", 1e-6, (8,), channels_first=True)),
-    (ConvNeXtLayerNorm(5, 1e-5), RowKind("layer", 1e-5, (5,), channels_first=True)),
-    (LayerNorm2d(8), RowKind("layer", 1e-5, (8,), channels_first=True)),
+    (ConvNeXtLayerNorm(8), RowKind("layer", 1e-6, (8,), channels_first=True, ranks=(4,))),
+    (ConvNeXtLayerNorm(5, 1e-5), RowKind("layer", 1e-5, (5,), channels_first=True, ranks=(4,))),
+    (LayerNorm2d(8), RowKind("layer", 1e-5, (8,), channels_first=True, ranks=(4,))),
     (GroupNorm1(8), RowKind("group", 1e-5, (8,))),
     (HiddenEpsNorm(8), RowKind("layer", 1e-3, (8,))),
 ]
@@ -147,6 +183,13 @@ def test_told(module: nn.Module, kind: RowKind) -> None:
         (NormOfTheScale(8), "is no layer"),
         (NormAndRelu(8), "is no layer"),
         (TrainingNorm(8), "is no layer"),
+        (ByRank(8), "is no layer"),
+        (StepsAsideForOneNorm(8), "is no layer"),
+        (GuardedNorm(8), "is no layer"),
+        (AbsoluteNorm(8), "is no layer"),
+        (GatedNorm(8), "GatedNorm.forward takes further arguments"),
+        (CalledNorm(8), "CalledNorm overrides __call__"),
+        (prune.l1_unstructured(nn.LayerNorm(8), "weight", 0.5), "its weight is computed anew"),
         (NormWithChild(8), "NormWithChild has its own forward and children"),
         (TwoSizesNorm(8), "other parameters than a weight and a bias of one size"),
         (LlamaRMSNorm(1), r"not \(C,\) with C of at least 2"),
@@ -164,6 +207,13 @@ def test_one_alike_of_another_width_is_told_its_own_shape() -> None:
         RowKind("rms", 1e-6, (16,)),
         RowKind("rms", 1e-6, (32,)),
     ]
+
+
+def test_ranks_that_broadcasting_makes_something_of_are_refused_when_they_come() -> None:
+    twin = nr.convert(nn.Sequential(ConvNeXtLayerNorm(4)), "l1", scope="layer")
+    assert twin(torch.randn(2, 4, 3, 3)).shape == (2, 4, 3, 3)
+    with pytest.raises(nr.NormRewriteError, match="expects 4D input"):
+        twin(torch.randn(4, 4, 4))
 
 
 def test_hooks_keep_it_from_being_watched() -> None:
