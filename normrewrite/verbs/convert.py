@@ -4,8 +4,8 @@
 >>> plan_ = plan(model, to="topk:10"); print(plan_); twin, report = plan_.apply()
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict, Unpack
 
 import torch
@@ -27,7 +27,9 @@ from normrewrite.passes.swap_metric import SCOPES
 from normrewrite.records.report import Report, SiteResult, table
 from normrewrite.rules import KEEP, Rules
 from normrewrite.sites import Site
+from normrewrite.sites.hidden import OUT_OF_SIGHT, out_of_sight
 from normrewrite.targets import rewrite
+from normrewrite.verbs import trial
 
 Names = str | Sequence[str]
 
@@ -40,11 +42,13 @@ class Choice:
     target: str
     rewrite: Rewrite | None
     reason: str | None
+    unused: bool = False  # forward does not call it, on the example inputs
 
     @property
     def note(self) -> str:
         """What is to be said of a site that will be rewritten: where it is folded, why eval can't stay the same."""
-        return "" if self.rewrite is None else self.rewrite.note(self.site)
+        note = "" if self.rewrite is None else self.rewrite.note(self.site)
+        return "; ".join(filter(None, ("never called on the example inputs" if self.unused else "", note)))
 
 
 @dataclass
@@ -192,9 +196,24 @@ def plan(
         known = site if target == KEEP else seen[target].get(site.name)
         if known is not None:
             choices.append(_choose(known, target, include, exclude, passes))
+    choices += [Choice(site, KEEP, None, OUT_OF_SIGHT) for site in out_of_sight(model, wanted_by(passes.values()))]
     wanted = [name for name in lifts if any(_within(c.site.name, name) for c in choices if c.rewrite is not None)]
     missing = "no batch norm" if scopes == ("batch",) else f"no norm of scope {', '.join(scopes)}"
-    return Plan(model, choices, wanted, list(passes.values()), missing)
+    return _tried(Plan(model, choices, wanted, list(passes.values()), missing), example_inputs)
+
+
+def _tried(draft: Plan, inputs: Sequence[Tensor] | None) -> Plan:
+    """The plan without the rewrites that a look at the whole network forbids, and with what inputs show."""
+    refused = trial.refused(draft, inputs)
+    names = [choice.site.name for choice in draft.choices if choice.site.homes]
+    unused = set() if inputs is None else trial.never_called(draft.model, names, inputs)
+    choices = [
+        replace(choice, target=KEEP, rewrite=None, reason=refused[choice.site.name])
+        if choice.rewrite is not None and choice.site.name in refused
+        else replace(choice, unused=choice.site.name in unused)
+        for choice in draft.choices
+    ]
+    return replace(draft, choices=choices)
 
 
 def as_scopes(scope: Names) -> tuple[str, ...]:
@@ -209,7 +228,7 @@ def _within(name: str, module: str) -> bool:
 
 def _find(model: nn.Module, passes: list[Rewrite]) -> tuple[list[Site], list[str], list[tuple[Site, str]]]:
     """Sites that are modules, or will be once their F.batch_norm is lifted; the modules to lift; and those that can't be."""
-    found = sites.find(model, lambda module: any(rewrite.wants(module) for rewrite in passes))
+    found = sites.find(model, wanted_by(passes))
     lifts, refused = [], []
     for candidate in candidates(model):
         new = lifted(deepcopy(candidate.module))  # a trace runs the module's own code
@@ -225,6 +244,12 @@ def _find(model: nn.Module, passes: list[Rewrite]) -> tuple[list[Site], list[str
         ]
         found += [site for site in inside if site.name not in known]
     return found, lifts, refused
+
+
+def wanted_by(passes: Iterable[Rewrite]) -> Callable[[nn.Module], bool]:
+    """Whether any of the passes has a module for a site."""
+    each = list(passes)
+    return lambda module: any(rewrite.wants(module) for rewrite in each)
 
 
 def _as_list(names: Names) -> list[str]:

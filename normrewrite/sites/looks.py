@@ -1,0 +1,257 @@
+"""Looks: places in a network's code that ask what a norm is, and that a rewritten one would answer otherwise.
+
+>>> for site, look in found(model, sites, lambda site: twin_of(site.module)):
+...     print(site.label, look)
+norm Block.forward (net.py:12) asks isinstance(self.norm, nn.BatchNorm1d)
+
+Asked may be a class (isinstance, type, a match), the name of a class, or an attribute, there or not, read or written. What
+counts is the answer: where old and new give the same, the code may ask. A subject that can't be told from the code may be any
+site inside the module that runs it.
+"""
+
+import ast
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from normrewrite.sites import Site, code
+from normrewrite.sites.code import Frame, Function
+
+_STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked", "track_running_stats"})
+_OF_A_NORM = frozenset(dir(nn.BatchNorm1d(1))) | frozenset(dir(nn.GroupNorm(1, 1)))
+_OF_ANY = frozenset(dir(nn.Module())) - {"__class__"}
+_ASKING = frozenset({"isinstance", "issubclass", "type", "__class__", "hasattr", "getattr", "_get_name"})
+_SPELT = frozenset({"__name__", "__qualname__", "__module__", "_get_name", "str", "repr"})
+
+
+@dataclass(frozen=True)
+class Renewed:
+    """What takes a site's place, and whether it is to be the same function in eval."""
+
+    module: nn.Module
+    exact: bool
+
+
+@dataclass(frozen=True)
+class Look:
+    """kind: `instance`, `class`, `name`, `print`, `attribute` or `write`; subject: what is asked; against: the classes, an attribute's
+    name, or the words that a class's name is compared with."""
+
+    function: Function
+    kind: str
+    subject: ast.expr | None
+    against: ast.expr | str | tuple[str, ...] | None
+    text: str
+    line: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.function.where(self.line)} {'sets' if self.kind == 'write' else 'asks'} {self.text}"
+
+
+def found(
+    model: nn.Module, sites: Sequence[Site], renewed: Callable[[Site], Renewed], apart: Sequence[nn.Module] = ()
+) -> dict[str, Look]:
+    """By site, the first look at it whose answer the rewrite changes. renewed: what takes a site's place; apart: modules whose
+    own code won't run any more, as the sites' won't."""
+    running = code.running(model)
+    silent = {id(module) for module in [*apart, *(site.module for site in sites)]}
+    first: dict[str, Look] = {}
+    for module in model.modules():
+        functions = () if id(module) in silent else tuple(running.get(type(module), ()))
+        for look, frame in _looks(module, (*functions, *code.attached(module))):
+            inside: set[int] | None = None
+            subjects = frame.values(look.subject)
+            for site in sites:
+                if site.name in first:
+                    continue
+                if subjects is None:
+                    inside = {id(part) for part in module.modules()} if inside is None else inside
+                    asked = id(site.module) in inside
+                else:
+                    asked = any(subject is site.module for subject in subjects)
+                if asked and _differs(look, frame, site.module, renewed(site), known=subjects is not None):
+                    first[site.name] = look
+    return first
+
+
+def _looks(module: nn.Module, functions: Sequence[Function]) -> Iterator[tuple[Look, Frame]]:
+    if not isinstance(module, GraphModule):
+        for function in sorted(functions, key=lambda each: each.where()):
+            looks = _in_function(function)
+            frame = Frame(function, module) if looks else None
+            for look in looks:
+                assert frame is not None
+                yield look, frame
+
+
+@lru_cache(maxsize=4096)
+def _in_function(function: Function) -> tuple[Look, ...]:
+    names = code.names(function)
+    if not (names & (_ASKING | _OF_A_NORM - _OF_ANY) or code.matches_classes(function)):
+        return ()
+    tree = code.source(function.call)
+    if tree is None:
+        return tuple(_from_names(function, names))
+    visitor = _Visitor(function)
+    visitor.visit(tree)
+    return tuple(visitor.looks())
+
+
+def _from_names(function: Function, names: frozenset[str]) -> Iterator[Look]:
+    """Without source: every class, word and attribute that the code names, asked of it knows not what."""
+    words = tuple(code.constants(function))
+    if names & {"isinstance", "issubclass"} or code.matches_classes(function):
+        yield Look(function, "instance", None, None, "isinstance(...)")
+    if names & {"type", "__class__"}:
+        yield Look(function, "class", None, None, "type(...)")
+    if names & _SPELT:
+        yield Look(function, "name", None, words, "for a class's name")
+    for name in sorted((names & _STATISTICS) | (set(words) if names & {"hasattr", "getattr"} else set())):
+        yield Look(function, "attribute", None, name, f"for .{name}")
+
+
+class _Visitor(ast.NodeVisitor):
+    """Gathers looks; what only words an error is passed by."""
+
+    def __init__(self, function: Function) -> None:
+        self.function = function
+        self._found: list[Look] = []
+        self._words: list[str] = []
+        self._spells = bool(code.names(function) & _SPELT)
+
+    def looks(self) -> Iterator[Look]:
+        for look in self._found:
+            yield replace(look, against=tuple(self._words)) if look.kind in ("name", "print") else look
+
+    def _add(self, kind: str, subject: ast.expr, against: ast.expr | str | None, node: ast.expr) -> None:
+        text = " ".join(ast.unparse(node).split())
+        text = text if len(text) <= 80 else f"{text[:77]}..."
+        self._found.append(Look(self.function, kind, subject, against, text, node.lineno))
+
+    def _add_class(self, subject: ast.expr, node: ast.expr) -> None:
+        self._add("class", subject, None, node)
+        if self._spells:
+            self._add("name", subject, None, node)
+
+    def visit_Raise(self, node: ast.Raise) -> None:
+        pass
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
+        pass
+
+    def visit_Assert(self, node: ast.Assert) -> None:
+        self.visit(node.test)
+
+    def visit_Expr(self, node: ast.Expr) -> None:
+        if not isinstance(node.value, ast.Constant):  # a docstring
+            self.visit(node.value)
+
+    def visit_Constant(self, node: ast.Constant) -> None:
+        if isinstance(node.value, str):
+            self._words.append(node.value)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        match node:
+            case ast.Call(func=ast.Name(id="isinstance"), args=[subject, against]):
+                self._add("instance", subject, against, node)
+            case ast.Call(func=ast.Name(id="issubclass"), args=[subject, against]):
+                self._add("instance", _typed(subject) or subject, against, node)
+            case ast.Call(func=ast.Name(id="type"), args=[subject]):
+                self._add_class(subject, node)
+            case ast.Call(func=ast.Name(id="str" | "repr"), args=[subject]):
+                self._add("print", subject, None, node)
+            case ast.Call(func=ast.Attribute(value=subject, attr="_get_name")):
+                self._add("name", subject, None, node)
+            case ast.Call(func=ast.Name(id="hasattr" | "getattr"), args=[subject, ast.Constant(value=str(name)), *_]):
+                self._add("attribute", subject, name, node)
+            case ast.Call(func=ast.Name(id="setattr"), args=[subject, ast.Constant(value=str(name)), *_]):
+                self._add("write", subject, name, node)
+            case ast.Call(func=ast.Attribute(value=ast.Attribute(value=subject, attr=name), attr=changed)):
+                if changed.endswith("_") and not changed.endswith("__"):
+                    self._add("write", subject, name, node)
+        self.generic_visit(node)
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        if node.attr == "__class__":
+            self._add_class(node.value, node)
+        elif node.attr not in _OF_ANY and not self._is_receiver(node.value):
+            self._add("attribute" if isinstance(node.ctx, ast.Load) else "write", node.value, node.attr, node)
+        self.generic_visit(node)
+
+    def _is_receiver(self, node: ast.expr) -> bool:
+        return isinstance(node, ast.Name) and node.id == self.function.receiver
+
+    def visit_Match(self, node: ast.Match) -> None:
+        for case in node.cases:
+            for pattern in ast.walk(case.pattern):
+                if isinstance(pattern, ast.MatchClass):
+                    self._add("instance", node.subject, pattern.cls, node.subject)
+        self.generic_visit(node)
+
+
+def _typed(subject: ast.expr) -> ast.expr | None:
+    """x, of type(x) and x.__class__."""
+    match subject:
+        case ast.Call(func=ast.Name(id="type"), args=[inner]) | ast.Attribute(value=inner, attr="__class__"):
+            return inner
+    return None
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------
+
+
+def _differs(look: Look, frame: Frame, old: nn.Module, new: Renewed, *, known: bool) -> bool:
+    """Whether old and new answer otherwise. known: whether it is sure that this module is asked."""
+    if look.kind in ("instance", "class"):
+        return _class_differs(look, frame, old, new.module)
+    if look.kind in ("name", "print"):
+        asked = known or look.kind == "name"  # anything may be printed
+        return asked and any(_spelt(old, word) != _spelt(new.module, word) for word in look.against or ())
+    assert isinstance(look.against, str)
+    return _attribute_differs(look, look.against, old, new, known=known)
+
+
+def _class_differs(look: Look, frame: Frame, old: nn.Module, new: nn.Module) -> bool:
+    given = frame.values(look.against) if isinstance(look.against, ast.expr) else None
+    if given is not None:
+        asked = tuple(code.flat(given))
+        return isinstance(old, asked) != isinstance(new, asked)
+    mentioned = code.classes(look.function)
+    if look.kind == "instance":
+        return any(isinstance(old, cls) != isinstance(new, cls) for cls in mentioned)
+    return any((type(old) is cls) != (type(new) is cls) for cls in mentioned)
+
+
+def _spelt(module: nn.Module, word: str) -> tuple[bool, ...]:
+    """What a word and a class's name have to do with each other."""
+    name = type(module).__name__
+    ways = (name, name.lower()) if len(word) > 1 else ()
+    return tuple(a for way in ways for a in (word in way, word == way, way.startswith(word), way.endswith(word)))
+
+
+def _attribute_differs(look: Look, name: str, old: Any, new: Renewed, *, known: bool) -> bool:
+    here, there = hasattr(old, name), hasattr(new.module, name)
+    if not known:  # anything has attributes: what counts is one of norms alone, or asked for in so many words, that is lost
+        return here and not there and (name in _STATISTICS or "attr(" in look.text)
+    if not here or not there:
+        return here != there
+    if look.kind == "write":
+        return _stored(old, name) and not _stored(new.module, name)
+    return new.exact and not _same(getattr(old, name), getattr(new.module, name))
+
+
+def _stored(module: nn.Module, name: str) -> bool:
+    return any(name in holder for holder in (module._parameters, module._buffers, vars(module)))
+
+
+def _same(old: Any, new: Any) -> bool:
+    if isinstance(old, Tensor) and isinstance(new, Tensor):
+        return old.shape == new.shape and (old.is_meta or bool(torch.allclose(old.float(), new.float(), 1e-3, 1e-6, True)))
+    if isinstance(old, bool | int | float | str | None) or isinstance(new, bool | int | float | str | None):
+        return bool(old == new)
+    return isinstance(old, Tensor) == isinstance(new, Tensor)
