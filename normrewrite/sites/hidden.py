@@ -1,55 +1,54 @@
 """Modules that are held where torch does not look: in a plain list, tuple or dictionary, or past `nn.Module.__setattr__`.
 
->>> [path for path, module in hidden(model)]
+>>> [place.path for place in hidden(model)]
 ['block.norms[0]', 'block.norms[1]']
-
-A rewrite replaces what is registered. One of these that is registered too would be replaced at one place and run at the other.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from torch.fx import GraphModule
 
-from normrewrite import sites
 from normrewrite.nn.parts import attributes
-from normrewrite.sites import Site
-
-OUT_OF_SIGHT = "is held in a plain list or attribute, where torch does not find it either. Put it into an nn.ModuleList"
 
 
-def hidden(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module that a registered one holds in a plain container or attribute, with the place; ours keep their own notes so."""
-    for name, module, _ in sites.registrations(model):
-        ours = type(module).__module__.startswith("normrewrite.") or isinstance(module, GraphModule)
-        for key, value in () if ours else attributes(module).items():
-            yield from _within(value, f"{name}.{key}" if name else key, depth=3)
+@dataclass(frozen=True)
+class Shelf:
+    """A plain container, with the one attribute by which a module's children are replaced; None where it can't be changed."""
+
+    _modules: Any
 
 
-def _within(value: Any, path: str, depth: int) -> Iterator[tuple[str, nn.Module]]:
+@dataclass(frozen=True)
+class Place:
+    """module: what is held; path: where, for people; shelf, key: what has it, and under which key or index."""
+
+    module: nn.Module
+    path: str
+    shelf: Shelf
+    key: Any
+
+    @property
+    def fixed(self) -> bool:
+        return self.shelf._modules is None
+
+
+def hidden(model: nn.Module) -> Iterator[Place]:
+    """Every such place of the modules that are registered. Ours keep notes of their own so; torch's hold nothing so."""
+    for name, module in model.named_modules():
+        if not type(module).__module__.startswith(("torch.nn.", "normrewrite.")) and not isinstance(module, GraphModule):
+            for key, value in attributes(module).items():
+                yield from _within(value, f"{name}.{key}" if name else key, vars(module), key)
+
+
+def _within(value: Any, path: str, holder: Any, key: Any, depth: int = 3) -> Iterator[Place]:
     if isinstance(value, nn.Module):
-        yield path, value
+        yield Place(value, path, Shelf(holder if isinstance(holder, dict | list) else None), key)
     elif depth and isinstance(value, Mapping):
-        for key, held in value.items():
-            yield from _within(held, f"{path}[{key!r}]", depth - 1)
+        for name, held in value.items():
+            yield from _within(held, f"{path}[{name!r}]", value, name, depth - 1)
     elif depth and isinstance(value, list | tuple | set | frozenset):
         for i, held in enumerate(value):
-            yield from _within(held, f"{path}[{i}]", depth - 1)
-
-
-def out_of_sight(model: nn.Module, wanted: Callable[[nn.Module], bool] = sites.is_norm) -> list[Site]:
-    """Wanted modules that are registered nowhere in the model, under the name of the first place that leads to them."""
-    known = {id(module) for module in model.modules()}
-    found = []
-    for path, holder in hidden(model):
-        for site in sites.find(holder, wanted) if id(holder) not in known else ():
-            if id(site.module) not in known:
-                known.add(id(site.module))
-                found.append(Site((f"{path}.{site.name}".removesuffix("."),), site.module, ()))
-    return found
-
-
-def also_held(model: nn.Module) -> dict[int, str]:
-    """By id, one such place of every module that has one."""
-    return {id(module): path for path, module in hidden(model)}
+            yield from _within(held, f"{path}[{i}]", value, i, depth - 1)

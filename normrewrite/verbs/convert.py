@@ -27,7 +27,6 @@ from normrewrite.passes.swap_metric import SCOPES
 from normrewrite.records.report import Report, SiteResult, table
 from normrewrite.rules import KEEP, Rules
 from normrewrite.sites import Site
-from normrewrite.sites.hidden import OUT_OF_SIGHT, out_of_sight
 from normrewrite.targets import rewrite
 from normrewrite.verbs import trial
 
@@ -190,13 +189,14 @@ def plan(
     for name, each in passes.items():
         own = [site for site in found if each.wants(site.module)]
         seen[name] = {site.name: site for site in each.look(model, own)}
-    choices = [Choice(site, KEEP, None, reason) for site, reason in refused]
+    choices, fast = [Choice(site, KEEP, None, reason) for site, reason in refused], sites.held_fast(model)
     for site in found:
         target = next((t for pattern, t in pairs if rules_.matches(pattern, site)), to)
         known = site if target == KEEP else seen[target].get(site.name)
         if known is not None:
-            choices.append(_choose(known, target, include, exclude, passes))
-    choices += [Choice(site, KEEP, None, OUT_OF_SIGHT) for site in out_of_sight(model, wanted_by(passes.values()))]
+            choices.append(_choose(known, target, include, exclude, passes, fast))
+    out_of_sight = sites.out_of_sight(model, _wanted_by(passes.values()))
+    choices += [Choice(site, KEEP, None, _OUT_OF_SIGHT) for site in out_of_sight]
     wanted = [name for name in lifts if any(_within(c.site.name, name) for c in choices if c.rewrite is not None)]
     missing = "no batch norm" if scopes == ("batch",) else f"no norm of scope {', '.join(scopes)}"
     return _tried(Plan(model, choices, wanted, list(passes.values()), missing), example_inputs)
@@ -205,7 +205,7 @@ def plan(
 def _tried(draft: Plan, inputs: Sequence[Tensor] | None) -> Plan:
     """The plan without the rewrites that a look at the whole network forbids, and with what inputs show."""
     refused = trial.refused(draft, inputs)
-    names = [choice.site.name for choice in draft.choices if choice.site.homes]
+    names = [choice.site.name for choice in draft.choices]
     unused = set() if inputs is None else trial.never_called(draft.model, names, inputs)
     choices = [
         replace(choice, target=KEEP, rewrite=None, reason=refused[choice.site.name])
@@ -214,6 +214,9 @@ def _tried(draft: Plan, inputs: Sequence[Tensor] | None) -> Plan:
         for choice in draft.choices
     ]
     return replace(draft, choices=choices)
+
+
+_OUT_OF_SIGHT = "is held in a plain list or attribute, where torch does not find it either. Put it into an nn.ModuleList"
 
 
 def as_scopes(scope: Names) -> tuple[str, ...]:
@@ -228,7 +231,7 @@ def _within(name: str, module: str) -> bool:
 
 def _find(model: nn.Module, passes: list[Rewrite]) -> tuple[list[Site], list[str], list[tuple[Site, str]]]:
     """Sites that are modules, or will be once their F.batch_norm is lifted; the modules to lift; and those that can't be."""
-    found = sites.find(model, wanted_by(passes))
+    found = sites.find(model, _wanted_by(passes))
     lifts, refused = [], []
     for candidate in candidates(model):
         new = lifted(deepcopy(candidate.module))  # a trace runs the module's own code
@@ -246,7 +249,7 @@ def _find(model: nn.Module, passes: list[Rewrite]) -> tuple[list[Site], list[str
     return found, lifts, refused
 
 
-def wanted_by(passes: Iterable[Rewrite]) -> Callable[[nn.Module], bool]:
+def _wanted_by(passes: Iterable[Rewrite]) -> Callable[[nn.Module], bool]:
     """Whether any of the passes has a module for a site."""
     each = list(passes)
     return lambda module: any(rewrite.wants(module) for rewrite in each)
@@ -256,14 +259,23 @@ def _as_list(names: Names) -> list[str]:
     return [names] if isinstance(names, str) else list(names)
 
 
-def _choose(site: Site, target: str, include: list[str], exclude: list[str], passes: dict[str, Rewrite]) -> Choice:
+def _choose(
+    site: Site,
+    target: str,
+    include: list[str],
+    exclude: list[str],
+    passes: dict[str, Rewrite],
+    fast: Mapping[int, str],
+) -> Choice:
     if include and not any(rules_.matches(pattern, site) for pattern in include):
         return Choice(site, KEEP, None, "not in --include")
     if any(rules_.matches(pattern, site) for pattern in exclude):
         return Choice(site, KEEP, None, "in --exclude")
     if target == KEEP:
         return Choice(site, KEEP, None, "kept by a rule")
-    refusal = passes[target].why_not(site)
+    places = [fast[id(each.module)] for each in (site, site.before) if each is not None and id(each.module) in fast]
+    held = f"a tuple holds it or its layer too ({places[0]}), and would keep the old one. Make that a list" if places else None
+    refusal = passes[target].why_not(site) or held
     return Choice(site, KEEP, None, refusal) if refusal else Choice(site, target, passes[target], None)
 
 

@@ -171,10 +171,10 @@ def _set_mode(model: nn.Module, training: bool) -> None:
 
 
 def never_called(model: nn.Module, names: Sequence[str], inputs: Sequence[Tensor]) -> set[str]:
-    """The named modules that forward does not call in eval; none where the model can't run on the inputs by position."""
+    """The named modules of the model that forward does not call in eval; none where it can't run on the inputs by position."""
     try:
         with evaluating(model):
             called = {name for name, _ in calls(model, names, inputs)}
     except Exception:  # the model's own code runs here; who compares or folds tells what is wrong
         return set()
-    return set(names) - called
+    return (set(names) & sites.by_name(model).keys()) - called
