@@ -1,6 +1,6 @@
 """What runs when a network runs: the functions that forward leads to, and what an expression in them stands for.
 
->>> running(model)[Block]                   # forward, the methods it calls, and the helpers that those call
+>>> running(model).by_class[Block]          # forward, the methods it calls, and the helpers that those call
 >>> Frame(function, block).values(ast.parse("self.norm", mode="eval").body)
 [BatchNorm2d(64)]
 
@@ -9,6 +9,7 @@ is no part of what runs. Functions are found by the names that their code object
 """
 
 import ast
+import builtins
 import dis
 import functools
 import inspect
@@ -27,7 +28,7 @@ from torch.fx import GraphModule
 from normrewrite.nn.parts import attributes
 
 _KNOWN = frozenset(sys.stdlib_module_names) | {"torch", "normrewrite", "numpy"}
-_ENTRIES = frozenset({"forward", "__call__"})
+ENTRIES = frozenset({"forward", "__call__"})
 _APART = frozenset({"__init__", "train", "eval"})  # training flags are compared by themselves
 
 
@@ -45,25 +46,38 @@ class Function:
         return f"{name} ({code.co_filename.replace(chr(92), '/').rpartition('/')[2]}:{code.co_firstlineno + line - 1})"
 
 
-def running(model: nn.Module) -> dict[type[nn.Module], frozenset[Function]]:
-    """By class, what runs of its code; a method counts that any code which runs names, whatever object it names it of."""
+@dataclass(frozen=True)
+class Running:
+    """by_class: what runs of each class's code; names: every name of a variable or attribute in it."""
+
+    by_class: Mapping[type[nn.Module], frozenset[Function]]
+    names: frozenset[str]
+
+    def of(self, module: nn.Module) -> Iterator[Function]:
+        """What runs of a module's code: its class's, and the functions it holds whose names are read."""
+        yield from self.by_class.get(type(module), ())
+        for name, value in attributes(module).items():
+            if name in self.names:
+                yield from _as_function(value, receives=False)
+
+
+def running(model: nn.Module, entries: frozenset[str] = ENTRIES) -> Running:
+    """What runs when a network runs; a method counts that any code which runs names, whatever object it names it of."""
     classes = {type(module) for module in model.modules() if not isinstance(module, GraphModule)}
     classes = {cls for cls in classes if _methods(cls)}
-    names: frozenset[str] = _ENTRIES
+    names = entries
     while True:
         found = {cls: _reached(cls, names.intersection(_methods(cls))) for cls in classes}
         every = names.union(*(_names(each.call.__code__) for functions in found.values() for each in functions))
-        if every - _APART == names:
-            return found
-        names = every - _APART
+        if every - _APART <= names:
+            return Running(found, names)
+        names |= every - _APART
 
 
-def attached(module: nn.Module) -> Iterator[Function]:
-    """Functions of one module alone: its hooks, a forward of its own, functions that it holds as attributes."""
+def hooks(module: nn.Module) -> Iterator[Function]:
+    """The hooks around a module's forward, which a twin gets too."""
     for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
         yield from _as_function(hook, receives=True)
-    for value in attributes(module).values():
-        yield from _as_function(value, receives=False)
 
 
 def _as_function(value: Any, *, receives: bool) -> Iterator[Function]:
@@ -79,7 +93,7 @@ def _is_open(thing: Any) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _methods(cls: type) -> Mapping[str, tuple[Function, ...]]:
+def _methods(cls: Any) -> Mapping[str, tuple[Function, ...]]:
     """By name, every definition of a method that the class or an open base of it has, the first of them first."""
     found: dict[str, tuple[Function, ...]] = {}
     for base in filter(_is_open, cls.__mro__):
@@ -123,7 +137,8 @@ def _reached(cls: type, entries: Iterable[str]) -> frozenset[Function]:
 def _names(code: CodeType) -> frozenset[str]:
     """Every name that the code and the functions inside it read, of variables and of attributes alike."""
     inner = [_names(each) for each in code.co_consts if isinstance(each, CodeType)]
-    return frozenset({*code.co_names, *code.co_freevars}).union(*inner)
+    cells = {*code.co_freevars} - {"__class__"}  # super()'s
+    return frozenset({*code.co_names, *cells}).union(*inner)
 
 
 @lru_cache(maxsize=4096)
@@ -148,7 +163,7 @@ def named(call: FunctionType, name: str) -> Any:
             return cells[name].cell_contents
         except ValueError:  # not filled yet
             return _NOTHING
-    return call.__globals__.get(name, call.__builtins__.get(name, _NOTHING))
+    return call.__globals__.get(name, vars(builtins).get(name, _NOTHING))
 
 
 def names(function: Function) -> frozenset[str]:
@@ -160,8 +175,8 @@ def classes(function: Function) -> frozenset[type]:
     """Every class that the code names, alone, of a module that it names, or in a table that it names."""
     free = _names(function.call.__code__)
     values = [named(function.call, name) for name in free]
-    others = [value for value in values if isinstance(value, ModuleType | type)]
-    values += [inspect.getattr_static(other, name, None) for other in others for name in free]
+    others = [vars(value) for value in values if isinstance(value, ModuleType)]
+    values += [other[name] for other in others for name in free if name in other]
     return frozenset(flat(values))
 
 

@@ -38,7 +38,9 @@ class Place:
 def hidden(model: nn.Module) -> Iterator[Place]:
     """Every such place of the modules that are registered. Ours keep notes of their own so; torch's hold nothing so."""
     for name, module in model.named_modules():
-        if not type(module).__module__.startswith(("torch.nn.", "normrewrite.")) and not isinstance(module, GraphModule):
+        if not type(module).__module__.startswith(("torch.nn.", "normrewrite.")) and not isinstance(
+            module, GraphModule
+        ):
             for key, value in attributes(module).items():
                 yield from _within(value, f"{name}.{key}" if name else key, vars(module), key)
 

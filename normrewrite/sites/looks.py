@@ -1,8 +1,7 @@
 """Looks: places in a network's code that ask what a norm is, and that a rewritten one would answer otherwise.
 
->>> for site, look in found(model, sites, lambda site: twin_of(site.module)):
-...     print(site.label, look)
-norm Block.forward (net.py:12) asks isinstance(self.norm, nn.BatchNorm1d)
+>>> print(found(model, sites, renewed)["block.norm"])
+Block.forward (net.py:12) asks isinstance(self.norm, nn.BatchNorm1d)
 
 Asked may be a class (isinstance, type, a match), the name of a class, or an attribute, there or not, read or written. What
 counts is the answer: where old and new give the same, the code may ask. A subject that can't be told from the code may be any
@@ -10,9 +9,10 @@ site inside the module that runs it.
 """
 
 import ast
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from normrewrite.sites.code import Frame, Function
 _STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked", "track_running_stats"})
 _OF_A_NORM = frozenset(dir(nn.BatchNorm1d(1))) | frozenset(dir(nn.GroupNorm(1, 1)))
 _OF_ANY = frozenset(dir(nn.Module())) - {"__class__"}
-_ASKING = frozenset({"isinstance", "issubclass", "type", "__class__", "hasattr", "getattr", "_get_name"})
+_ASKING = frozenset({"isinstance", "issubclass", "type", "__class__", "hasattr", "getattr", "_get_name", "str", "repr"})
 _SPELT = frozenset({"__name__", "__qualname__", "__module__", "_get_name", "str", "repr"})
 
 
@@ -39,8 +39,8 @@ class Renewed:
 
 @dataclass(frozen=True)
 class Look:
-    """kind: `instance`, `class`, `name`, `print`, `attribute` or `write`; subject: what is asked; against: the classes, an attribute's
-    name, or the words that a class's name is compared with."""
+    """kind: `instance`, `class`, `name`, `print`, `attribute` or `write`; subject: what is asked; against: the classes, an
+    attribute's name, or the words that a class's name is compared with."""
 
     function: Function
     kind: str
@@ -49,37 +49,51 @@ class Look:
     text: str
     line: int = 1
 
+    @property
+    def by_class(self) -> bool:
+        return self.kind in ("instance", "class", "name")
+
     def __str__(self) -> str:
         return f"{self.function.where(self.line)} {'sets' if self.kind == 'write' else 'asks'} {self.text}"
 
 
 def found(
-    model: nn.Module, sites: Sequence[Site], renewed: Callable[[Site], Renewed], apart: Sequence[nn.Module] = ()
+    model: nn.Module, sites: Sequence[Site], renewed: Callable[[Site, bool], Renewed], apart: Sequence[nn.Module] = ()
 ) -> dict[str, Look]:
-    """By site, the first look at it whose answer the rewrite changes. renewed: what takes a site's place; apart: modules whose
-    own code won't run any more, as the sites' won't."""
+    """By site, the first look at it whose answer the rewrite changes. renewed: what takes a site's place, or, where a class is
+    all that counts, the place of one like it; apart: modules whose own code won't run any more, as the sites' won't."""
     running = code.running(model)
     silent = {id(module) for module in [*apart, *(site.module for site in sites)]}
     first: dict[str, Look] = {}
     for module in model.modules():
-        functions = () if id(module) in silent else tuple(running.get(type(module), ()))
-        for look, frame in _looks(module, (*functions, *code.attached(module))):
-            inside: set[int] | None = None
+        own = set() if id(module) in silent else {*running.of(module)}
+        for look, frame in _looks(module, own | {*code.hooks(module)}):
             subjects = frame.values(look.subject)
+            known = subjects is not None
+            if not _may_matter(look, frame, known):
+                continue
+            asked = {id(value) for value in (module.modules() if subjects is None else subjects)}
             for site in sites:
-                if site.name in first:
+                if id(site.module) not in asked or site.name in first:
                     continue
-                if subjects is None:
-                    inside = {id(part) for part in module.modules()} if inside is None else inside
-                    asked = id(site.module) in inside
-                else:
-                    asked = any(subject is site.module for subject in subjects)
-                if asked and _differs(look, frame, site.module, renewed(site), known=subjects is not None):
-                    first[site.name] = look
+                if known or look.kind != "attribute" or hasattr(site.module, str(look.against)):
+                    new = renewed(site, look.by_class)
+                    first |= {site.name: look} if _differs(look, frame, site.module, new, known=known) else {}
     return first
 
 
-def _looks(module: nn.Module, functions: Sequence[Function]) -> Iterator[tuple[Look, Frame]]:
+def asks(model: nn.Module, entries: frozenset[str]) -> bool:
+    """Whether anything at all is asked in the code that begins at methods of these names."""
+    running = code.running(model, entries)
+    functions = {function for module in model.modules() for function in running.of(module)}
+    return any(map(_may_ask, functions))
+
+
+def _may_ask(function: Function) -> bool:
+    return bool(code.names(function) & (_ASKING | _OF_A_NORM - _OF_ANY)) or code.matches_classes(function)
+
+
+def _looks(module: nn.Module, functions: Iterable[Function]) -> Iterator[tuple[Look, Frame]]:
     if not isinstance(module, GraphModule):
         for function in sorted(functions, key=lambda each: each.where()):
             looks = _in_function(function)
@@ -92,7 +106,7 @@ def _looks(module: nn.Module, functions: Sequence[Function]) -> Iterator[tuple[L
 @lru_cache(maxsize=4096)
 def _in_function(function: Function) -> tuple[Look, ...]:
     names = code.names(function)
-    if not (names & (_ASKING | _OF_A_NORM - _OF_ANY) or code.matches_classes(function)):
+    if not _may_ask(function):
         return ()
     tree = code.source(function.call)
     if tree is None:
@@ -179,12 +193,15 @@ class _Visitor(ast.NodeVisitor):
     def visit_Attribute(self, node: ast.Attribute) -> None:
         if node.attr == "__class__":
             self._add_class(node.value, node)
-        elif node.attr not in _OF_ANY and not self._is_receiver(node.value):
+        elif node.attr not in _OF_ANY and not self._is_no_module(node.value):
             self._add("attribute" if isinstance(node.ctx, ast.Load) else "write", node.value, node.attr, node)
         self.generic_visit(node)
 
-    def _is_receiver(self, node: ast.expr) -> bool:
-        return isinstance(node, ast.Name) and node.id == self.function.receiver
+    def _is_no_module(self, node: ast.expr) -> bool:
+        """The module that runs the code, which is no site, or a Python module's name."""
+        if not isinstance(node, ast.Name):
+            return False
+        return node.id == self.function.receiver or isinstance(code.named(self.function.call, node.id), ModuleType)
 
     def visit_Match(self, node: ast.Match) -> None:
         for case in node.cases:
@@ -205,39 +222,47 @@ def _typed(subject: ast.expr) -> ast.expr | None:
 # --- answers ---------------------------------------------------------------------------------------------------------
 
 
+def _may_matter(look: Look, frame: Frame, known: bool) -> bool:
+    """Whether any norm could answer it in two ways: most of what code asks, it asks of other things."""
+    if look.kind in ("instance", "class"):
+        classes = _asked(look, frame) or code.classes(look.function)
+        return any(issubclass(cls, nn.Module) and cls is not nn.Module for cls in classes)
+    if look.kind == "attribute":
+        return known or look.against in _STATISTICS or "attr(" in look.text
+    return known or look.kind == "name"  # anything may be printed or written to
+
+
+def _asked(look: Look, frame: Frame) -> tuple[type, ...] | None:
+    """The classes of an isinstance; None where they can't be told, or it is asked by `type`."""
+    given = frame.values(look.against) if isinstance(look.against, ast.expr) else None
+    return None if given is None else tuple(code.flat(given))
+
+
 def _differs(look: Look, frame: Frame, old: nn.Module, new: Renewed, *, known: bool) -> bool:
     """Whether old and new answer otherwise. known: whether it is sure that this module is asked."""
+    pair = old, new.module
     if look.kind in ("instance", "class"):
-        return _class_differs(look, frame, old, new.module)
-    if look.kind in ("name", "print"):
-        asked = known or look.kind == "name"  # anything may be printed
-        return asked and any(_spelt(old, word) != _spelt(new.module, word) for word in look.against or ())
-    assert isinstance(look.against, str)
-    return _attribute_differs(look, look.against, old, new, known=known)
+        asked = _asked(look, frame)
+        ways = [asked] if asked is not None else [(cls,) for cls in code.classes(look.function)]
+        if look.kind == "class":
+            return any(len({type(each) in way for each in pair}) > 1 for way in ways)
+        return any(len({isinstance(each, way) for each in pair}) > 1 for way in ways)
+    if isinstance(look.against, tuple):
+        names = [str(each) if look.kind == "print" else type(each).__name__ for each in pair]
+        return any(len({_spelt(name, word) for name in names}) > 1 for word in look.against)
+    return _attribute_differs(look, str(look.against), old, new, known=known)
 
 
-def _class_differs(look: Look, frame: Frame, old: nn.Module, new: nn.Module) -> bool:
-    given = frame.values(look.against) if isinstance(look.against, ast.expr) else None
-    if given is not None:
-        asked = tuple(code.flat(given))
-        return isinstance(old, asked) != isinstance(new, asked)
-    mentioned = code.classes(look.function)
-    if look.kind == "instance":
-        return any(isinstance(old, cls) != isinstance(new, cls) for cls in mentioned)
-    return any((type(old) is cls) != (type(new) is cls) for cls in mentioned)
-
-
-def _spelt(module: nn.Module, word: str) -> tuple[bool, ...]:
-    """What a word and a class's name have to do with each other."""
-    name = type(module).__name__
+def _spelt(name: str, word: str) -> tuple[bool, ...]:
+    """What a word and a name have to do with each other."""
     ways = (name, name.lower()) if len(word) > 1 else ()
     return tuple(a for way in ways for a in (word in way, word == way, way.startswith(word), way.endswith(word)))
 
 
 def _attribute_differs(look: Look, name: str, old: Any, new: Renewed, *, known: bool) -> bool:
     here, there = hasattr(old, name), hasattr(new.module, name)
-    if not known:  # anything has attributes: what counts is one of norms alone, or asked for in so many words, that is lost
-        return here and not there and (name in _STATISTICS or "attr(" in look.text)
+    if not known:  # anything has attributes, so what counts is one that is lost
+        return here and not there
     if not here or not there:
         return here != there
     if look.kind == "write":
@@ -251,7 +276,9 @@ def _stored(module: nn.Module, name: str) -> bool:
 
 def _same(old: Any, new: Any) -> bool:
     if isinstance(old, Tensor) and isinstance(new, Tensor):
-        return old.shape == new.shape and (old.is_meta or bool(torch.allclose(old.float(), new.float(), 1e-3, 1e-6, True)))
+        return old.shape == new.shape and (
+            old.is_meta or bool(torch.allclose(old.float(), new.float(), 1e-3, 1e-6, True))
+        )
     if isinstance(old, bool | int | float | str | None) or isinstance(new, bool | int | float | str | None):
         return bool(old == new)
     return isinstance(old, Tensor) == isinstance(new, Tensor)

@@ -55,9 +55,7 @@ def same_attributes(model: nn.Module) -> Iterator[None]:
     """Every module's plain attributes come back afterwards, and what its lists and dictionaries hold: a forward that runs
     on a trace's proxies may keep some of them."""
     before = [(module, attributes(module)) for module in model.modules()]
-    held = [
-        (value, copy.copy(value)) for _, plain in before for value in plain.values() if type(value) in (dict, list)
-    ]
+    held = [(value, copy.copy(value)) for _, plain in before for value in plain.values() if type(value) in (dict, list)]
     try:
         yield
     finally:

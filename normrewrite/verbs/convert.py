@@ -216,7 +216,9 @@ def _tried(draft: Plan, inputs: Sequence[Tensor] | None) -> Plan:
     return replace(draft, choices=choices)
 
 
-_OUT_OF_SIGHT = "is held in a plain list or attribute, where torch does not find it either. Put it into an nn.ModuleList"
+_OUT_OF_SIGHT = (
+    "is held in a plain list or attribute, where torch does not find it either. Put it into an nn.ModuleList"
+)
 
 
 def as_scopes(scope: Names) -> tuple[str, ...]:
@@ -274,7 +276,11 @@ def _choose(
     if target == KEEP:
         return Choice(site, KEEP, None, "kept by a rule")
     places = [fast[id(each.module)] for each in (site, site.before) if each is not None and id(each.module) in fast]
-    held = f"a tuple holds it or its layer too ({places[0]}), and would keep the old one. Make that a list" if places else None
+    held = (
+        f"a tuple holds it or its layer too ({places[0]}), and would keep the old one. Make that a list"
+        if places
+        else None
+    )
     refusal = passes[target].why_not(site) or held
     return Choice(site, KEEP, None, refusal) if refusal else Choice(site, target, passes[target], None)
 

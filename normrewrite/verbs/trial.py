@@ -1,15 +1,16 @@
 """What of a plan has to be tried before it is believed: code that looks at its norms, `.train()` of a network's own.
 
 Where code would take another branch for a rewritten norm (normrewrite.sites.looks), measuring each site tells nothing. With
-inputs the whole network is compared, original and twin: outputs in eval where the target keeps the function, and in eval and in
-training which norms are called, in what order and on what shapes. Without, or where these differ, the sites are refused.
+inputs the whole network is compared, original and twin: its outputs in eval, where the target keeps the function; and in eval
+and in training, with the outputs of all sites set to the original's, that nothing differs between them. Without inputs, or
+where anything differs, the sites are refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,12 +24,12 @@ from normrewrite.nn.mean_only import MeanOnlyBatchNorm
 from normrewrite.nn.parts import deepcopy
 from normrewrite.sites import Site, looks
 from normrewrite.sites.modes import evaluating
-from normrewrite.verbs.verify import device_of, verify
+from normrewrite.tolerances import SAME_NETWORK, worst
+from normrewrite.verbs.verify import Outputs, device_of, flat, verify
 
 if TYPE_CHECKING:
     from normrewrite.verbs.convert import Choice, Plan
 
-Calls = list[tuple[str, tuple[int, ...] | None]]  # which site was called, and on what shape
 _REMEDY = (
     "give example inputs (--input-shape, --calibrate), so that the whole network is compared, leave the site with --exclude, or "
     "change that code"
@@ -44,14 +45,16 @@ def refused(plan: Plan, inputs: Sequence[Tensor] | None) -> dict[str, str]:
 
 def _looked_at(plan: Plan, inputs: Sequence[Tensor] | None) -> dict[str, str]:
     choices = {choice.site.name: choice for choice in plan.rewritten}
-    known: dict[str, looks.Renewed] = {}
+    known: dict[Any, looks.Renewed] = {}
 
-    def renewed(site: Site) -> looks.Renewed:
+    def renewed(site: Site, by_class: bool) -> looks.Renewed:
         rewrite = choices[site.name].rewrite
         assert rewrite is not None
-        if site.name not in known:
-            known[site.name] = looks.Renewed(rewrite.rewrite(site), not rewrite.inexact(site))
-        return known[site.name]
+        alike = (id(rewrite), type(site.module), tuple(site.module._modules), site.before is None)
+        key = alike if by_class else site.name
+        if key not in known:
+            known[key] = looks.Renewed(rewrite.rewrite(site), not rewrite.inexact(site))
+        return known[key]
 
     lifted = [module for name, module in sites.by_name(plan.model).items() if name in plan.lifts]
     seen = looks.found(plan.model, [choice.site for choice in choices.values()], renewed, lifted)
@@ -69,6 +72,7 @@ def _parts_ways(plan: Plan, inputs: Sequence[Tensor]) -> str | None:
     original = deepcopy(plan.model)
     twin, report = plan.apply()
     names = [choice.site.name for choice in plan.rewritten]
+    folded = {choice.site.name for choice in plan.rewritten if choice.site.before is not None}
     advice = "leave the site with --exclude, or change that code"
     try:
         if not (report.inexact or report.live):
@@ -76,38 +80,84 @@ def _parts_ways(plan: Plan, inputs: Sequence[Tensor]) -> str | None:
             if not compared.ok:
                 return f"on the example inputs the twin computes another function ({compared.verdict}); {advice}"
         for training in (False, True):
-            for model in (original, twin):
-                _set_mode(model, training)
-            if calls(original, names, inputs) != calls(twin, names, inputs):
-                return f"in {'training' if training else 'eval'} the twin takes another way through the network; {advice}"
+            first = _run(_in_mode(original, training), names, inputs)
+            if not _run(_in_mode(twin, training), names, inputs, first.calls).same(first, folded):
+                return (
+                    f"in {'training' if training else 'eval'} the twin takes another way through the network; {advice}"
+                )
     except Exception as error:  # both run their own code
-        return f"original and twin can't be compared on the example inputs ({first_line(error)}); {advice}, or give others"
+        return (
+            f"original and twin can't be compared on the example inputs ({first_line(error)}); {advice}, or give others"
+        )
     return None
 
 
-def calls(model: nn.Module, names: Sequence[str], inputs: Sequence[Tensor]) -> Calls:
-    """The named modules in the order in which forward calls them, as the model's flags are, each with its input's shape."""
-    made: Calls = []
-    modules = sites.by_name(model)
-    handles = [
-        modules[name].register_forward_pre_hook(
-            lambda module, args, name=name: made.append((name, tuple(args[0].shape) if _has_tensor(args) else None))
+@dataclass(frozen=True)
+class _Call:
+    """One call of a site: what came in, None where that is no tensor, and what came out."""
+
+    name: str
+    input: Tensor | None
+    output: Any
+
+
+@dataclass
+class _Run:
+    """The calls of the sites, in their order, and what the network returned."""
+
+    calls: list[_Call]
+    outputs: Outputs
+
+    def same(self, other: _Run, folded: Collection[str]) -> bool:
+        """Whether two runs with the same outputs of every site differ nowhere else: in no site's input, and not in the end.
+        The input of a site that was folded into the layer in front is another by intent, but for its shape."""
+        if [call.name for call in self.calls] != [call.name for call in other.calls]:
+            return False
+        inputs = all(
+            _alike(mine.input, its.input, by_shape=mine.name in folded)
+            for mine, its in zip(self.calls, other.calls, strict=True)
         )
-        for name in names
-        if name in modules
+        ends = self.outputs.keys() == other.outputs.keys()
+        return inputs and ends and all(_alike(value, other.outputs[name]) for name, value in self.outputs.items())
+
+
+def _alike(a: Tensor | None, b: Tensor | None, *, by_shape: bool = False) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.shape == b.shape and (by_shape or worst(a, b, 0.0) <= SAME_NETWORK.get(b.dtype, 0.0))
+
+
+def _run(model: nn.Module, names: Collection[str], inputs: Sequence[Tensor], given: Sequence[_Call] = ()) -> _Run:
+    """One pass, as the model's flags are. given: the calls of another run, whose outputs take the place of the sites' own, so
+    that what is between the sites can be compared by itself."""
+    calls: list[_Call] = []
+    entered: list[Tensor | None] = []
+
+    def enter(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        first = arguments[0] if arguments else None
+        entered.append(first.clone() if isinstance(first, Tensor) else None)
+
+    def leave(name: str, output: Any) -> Any:
+        place = len(calls)
+        wanted = given[place].output if place < len(given) and given[place].name == name else output
+        output = wanted.clone() if isinstance(wanted, Tensor) else wanted
+        calls.append(_Call(name, entered.pop(), wanted))
+        return output
+
+    modules = sites.by_name(model)
+    known = [name for name in names if name in modules]
+    handles = [modules[name].register_forward_pre_hook(enter) for name in known]
+    handles += [
+        modules[name].register_forward_hook(lambda module, args, output, name=name: leave(name, output))
+        for name in known
     ]
     device = device_of(model)
     try:
         with torch.no_grad(), _seeded(device):
-            model(*(value.clone().to(device) for value in inputs))
+            return _Run(calls, flat(model(*(value.clone().to(device) for value in inputs))))
     finally:
         for handle in handles:
             handle.remove()
-    return made
-
-
-def _has_tensor(arguments: tuple[Any, ...]) -> bool:
-    return bool(arguments) and isinstance(arguments[0], Tensor)
 
 
 @contextmanager
@@ -121,12 +171,19 @@ def _seeded(device: torch.device) -> Iterator[None]:
 # --- training flags ------------------------------------------------------------------------------------------------------
 
 
+_FLAG = (
+    "after the network's own .{}() this norm is in {}, and its twin would not be. Rewrite it to `frozen` or `none` where it is "
+    "held still for good, leave it with --exclude, or have that code look for nr.nn.BatchNorm too"
+)
+_MODES = frozenset({"train", "eval"})
+
+
 def _has_own_train(model: nn.Module) -> bool:
-    return any(
-        (cls.train, cls.eval) != (nn.Module.train, nn.Module.eval) or "train" in vars(module)
-        for module in model.modules()
-        for cls in [type(module)]
-    )
+    """Whether a module has a `.train()` or `.eval()` of its own, and that asks for anything."""
+    classes = {type(module) for module in model.modules()}
+    own = any((cls.train, cls.eval) != (nn.Module.train, nn.Module.eval) for cls in classes)
+    single = any(_MODES & vars(module).keys() for module in model.modules())
+    return single or (own and looks.asks(model, _MODES))
 
 
 def _flagged(plan: Plan, left: Sequence[Choice]) -> dict[str, str]:
@@ -139,19 +196,13 @@ def _flagged(plan: Plan, left: Sequence[Choice]) -> dict[str, str]:
         mode = "train" if training else "eval"
         for name in names:
             if flags.get(name) is not None and now.get(name) is not None and flags[name] != now[name]:
-                refused.setdefault(
-                    name,
-                    f"after the network's own .{mode}() this norm is in {'training' if flags[name] else 'eval'}, and its twin "
-                    "would not be. Rewrite it to `frozen` or `none` where it is held still for good, leave it with --exclude, or have "
-                    "that code look for nr.nn.BatchNorm too",
-                )
+                refused.setdefault(name, _FLAG.format(mode, "training" if flags[name] else "eval"))
     return refused
 
 
 def _after(model: nn.Module, names: Iterable[str], training: bool) -> dict[str, bool]:
     """By name, the training flag of the norms whose statistics it moves."""
-    _set_mode(model, training)
-    modules = sites.by_name(model)
+    modules = sites.by_name(_in_mode(model, training))
     moving = {name: modules[name] for name in names if name in modules and _moves(modules[name])}
     return {name: module.training for name, module in moving.items()}
 
@@ -163,8 +214,9 @@ def _moves(norm: nn.Module) -> bool:
     return sites.is_norm(norm)
 
 
-def _set_mode(model: nn.Module, training: bool) -> None:
+def _in_mode(model: nn.Module, training: bool) -> nn.Module:
     model.train() if training else model.eval()
+    return model
 
 
 # --- which norms are called ----------------------------------------------------------------------------------------------
@@ -174,7 +226,7 @@ def never_called(model: nn.Module, names: Sequence[str], inputs: Sequence[Tensor
     """The named modules of the model that forward does not call in eval; none where it can't run on the inputs by position."""
     try:
         with evaluating(model):
-            called = {name for name, _ in calls(model, names, inputs)}
+            called = {call.name for call in _run(model, names, inputs).calls}
     except Exception:  # the model's own code runs here; who compares or folds tells what is wrong
         return set()
     return (set(names) & sites.by_name(model).keys()) - called

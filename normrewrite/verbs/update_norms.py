@@ -84,7 +84,9 @@ def _measures(module: nn.Module) -> bool:
 def _from_nothing(norms: list[Any]) -> Iterator[None]:
     """Norms that average from their next batch on. What no batch has reached comes back, and all does where the pass fails."""
     before = [_state(norm) for norm in norms]
-    settings = [(norm, name, vars(norm)[name]) for norm in norms for name in ("momentum", "schedule") if name in vars(norm)]
+    settings = [
+        (norm, name, vars(norm)[name]) for norm in norms for name in ("momentum", "schedule") if name in vars(norm)
+    ]
     try:
         for norm in norms:
             _reset(norm)
@@ -118,7 +120,9 @@ def _put_back(state: State) -> None:
 
 def _is_kept(norm: nn.Module, buffer: Tensor) -> bool:
     """Batch Renorm's own count of training steps, and its mark of statistics that were trained before."""
-    return isinstance(norm, BatchRenorm) and any(norm._buffers[name] is buffer for name in ("num_batches_tracked", "trained"))
+    return isinstance(norm, BatchRenorm) and any(
+        norm._buffers[name] is buffer for name in ("num_batches_tracked", "trained")
+    )
 
 
 def _reset(norm: Any) -> None:
@@ -127,6 +131,8 @@ def _reset(norm: Any) -> None:
     for name, value in _RUNNING.items():
         if norm._buffers.get(name) is not None:
             norm._buffers[name].fill_(value)
-    if isinstance(norm, BatchRenorm):  # it is to measure as it would in its first step: statistics of nothing correct nothing
+    if isinstance(
+        norm, BatchRenorm
+    ):  # it is to measure as it would in its first step: statistics of nothing correct nothing
         norm.trained.fill_(False)
         norm.schedule = _NEVER
