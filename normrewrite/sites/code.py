@@ -63,7 +63,7 @@ class Running:
 
 def running(model: nn.Module, entries: frozenset[str] = ENTRIES) -> Running:
     """What runs when a network runs; a method counts that any code which runs names, whatever object it names it of."""
-    classes = {type(module) for module in model.modules() if not isinstance(module, GraphModule)}
+    classes: set[Any] = {type(module) for module in model.modules() if not isinstance(module, GraphModule)}
     classes = {cls for cls in classes if _methods(cls)}
     names = entries
     while True:

@@ -36,12 +36,11 @@ class Place:
 
 
 def hidden(model: nn.Module) -> Iterator[Place]:
-    """Every such place of the modules that are registered. Ours keep notes of their own so; torch's hold nothing so."""
+    """Every such place of the modules that are registered; ours keep notes of their own so."""
     for name, module in model.named_modules():
-        if not type(module).__module__.startswith(("torch.nn.", "normrewrite.")) and not isinstance(
-            module, GraphModule
-        ):
-            for key, value in attributes(module).items():
+        ours = type(module).__module__.startswith("normrewrite.") or isinstance(module, GraphModule)
+        for key, value in () if ours else attributes(module).items():
+            if isinstance(value, nn.Module | Mapping | list | tuple | set | frozenset):
                 yield from _within(value, f"{name}.{key}" if name else key, vars(module), key)
 
 

@@ -162,7 +162,8 @@ def plan(
 
     to: a target of normrewrite.targets: `l1`, `topk:1%`, `group:4`, `wn`, ..., or `l2` for torch's own norms back from ours.
     scope: for metrics, which norms are meant: `batch`, `layer`, `group`, `instance`, `rms`, several of them, or `all`.
-    example_inputs: forward's arguments; only targets that fold norms into linear layers ask for them.
+    example_inputs: forward's arguments. They tell which norms are never called, and what linear layers a norm can be folded
+    into; and where the network's code looks at its norms, the whole network is compared on them, or those norms are left.
     rules: PATTERN -> target (None or `keep` leaves a site), first match wins, before `to`.
     include, exclude: globs or `re:` patterns of dotted names; each must match a site.
     Raises NormRewriteError for an unknown target or pattern, or a model wrapped for data-parallel training.
