@@ -4,14 +4,14 @@
 ['block.norms[0]', 'block.norms[1]']
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from torch.fx import GraphModule
 
-from normrewrite.nn.parts import attributes
+from normrewrite.nn.parts import INTERNAL
 
 
 @dataclass(frozen=True)
@@ -35,21 +35,25 @@ class Place:
         return self.shelf._modules is None
 
 
+_PLAIN = frozenset({bool, int, float, str, type(None)})  # most attributes are, and none holds a module
+
+
 def hidden(model: nn.Module) -> Iterator[Place]:
     """Every such place of the modules that are registered; ours keep notes of their own so."""
     for name, module in model.named_modules():
         ours = type(module).__module__.startswith("normrewrite.") or isinstance(module, GraphModule)
-        for key, value in () if ours else attributes(module).items():
-            if isinstance(value, nn.Module | Mapping | list | tuple | set | frozenset):
+        for key, value in () if ours else vars(module).items():
+            if key not in INTERNAL and type(value) not in _PLAIN:
                 yield from _within(value, f"{name}.{key}" if name else key, vars(module), key)
 
 
 def _within(value: Any, path: str, holder: Any, key: Any, depth: int = 3) -> Iterator[Place]:
     if isinstance(value, nn.Module):
         yield Place(value, path, Shelf(holder if isinstance(holder, dict | list) else None), key)
-    elif depth and isinstance(value, Mapping):
+    elif depth and isinstance(value, dict):
         for name, held in value.items():
             yield from _within(held, f"{path}[{name!r}]", value, name, depth - 1)
     elif depth and isinstance(value, list | tuple | set | frozenset):
         for i, held in enumerate(value):
-            yield from _within(held, f"{path}[{i}]", value, i, depth - 1)
+            if type(held) not in _PLAIN:
+                yield from _within(held, f"{path}[{i}]", value, i, depth - 1)
