@@ -48,6 +48,7 @@ class Look:
     against: ast.expr | str | tuple[str, ...] | None
     text: str
     line: int = 1
+    literal: bool = False  # the attribute is asked for by hasattr or getattr, which raise nothing where it is missing
 
     @property
     def by_class(self) -> bool:
@@ -76,9 +77,9 @@ def found(
             for site in sites:
                 if id(site.module) not in asked or site.name in first:
                     continue
-                if known or look.kind != "attribute" or hasattr(site.module, str(look.against)):
-                    new = renewed(site, look.by_class)
-                    first |= {site.name: look} if _differs(look, frame, site.module, new, known=known) else {}
+                had = known or look.kind != "attribute" or hasattr(site.module, str(look.against))
+                if had and _differs(look, frame, site.module, renewed(site, look.by_class), known=known):
+                    first[site.name] = look
     return first
 
 
@@ -126,7 +127,7 @@ def _from_names(function: Function, names: frozenset[str]) -> Iterator[Look]:
     if names & _SPELT:
         yield Look(function, "name", None, words, "for a class's name")
     for name in sorted((names & _STATISTICS) | (set(words) if names & {"hasattr", "getattr"} else set())):
-        yield Look(function, "attribute", None, name, f"for .{name}")
+        yield Look(function, "attribute", None, name, f"for .{name}", literal=True)
 
 
 class _Visitor(ast.NodeVisitor):
@@ -142,10 +143,12 @@ class _Visitor(ast.NodeVisitor):
         for look in self._found:
             yield replace(look, against=tuple(self._words)) if look.kind in ("name", "print") else look
 
-    def _add(self, kind: str, subject: ast.expr, against: ast.expr | str | None, node: ast.expr) -> None:
+    def _add(
+        self, kind: str, subject: ast.expr, against: ast.expr | str | None, node: ast.expr, *, literal: bool = False
+    ) -> None:
         text = " ".join(ast.unparse(node).split())
         text = text if len(text) <= 80 else f"{text[:77]}..."
-        self._found.append(Look(self.function, kind, subject, against, text, node.lineno))
+        self._found.append(Look(self.function, kind, subject, against, text, node.lineno, literal))
 
     def _add_class(self, subject: ast.expr, node: ast.expr) -> None:
         self._add("class", subject, None, node)
@@ -182,7 +185,7 @@ class _Visitor(ast.NodeVisitor):
             case ast.Call(func=ast.Attribute(value=subject, attr="_get_name")):
                 self._add("name", subject, None, node)
             case ast.Call(func=ast.Name(id="hasattr" | "getattr"), args=[subject, ast.Constant(value=str(name)), *_]):
-                self._add("attribute", subject, name, node)
+                self._add("attribute", subject, name, node, literal=True)
             case ast.Call(func=ast.Name(id="setattr"), args=[subject, ast.Constant(value=str(name)), *_]):
                 self._add("write", subject, name, node)
             case ast.Call(func=ast.Attribute(value=ast.Attribute(value=subject, attr=name), attr=changed)):
@@ -228,7 +231,7 @@ def _may_matter(look: Look, frame: Frame, known: bool) -> bool:
         classes = _asked(look, frame) or code.classes(look.function)
         return any(issubclass(cls, nn.Module) and cls is not nn.Module for cls in classes)
     if look.kind == "attribute":
-        return known or look.against in _STATISTICS or "attr(" in look.text
+        return known or look.against in _STATISTICS or look.literal
     return known or look.kind == "name"  # anything may be printed or written to
 
 

@@ -222,11 +222,22 @@ def _hooked() -> nn.Module:
     return randomise(model).eval()
 
 
-def _without_source() -> nn.Module:
-    namespace: dict[str, Any] = {"_Net": _Net, "nn": nn}
-    body = "def asks(self):\n    return isinstance(self.norm, nn.BatchNorm1d)\n"
-    exec(compile(body, "<generated>", "exec"), namespace)
+def _generated(question: str) -> nn.Module:
+    namespace: dict[str, Any] = {"nn": nn}
+    exec(compile(f"def asks(self):\n    return {question}\n", "<generated>", "exec"), namespace)
     return type("Generated", (_Net,), {"asks": namespace["asks"], "__module__": __name__})()
+
+
+def _without_source() -> nn.Module:
+    return _generated("isinstance(self.norm, nn.BatchNorm1d)")
+
+
+def _attribute_without_source() -> nn.Module:
+    return _generated("hasattr(self.norm, 'num_features')")
+
+
+def _name_without_source() -> nn.Module:
+    return _generated("'BatchNorm' in type(self.norm).__name__")
 
 
 ASKING = [
@@ -235,6 +246,8 @@ ASKING = [
     ByAnotherMethodOfAChild,
     _hooked,
     _without_source,
+    _attribute_without_source,
+    _name_without_source,
 ]
 INPUTS = torch.randn(5, WIDTH, WIDTH, generator=torch.Generator().manual_seed(3))
 
