@@ -1,5 +1,6 @@
 """Code that looks at its norms: whatever way it asks, the twin is the same function or the site is refused by name."""
 
+import importlib
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -275,6 +276,17 @@ def test_however_it_asks_the_twin_is_exact_or_the_site_refused_by_name(make: Cal
                     assert torch.allclose(twin(x), expected, 1e-4, 1e-4), to
                 assert left or report.inexact or verify(model, twin, x).ok
     assert refusals  # every one of them asks what some twin answers otherwise
+
+
+def test_a_file_that_was_edited_since_is_read_from_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = Path(__file__).read_text()
+    head, asking = body[: body.index("class Isinstance")], "class Isinstance(_Net):\n    def asks(self):\n"
+    head = head.replace("from tests.conftest import randomise", "randomise = lambda model: model")
+    (tmp_path / "edited_since.py").write_text(f"{head}{asking}        return isinstance(self.norm, nn.BatchNorm1d)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    edited: Any = importlib.import_module("edited_since")
+    (tmp_path / "edited_since.py").write_text(f"{'#' * 40}\n" * 9 + f"{head}{asking}        return True\n")
+    assert not nr.plan(edited.Isinstance(), to="l1").rewritten
 
 
 def test_where_inputs_show_the_same_network_the_site_is_rewritten() -> None:
