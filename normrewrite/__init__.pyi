@@ -31,4 +31,5 @@ from .verbs.finetune import finetune_ as finetune_
 from .verbs.initialise import initialise_ as initialise_
 from .verbs.revert import revert as revert
 from .verbs.revert import revert_ as revert_
+from .verbs.update_norms import update_norms as update_norms
 from .verbs.verify import verify as verify

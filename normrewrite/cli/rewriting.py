@@ -65,7 +65,11 @@ def inspect(source: Any, as_json: bool, quiet: bool, **options: Any) -> None:
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan, write nothing.")
 @click.option("--expect", type=int, metavar="N", help="Fail unless exactly N sites are rewritten.")
-@click.option("--input-shape", metavar="N,C,...", help="Check the whole network too, on random input of this shape.")
+@click.option(
+    "--input-shape",
+    metavar="N,C,...",
+    help="Check the whole network too, on random input of this shape; needed where its code looks at its norms.",
+)
 @click.option(
     "--calibrate",
     metavar="DATA",

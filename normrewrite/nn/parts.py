@@ -27,12 +27,12 @@ def assemble(
     return module
 
 
-_INTERNAL = frozenset(vars(nn.Module()))
+INTERNAL = frozenset(vars(nn.Module()))
 
 
 def attributes(module: nn.Module) -> dict[str, Any]:
     """The attributes of a module's own class, private ones too: not its tensors, submodules, hooks or training flag."""
-    return {name: value for name, value in vars(module).items() if name not in _INTERNAL}
+    return {name: value for name, value in vars(module).items() if name not in INTERNAL}
 
 
 def shallow(module: nn.Module) -> Any:

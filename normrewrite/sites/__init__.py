@@ -7,6 +7,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -16,11 +17,13 @@ from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.origin import Origin
 from normrewrite.nn.rows import RowNorm
 from normrewrite.nn.weights import WeightNorm, weight_norm_of
+from normrewrite.sites.hidden import Shelf, hidden
 
 
 @dataclass(frozen=True)
 class Site:
-    """One norm module, every name it goes by, and every place (parent, key) it is registered at; none for a root.
+    """One norm module, every name it goes by, and every place (parent, key) that holds it: where it is registered, and the
+    plain lists that hold it too; none for a root.
 
     inside: the modules that hold it, and those that hold them.
     before: the layer that feeds this norm alone, so that the norm can be folded into it; alone: why there is none. Both
@@ -29,7 +32,7 @@ class Site:
 
     names: tuple[str, ...]
     module: nn.Module
-    homes: tuple[tuple[nn.Module, str], ...]
+    homes: tuple[tuple[nn.Module | Shelf, Any], ...]
     inside: tuple[nn.Module, ...] = ()
     before: "Site | None" = None
     alone: str = ""
@@ -97,7 +100,7 @@ def is_row_norm(module: nn.Module) -> bool:
 def find(model: nn.Module, wanted: Callable[[nn.Module], bool] = is_norm) -> list[Site]:
     """All wanted modules, batch norms by default, in registration order; one used at several places is one site."""
     names: dict[int, list[str]] = {}
-    homes: dict[int, list[tuple[nn.Module, str]]] = {}
+    homes: dict[int, list[tuple[nn.Module | Shelf, Any]]] = {}
     modules: dict[int, nn.Module] = {}
     parents: dict[int, list[nn.Module]] = {}
     for name, module, home in registrations(model):
@@ -106,6 +109,9 @@ def find(model: nn.Module, wanted: Callable[[nn.Module], bool] = is_norm) -> lis
             modules[id(module)] = module
             names.setdefault(id(module), []).append(name)
             homes.setdefault(id(module), []).extend(home)
+    for place in hidden(model):
+        if id(place.module) in modules and not place.fixed:
+            homes[id(place.module)].append((place.shelf, place.key))
     return [
         Site(tuple(names[key]), module, tuple(homes[key]), _ancestors(key, parents)) for key, module in modules.items()
     ]
@@ -119,6 +125,23 @@ def _ancestors(module: int, parents: dict[int, list[nn.Module]]) -> tuple[nn.Mod
         found |= new
         queue += new
     return tuple(found.values())
+
+
+def out_of_sight(model: nn.Module, wanted: Callable[[nn.Module], bool] = is_norm) -> list[Site]:
+    """Wanted modules that plain containers alone hold, under the name of the first place that leads to them."""
+    known = {id(module) for module in model.modules()}
+    found = []
+    for place in hidden(model):
+        for site in find(place.module, wanted) if id(place.module) not in known else ():
+            if id(site.module) not in known:
+                known.add(id(site.module))
+                found.append(Site((f"{place.path}.{site.name}".removesuffix("."),), site.module, ()))
+    return found
+
+
+def held_fast(model: nn.Module) -> dict[int, str]:
+    """By id, the place of every module that a tuple or set holds too, in which nothing can be replaced."""
+    return {id(place.module): place.path for place in hidden(model) if place.fixed}
 
 
 def registrations(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[tuple[nn.Module, str]]]]:

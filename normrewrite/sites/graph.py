@@ -8,6 +8,7 @@ from torch import nn
 from torch.fx import GraphModule, Node, Tracer
 
 from normrewrite.errors import NormRewriteError, first_line
+from normrewrite.sites.modes import same_attributes
 
 
 class Untraceable(NormRewriteError):
@@ -34,7 +35,8 @@ def trace(model: nn.Module, whole: Collection[int] = ()) -> GraphModule:
     if isinstance(model, GraphModule):
         return model
     try:
-        return GraphModule(model, _Tracer(whole).trace(model), type(model).__name__)
+        with same_attributes(model):
+            return GraphModule(model, _Tracer(whole).trace(model), type(model).__name__)
     except Exception as error:  # a model's own forward runs here, and may raise anything
         raise Untraceable(f"torch.fx can't trace {type(model).__name__}: {first_line(error)}") from error
 

@@ -1,12 +1,15 @@
 """Which parts of a model run in eval, and their flags brought back."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from normrewrite import sites
+from normrewrite.nn.parts import attributes
 
 
 @contextmanager
@@ -45,3 +48,25 @@ def same_flags(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in flags:
             module.training = training
+
+
+@contextmanager
+def same_attributes(model: nn.Module) -> Iterator[None]:
+    """Every module's plain attributes come back afterwards, and what its lists and dictionaries hold: a forward that runs
+    on a trace's proxies may keep some of them."""
+    before = [(module, attributes(module)) for module in model.modules()]
+    held = [(value, copy.copy(value)) for _, plain in before for value in plain.values() if type(value) in (dict, list)]
+    try:
+        yield
+    finally:
+        for value, old in held:
+            _refill(value, old)
+        for module, plain in before:
+            for name in attributes(module).keys() - plain.keys():
+                del vars(module)[name]
+            vars(module).update(plain)
+
+
+def _refill(value: Any, old: Any) -> None:
+    value.clear()
+    value.update(old) if isinstance(value, dict) else value.extend(old)

@@ -62,13 +62,19 @@ def attach(model: nn.Module, found: Sequence[Site], example_inputs: Sequence[Ten
 
 def _why_alone(graph_module: GraphModule, site: Site, calls: list[Node], ranks: dict[Node, int]) -> str | None:
     if len(calls) != 1:
-        return "is used at several places" if calls else "is inside a module that torch.fx takes as a whole"
+        return "is used at several places" if calls else _why_uncalled(graph_module, site)
     if has_hooks(site.module):
         return "has hooks"
     before = calls[0].args[0] if calls[0].args else None
     if not isinstance(before, Node):
         return "its input is no plain argument"
     return why_not_fold(graph_module, before, calls[0], ranks)
+
+
+def _why_uncalled(graph_module: GraphModule, site: Site) -> str:
+    called = [f"{node.target}." for node in graph_module.graph.nodes if node.op == "call_module"]
+    inside = any(name.startswith(outer) for outer in called for name in site.names)
+    return "is inside a module that torch.fx takes as a whole" if inside else "is never called in eval"
 
 
 def why_not_fold(graph_module: GraphModule, node: Node, reader: Node | None, ranks: dict[Node, int]) -> str | None:

@@ -47,6 +47,9 @@ def find_traps(model: nn.Module) -> list[Trap]:
     calls = tuple(site.label for site in candidates(model))
     if calls:
         traps.append(replace(_FUNCTIONAL, sites=calls))
+    unseen = tuple(site.label for site in sites.out_of_sight(model))
+    if unseen:
+        traps.append(replace(_OUT_OF_SIGHT, sites=unseen))
     return traps
 
 
@@ -75,6 +78,12 @@ def is_frozen(site: Site) -> bool:
     return isinstance(site.module, FrozenBatchNorm) or (isinstance(kind, Kind) and kind.cls is FrozenBatchNorm)
 
 
+def _is_measured(norm: nn.Module) -> bool:
+    """Whether it is one of ours whose running statistics training moves."""
+    ours = isinstance(norm, BatchNorm) and not isinstance(norm, FrozenBatchNorm)
+    return ours and norm.running_mean is not None
+
+
 def _low_precision(site: Site, name: str) -> bool:
     values = _tensor(site, name)
     return values is not None and torch.finfo(values.dtype).bits < 32
@@ -85,6 +94,13 @@ _FUNCTIONAL = Trap(
     (),
     "tools that look for modules miss it, and the network stays half converted (pytorch #122070)",
     "the module that calls it is traced, and the call becomes a norm module; refused by name where that can't be done",
+)
+
+_OUT_OF_SIGHT = Trap(
+    "norms in a plain list",
+    (),
+    "torch does not find them: they are in no state_dict, follow no .to() and no .eval()",
+    "left, and named; put them into an nn.ModuleList. One that is registered too is rewritten in both places",
 )
 
 _KNOWN = (
@@ -161,6 +177,13 @@ _KNOWN = (
         "training normalises by the batch, but its running statistics never move (eval and training drift apart)",
         "carried over as it is; set a momentum before you train",
         lambda site, model: getattr(site.module, "momentum", None) == 0.0 and not is_frozen(site),
+    ),
+    _Known(
+        "norms that update_bn passes by",
+        "torch.optim.swa_utils.update_bn, and Lightning's averaging, measure torch's norms alone: an average of weights keeps "
+        "statistics that are not its own",
+        "nr.update_norms(model, data) measures these and torch's",
+        lambda site, model: _is_measured(site.module),
     ),
     _Known(
         "SyncBatchNorm",

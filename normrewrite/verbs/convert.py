@@ -4,8 +4,8 @@
 >>> plan_ = plan(model, to="topk:10"); print(plan_); twin, report = plan_.apply()
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict, Unpack
 
 import torch
@@ -29,6 +29,7 @@ from normrewrite.rules import KEEP, Rules
 from normrewrite.sites import Site
 from normrewrite.sites.undo import undone_on_error
 from normrewrite.targets import rewrite
+from normrewrite.verbs import trial
 
 Names = str | Sequence[str]
 
@@ -41,11 +42,13 @@ class Choice:
     target: str
     rewrite: Rewrite | None
     reason: str | None
+    unused: bool = False  # forward does not call it, on the example inputs
 
     @property
     def note(self) -> str:
         """What is to be said of a site that will be rewritten: where it is folded, why eval can't stay the same."""
-        return "" if self.rewrite is None else self.rewrite.note(self.site)
+        note = "" if self.rewrite is None else self.rewrite.note(self.site)
+        return "; ".join(filter(None, ("never called on the example inputs" if self.unused else "", note)))
 
 
 @dataclass
@@ -162,7 +165,8 @@ def plan(
 
     to: a target of normrewrite.targets: `l1`, `topk:1%`, `group:4`, `wn`, ..., or `l2` for torch's own norms back from ours.
     scope: for metrics, which norms are meant: `batch`, `layer`, `group`, `instance`, `rms`, several of them, or `all`.
-    example_inputs: forward's arguments; only targets that fold norms into linear layers ask for them.
+    example_inputs: forward's arguments. They tell which norms are never called, and what linear layers a norm can be folded
+    into; and where the network's code looks at its norms, the whole network is compared on them, or those norms are left.
     rules: PATTERN -> target (None or `keep` leaves a site), first match wins, before `to`.
     include, exclude: globs or `re:` patterns of dotted names; each must match a site.
     Raises NormRewriteError for an unknown target or pattern, or a model wrapped for data-parallel training.
@@ -189,15 +193,36 @@ def plan(
     for name, each in passes.items():
         own = [site for site in found if each.wants(site.module)]
         seen[name] = {site.name: site for site in each.look(model, own)}
-    choices = [Choice(site, KEEP, None, reason) for site, reason in refused]
+    choices, fast = [Choice(site, KEEP, None, reason) for site, reason in refused], sites.held_fast(model)
     for site in found:
         target = next((t for pattern, t in pairs if rules_.matches(pattern, site)), to)
         known = site if target == KEEP else seen[target].get(site.name)
         if known is not None:
-            choices.append(_choose(known, target, include, exclude, passes))
+            choices.append(_choose(known, target, include, exclude, passes, fast))
+    out_of_sight = sites.out_of_sight(model, _wanted_by(passes.values()))
+    choices += [Choice(site, KEEP, None, _OUT_OF_SIGHT) for site in out_of_sight]
     wanted = [name for name in lifts if any(_within(c.site.name, name) for c in choices if c.rewrite is not None)]
     missing = "no batch norm" if scopes == ("batch",) else f"no norm of scope {', '.join(scopes)}"
-    return Plan(model, choices, wanted, list(passes.values()), missing)
+    return _tried(Plan(model, choices, wanted, list(passes.values()), missing), example_inputs)
+
+
+def _tried(draft: Plan, inputs: Sequence[Tensor] | None) -> Plan:
+    """The plan without the rewrites that a look at the whole network forbids, and with what inputs show."""
+    refused = trial.refused(draft, inputs)
+    names = [choice.site.name for choice in draft.choices]
+    unused = set() if inputs is None else trial.never_called(draft.model, names, inputs)
+    choices = [
+        replace(choice, target=KEEP, rewrite=None, reason=refused[choice.site.name])
+        if choice.rewrite is not None and choice.site.name in refused
+        else replace(choice, unused=choice.site.name in unused)
+        for choice in draft.choices
+    ]
+    return replace(draft, choices=choices)
+
+
+_OUT_OF_SIGHT = (
+    "is held in a plain list or attribute, where torch does not find it either. Put it into an nn.ModuleList"
+)
 
 
 def as_scopes(scope: Names) -> tuple[str, ...]:
@@ -212,7 +237,7 @@ def _within(name: str, module: str) -> bool:
 
 def _find(model: nn.Module, passes: list[Rewrite]) -> tuple[list[Site], list[str], list[tuple[Site, str]]]:
     """Sites that are modules, or will be once their F.batch_norm is lifted; the modules to lift; and those that can't be."""
-    found = sites.find(model, lambda module: any(rewrite.wants(module) for rewrite in passes))
+    found = sites.find(model, _wanted_by(passes))
     lifts, refused = [], []
     for candidate in candidates(model):
         new = lifted(deepcopy(candidate.module))  # a trace runs the module's own code
@@ -230,18 +255,37 @@ def _find(model: nn.Module, passes: list[Rewrite]) -> tuple[list[Site], list[str
     return found, lifts, refused
 
 
+def _wanted_by(passes: Iterable[Rewrite]) -> Callable[[nn.Module], bool]:
+    """Whether any of the passes has a module for a site."""
+    each = list(passes)
+    return lambda module: any(rewrite.wants(module) for rewrite in each)
+
+
 def _as_list(names: Names) -> list[str]:
     return [names] if isinstance(names, str) else list(names)
 
 
-def _choose(site: Site, target: str, include: list[str], exclude: list[str], passes: dict[str, Rewrite]) -> Choice:
+def _choose(
+    site: Site,
+    target: str,
+    include: list[str],
+    exclude: list[str],
+    passes: dict[str, Rewrite],
+    fast: Mapping[int, str],
+) -> Choice:
     if include and not any(rules_.matches(pattern, site) for pattern in include):
         return Choice(site, KEEP, None, "not in --include")
     if any(rules_.matches(pattern, site) for pattern in exclude):
         return Choice(site, KEEP, None, "in --exclude")
     if target == KEEP:
         return Choice(site, KEEP, None, "kept by a rule")
-    refusal = passes[target].refusal(site)
+    places = [fast[id(each.module)] for each in (site, site.before) if each is not None and id(each.module) in fast]
+    held = (
+        f"a tuple holds it or its layer too ({places[0]}), and would keep the old one. Make that a list"
+        if places
+        else None
+    )
+    refusal = passes[target].refusal(site) or held
     return Choice(site, KEEP, None, refusal) if refusal else Choice(site, target, passes[target], None)
 
 
