@@ -22,10 +22,12 @@ from torch import Tensor
 from normrewrite.lower.families import (
     Sparse,
     dense_slope,
+    distant,
     extremes,
     gradients,
     keep,
     laid_out_as,
+    mean_dtype,
     nothing,
     power_mean,
     sparse_slope,
@@ -88,16 +90,40 @@ def forward(
     """The operator's results by torch, whatever the kernels could do."""
     values = wide(x)
     constant = row.gain(_count(x), gain)  # first, as it refuses rows that are too short
-    mean = values.mean(_ROW) if centred else values.new_zeros(x.shape[:2])
+    mean = values.mean(_ROW, dtype=mean_dtype(x)).to(values.dtype) if centred else values.new_zeros(x.shape[:2])
     d = values - _by_row(mean)
     raw, sparse = measure(d, row)
     spread = raw * constant
+    if centred:
+        _recentre_(d, mean, spread, sparse, values, row, constant, eps)
     y = d.div_(_by_row(spread + eps))
     if weight is not None:
         y *= _by_channel(weight, y)
     if bias is not None:
         y += _by_channel(bias, y)
     return laid_out_as(y, x), mean, spread, *(sparse or nothing(mean))
+
+
+def _recentre_(
+    d: Tensor,
+    mean: Tensor,
+    spread: Tensor,
+    sparse: Sparse | None,
+    values: Tensor,
+    row: Metric,
+    constant: float,
+    eps: float,
+) -> None:
+    """Centre and measure again, in place, rows where the mean's rounding would count."""
+    far = distant(mean, spread + eps)
+    if far is None:
+        return
+    mean[far] += d[far].mean((1, 2))
+    d[far] = values[far] - mean[far][:, None, None]
+    raw, again = measure(d[far][:, None], row)
+    spread[far] = raw[:, 0] * constant
+    for of_all, of_few in zip(sparse or (), again or (), strict=True):
+        of_all[far.flatten()] = of_few
 
 
 @_forward.register_fake
