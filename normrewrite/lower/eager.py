@@ -79,9 +79,9 @@ def centred_affine(x: Tensor, mean: Tensor, scale: Tensor, weight: Tensor | None
 
 
 def near_(y: Tensor, x: Tensor, mean: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """y, `affine` of x, with such channels computed again, in place, from x - mean: on a CPU torch takes the difference of
-    x * (weight / scale) and mean * (weight / scale)."""
-    channels = distant(mean, scale)
+    """y, `affine` of x, with such channels computed again, in place, from x - mean: torch subtracts mean * (weight / scale) from
+    x * (weight / scale) on a CPU."""
+    channels = None if x.is_cuda else distant(mean, scale)  # its kernel subtracts first
     if channels is not None:
         weight, bias = (None if values is None else values[channels] for values in (weight, bias))
         mean, scale = mean[channels], scale[channels]
@@ -115,7 +115,7 @@ def recentred_(
     x: Tensor, mean: Tensor, spread: Tensor, kept: Sequence[Tensor], row: Metric, constant: float, eps: float
 ) -> None:
     """Measure again, in place, where the mean's rounding would count: about the mean of what lies about the mean."""
-    channels = distant(mean, spread + eps)
+    channels = None if x.is_cuda else distant(mean, spread + eps)
     if channels is None:
         return
     few = wide(x[:, channels])

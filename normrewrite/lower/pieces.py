@@ -52,9 +52,8 @@ class Pieces:
             self.fold = max(min(min(_SIDE_BY_SIDE, size) // width, math.isqrt(self.height)), 1)
             width *= self.fold
         self.step = max(size // width, 1)
-        self.short = self.rows or (
-            x.is_contiguous() and x.dim() > 2 and (width if self.planes else positions) <= _STRETCH
-        )
+        longest = width if self.planes else positions
+        self.short = self.rows or (x.is_contiguous() and x.dim() > 2 and 0 < x.numel() and longest <= _STRETCH)
 
     def of(self, values: Tensor) -> tuple[Tensor, ...]:
         """The pieces of x, or of what has its shape; views of what is laid out as x is."""

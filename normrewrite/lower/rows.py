@@ -94,7 +94,7 @@ def forward(
     d = values - _by_row(mean)
     raw, sparse = measure(d, row)
     spread = raw * constant
-    if centred:
+    if centred and not x.is_cuda:
         _recentre_(d, mean, spread, sparse, values, row, constant, eps)
     y = d.div_(_by_row(spread + eps))
     if weight is not None:
