@@ -120,7 +120,9 @@ def recentred_(
         return
     few = wide(x[:, channels])
     mean[channels] += channel_mean(few - per_channel(mean[channels], x.dim()))
-    raw, again = measure(few, mean[channels], row)
+    few = few - per_channel(mean[channels], x.dim())
+    rest = channel_mean(few)  # the signs of dense rows are told again from the mean as it is rounded
+    raw, again = measure(few, torch.zeros_like(rest) if row.family == "mean" else rest, row)
     spread[channels] = raw * constant
     for of_all, of_few in zip(kept, again, strict=True):
         if of_few.numel():
@@ -258,6 +260,7 @@ def _backward(
     if compiles(x, row):
         return compiled.backward(g, x, weight, mean, spread, signs, row, constant, eps)
     dweight, dbias = sums(g, x, mean, spread + eps)
+    dweight -= dbias * rounding(x, mean, spread + eps) / (spread + eps)
     total, kept = torch.stack([dweight, dbias, slope_sum(signs, row, constant, n)]), (indices, signs)
     return input_gradient(g, x, weight, mean, spread, kept, total, row, constant, n, eps), dweight, dbias
 
@@ -297,6 +300,20 @@ def _long_sums(g: Tensor, x: Tensor, mean: Tensor, inverse: Tensor) -> tuple[Ten
     """`_two_sums` by torch's own sums, which add up by pairs: where planes have no short parts."""
     d = (x - per_channel(mean, x.dim())).mul_(g)
     return d.sum(over(x)) * inverse, g.sum(over(x))
+
+
+def rounding(x: Tensor, mean: Tensor, scale: Tensor) -> Tensor | float:
+    """By how much the mean of a channel is more than the number that stands for it, where that counts, else 0.
+
+    In y it is within x's own rounding. In dweight it counts as often as there are elements, and sparse rows put all of dweight
+    into few of them.
+    """
+    channels = None if x.is_cuda else distant(mean, scale)
+    if channels is None:
+        return 0.0
+    found = torch.zeros_like(mean)
+    found[channels] = channel_mean(wide(x[:, channels]) - per_channel(mean[channels], x.dim()))
+    return found
 
 
 def _two_sums(g: Tensor, x: Tensor, mean: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
