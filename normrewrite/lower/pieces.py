@@ -53,7 +53,7 @@ class Pieces:
             width *= self.fold
         self.step = max(size // width, 1)
         longest = width if self.planes else positions
-        self.short = self.rows or (x.is_contiguous() and x.dim() > 2 and 0 < x.numel() and longest <= _STRETCH)
+        self.short = self.rows or (x.is_contiguous() and x.dim() > 2 and x.numel() > 0 and longest <= _STRETCH)
 
     def of(self, values: Tensor) -> tuple[Tensor, ...]:
         """The pieces of x, or of what has its shape; views of what is laid out as x is."""
@@ -78,7 +78,8 @@ class Pieces:
     def total(self, found: Sequence[Tensor]) -> Tensor:
         """Sums by channel, (C,), of what was found in each piece, in their order; added up in float64."""
         if self.planes:
-            return torch.cat(list(found)).view(self.samples, self.channels, -1).sum((0, 2), dtype=torch.float64)
+            planes = torch.cat(list(found)).view(self.samples, -1).sum(0, dtype=torch.float64)
+            return planes.view(self.channels, -1).sum(1)
         return torch.cat([piece.view(-1, self.channels) for piece in found]).sum(0, dtype=torch.float64)
 
 

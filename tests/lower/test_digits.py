@@ -111,7 +111,7 @@ def test_a_mean_far_from_zero_costs_what_it_costs_torch(spec: str, scope: str) -
     g, (weight, bias) = torch.randn(x.shape, generator=generator), affine(torch.float32)
 
     def errors(norm: Norm) -> list[float]:
-        """Of y and dx, against the same in float64; but for elements that fp32 can't tell from the mean, where l1 has its kink."""
+        """Of y and dx, against the same in float64; but where fp32 can't tell x from the mean, l1's kink."""
         found = []
         for dtype in (torch.float32, torch.float64):
             leaf = x.to(dtype).requires_grad_()

@@ -80,7 +80,7 @@ def test_long_rows_of_narrow_accesses_have_registers_enough() -> None:
 def test_a_spill_is_seen(few: dict[str, list[dict[str, Any]]]) -> None:
     """By the same report, of kernels that no assembler could fit into the registers that it is given."""
     for kernel in few["too few registers:120"]:
-        with pytest.raises(AssertionError, match="'spilled': [1-9]"):
+        with pytest.raises(AssertionError, match=r"'spilled': [1-9]"):
             check(kernel)
 
 
