@@ -17,7 +17,7 @@ wrongly.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import cast
 
 import torch
@@ -84,10 +84,14 @@ def near_(y: Tensor, x: Tensor, mean: Tensor, scale: Tensor, weight: Tensor | No
     channels = None if x.is_cuda else distant(mean, scale)  # its kernel subtracts first
     if channels is not None:
         weight, bias = (None if values is None else values[channels] for values in (weight, bias))
-        mean, scale = mean[channels], scale[channels]
-        d = wide(x[:, channels]) - per_channel(mean, x.dim())
-        y[:, channels] = affine(d, torch.zeros_like(mean), scale, weight, bias).to(y.dtype)
+        d, zero = _about(x, channels, mean[channels]), torch.zeros_like(mean[channels])
+        y[:, channels] = affine(d, zero, scale[channels], weight, bias).to(y.dtype)
     return y
+
+
+def _about(x: Tensor, channels: Tensor, mean: Tensor) -> Tensor:
+    """Some channels' deviations from their means."""
+    return wide(x[:, channels]) - per_channel(mean, x.dim())
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------
@@ -111,16 +115,13 @@ def channel_mean(x: Tensor) -> Tensor:
     return x.mean(over(x), dtype=mean_dtype(x)).to(wide_dtype(x))
 
 
-def recentred_(
-    x: Tensor, mean: Tensor, spread: Tensor, kept: Sequence[Tensor], row: Metric, constant: float, eps: float
-) -> None:
+def recentred_(x: Tensor, mean: Tensor, spread: Tensor, kept: Sparse, row: Metric, constant: float, eps: float) -> None:
     """Measure again, in place, where the mean's rounding would count: about the mean of what lies about the mean."""
     channels = None if x.is_cuda else distant(mean, spread + eps)
     if channels is None:
         return
-    few = wide(x[:, channels])
-    mean[channels] += channel_mean(few - per_channel(mean[channels], x.dim()))
-    few = few - per_channel(mean[channels], x.dim())
+    mean[channels] += channel_mean(_about(x, channels, mean[channels]))
+    few = _about(x, channels, mean[channels])
     rest = channel_mean(few)  # the signs of dense rows are told again from the mean as it is rounded
     raw, again = measure(few, torch.zeros_like(rest) if row.family == "mean" else rest, row)
     spread[channels] = raw * constant
@@ -207,9 +208,9 @@ def _forward(
         return kernels.forward(x, None, weight, bias, row, cast(Gain, gain), eps)[:5]  # type: ignore[no-any-return]
     constant = row.gain(x.numel() // x.shape[1], cast(Gain, gain))  # first, as it refuses rows that are too short
     if compiles(x, row):
-        y, mean, spread, *kept = compiled.forward(x, weight, bias, row, constant, eps)
-        recentred_(x, mean, spread, kept, row, constant, eps)
-        return near_(y, x, mean, spread + eps, weight, bias), mean, spread, *kept
+        y, mean, spread, indices, signs = compiled.forward(x, weight, bias, row, constant, eps)
+        recentred_(x, mean, spread, (indices, signs), row, constant, eps)
+        return near_(y, x, mean, spread + eps, weight, bias), mean, spread, indices, signs
     mean, raw, kept = statistics(x, row)
     spread = raw * constant
     recentred_(x, mean, spread, kept, row, constant, eps)
@@ -312,7 +313,7 @@ def rounding(x: Tensor, mean: Tensor, scale: Tensor) -> Tensor | float:
     if channels is None:
         return 0.0
     found = torch.zeros_like(mean)
-    found[channels] = channel_mean(wide(x[:, channels]) - per_channel(mean[channels], x.dim()))
+    found[channels] = channel_mean(_about(x, channels, mean[channels]))
     return found
 
 

@@ -16,7 +16,7 @@ from itertools import chain, repeat
 import torch
 from torch import Tensor
 
-from normrewrite.lower.families import wide_dtype
+from normrewrite.lower.families import mean_dtype, wide_dtype
 
 # Of fp32 a thread: two megabytes, few of which fit into a shared cache; smaller ones cost more to start.
 _ELEMENTS = 1 << 19
@@ -69,7 +69,8 @@ class Pieces:
     def each(self, of_channels: Tensor) -> Iterable[Tensor]:
         """What of (C,) goes with each piece."""
         if self.planes:
-            return of_channels.repeat_interleave(self.fold).repeat(self.samples).split(self.step)
+            parts: tuple[Tensor, ...] = of_channels.repeat_interleave(self.fold).repeat(self.samples).split(self.step)
+            return parts
         if not self.rows:
             return (of_channels,)
         wide = -(-(self.height // self.fold) // self.step)
@@ -150,11 +151,14 @@ def cut(x: Tensor, k: int = 1) -> Cells | None:
     outermost = (
         of_channels if len(values) == 1 else 0
     )  # of one sample, or where a cell has all of them, channels are parted
-    read = [_read(piece, along, dtype) for piece in _parts(values, outermost)]
+    read = [_read(piece, along, mean_dtype(x)) for piece in _parts(values, outermost)]
     high, low, total = (torch.cat(parts, min(outermost, 1)) for parts in zip(*read, strict=True))
     channels = total.sum(0).sum(-1)  # across samples first, in whole vectors
     return Cells(
-        values, along, channels / (x.numel() // x.shape[1]), *(_by_channel(each.to(dtype)) for each in (high, low))
+        values,
+        along,
+        (channels / (x.numel() // x.shape[1])).to(dtype),
+        *(_by_channel(each.to(dtype)) for each in (high, low)),
     )
 
 
