@@ -72,7 +72,9 @@ class _Normalise(Function):
         n, mean, raw, (indices, signs) = _MEASURE[row.family](values, row, group)
         constant = row.gain(n, gain)
         spread = raw * constant
-        y = laid_out_as(eager.affine(x, mean, spread + eps, weight, bias), x) if x.numel() else torch.empty_like(x)
+        y = torch.empty_like(x)
+        if x.numel():
+            y = laid_out_as(eager.centred_affine(x, mean, spread + eps, weight, bias), x)
         ctx.save_for_backward(x, weight, bias, mean, spread, indices, signs)
         ctx.settings = row, constant, n, eps, group
         ctx.mark_non_differentiable(mean, spread)
@@ -134,7 +136,7 @@ def gathered(values: Tensor, group: Any) -> Tensor:
 def mean_of(x: Tensor, group: Any) -> tuple[int, Tensor]:
     """(n, mean (C,)) of the joined batch. x: (N, C, *), fp32 or float64."""
     count = x.new_tensor([x.numel() // x.shape[1]], dtype=torch.float64)
-    n, *_ = total = summed(torch.cat([count, x.sum(eager.over(x)).double()]), group)
+    n, *_ = total = summed(torch.cat([count, x.sum(eager.over(x), dtype=torch.float64)]), group)
     return int(n), (total[1:] / n).to(x.dtype)
 
 
@@ -163,7 +165,7 @@ def _span(x: Tensor, row: Metric, group: Any) -> Measured:
     rows, channels = _by_channel(x), x.shape[1]
     sides, indices = _largest_here(torch.cat([rows, -rows]), 1)
     count = x.new_tensor([rows.shape[1]], dtype=torch.float64)
-    everyone = gathered(torch.cat([count, rows.sum(1).double(), sides[:, 0].double()]), group)
+    everyone = gathered(torch.cat([count, rows.sum(1, dtype=torch.float64), sides[:, 0].double()]), group)
     n, *_ = total = everyone[:, : 1 + channels].sum(0)
     winners, ours = largest_of_all(everyone[:, 1 + channels :, None], distributed.get_rank(group))
     high, low = winners.to(x.dtype).view(2, channels)

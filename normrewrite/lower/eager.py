@@ -26,9 +26,11 @@ from normrewrite.lower import compiled, plain
 from normrewrite.lower.families import (
     Sparse,
     dense_slope,
+    distant,
     extremes,
     laid_out_as,
     largest,
+    mean_dtype,
     sparse_slope,
     taken,
     wide,
@@ -68,6 +70,27 @@ def _scaled(x: Tensor, mean: Tensor, factor: Tensor, offset: Tensor | None = Non
     return torch.batch_norm(x, factor, offset, mean, torch.ones_like(mean), False, 0.0, 0.0, False)
 
 
+def centred_affine(x: Tensor, mean: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """`affine` that keeps its digits where a mean is large beside its scale."""
+    return near_(affine(x, mean, scale, weight, bias), x, mean, scale, weight, bias)
+
+
+def near_(y: Tensor, x: Tensor, mean: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """y, `affine` of x, with such channels computed again, in place, from x - mean: torch subtracts mean * (weight / scale) from
+    x * (weight / scale) on a CPU."""
+    channels = None if x.is_cuda else distant(mean, scale)  # its kernel subtracts first
+    if channels is not None:
+        weight, bias = (None if values is None else values[channels] for values in (weight, bias))
+        d, zero = _about(x, channels, mean[channels]), torch.zeros_like(mean[channels])
+        y[:, channels] = affine(d, zero, scale[channels], weight, bias).to(y.dtype)
+    return y
+
+
+def _about(x: Tensor, channels: Tensor, mean: Tensor) -> Tensor:
+    """Some channels' deviations from their means."""
+    return wide(x[:, channels]) - per_channel(mean, x.dim())
+
+
 # --- statistics -------------------------------------------------------------------------------------------------------
 
 
@@ -85,8 +108,23 @@ def statistics(x: Tensor, row: Metric) -> tuple[Tensor, Tensor, Sparse]:
 def channel_mean(x: Tensor) -> Tensor:
     """The mean of each channel, (C,), fp32 at least; plane by plane first, where planes lie together in memory."""
     if x.dim() > 2 and x.is_contiguous():
-        return x.flatten(2).mean(2, dtype=wide_dtype(x)).mean(0)
-    return x.mean(over(x), dtype=wide_dtype(x))
+        return x.flatten(2).mean(2, dtype=mean_dtype(x)).mean(0).to(wide_dtype(x))
+    return x.mean(over(x), dtype=mean_dtype(x)).to(wide_dtype(x))
+
+
+def recentred_(x: Tensor, mean: Tensor, spread: Tensor, kept: Sparse, row: Metric, constant: float, eps: float) -> None:
+    """Measure again, in place, where the mean's rounding would count: about the mean of what lies about the mean."""
+    channels = None if x.is_cuda else distant(mean, spread + eps)
+    if channels is None:
+        return
+    mean[channels] += channel_mean(_about(x, channels, mean[channels]))
+    few = _about(x, channels, mean[channels])
+    rest = channel_mean(few)  # the signs of dense rows are told again from the mean as it is rounded
+    raw, again = measure(few, torch.zeros_like(rest) if row.family == "mean" else rest, row)
+    spread[channels] = raw * constant
+    for of_all, of_few in zip(kept, again, strict=True):
+        if of_few.numel():
+            of_all[channels] = of_few
 
 
 def measure(x: Tensor, mean: Tensor, row: Metric) -> tuple[Tensor, Sparse]:
@@ -106,16 +144,15 @@ def power_sums(x: Tensor, mean: Tensor, row: Metric) -> Tensor:
         if d.shape != values.shape:  # the same memory for each, so that it stays in the cache
             d = torch.empty_like(values)
         torch.sub(values, per_channel(middle, values.dim()), out=d)
-        found.append(_power_sums(d, values, middle, row))
+        found.append(_power_sums(d, values, middle, row, parts.short))
     return torch.stack([parts.total(each[::-1]) for each in zip(*found, strict=True)]).to(mean.dtype)
 
 
-def _power_sums(d: Tensor, x: Tensor, mean: Tensor, row: Metric) -> tuple[Tensor, Tensor]:
-    """sum |d|^p and sum w of d = x - mean, (C,) each. Overwrites d."""
+def _power_sums(d: Tensor, x: Tensor, mean: Tensor, row: Metric, short: bool) -> tuple[Tensor, Tensor]:
+    """sum |d|^p and sum w of d = x - mean, (C,) each; short: as Pieces.short. Overwrites d."""
     one = mean.new_ones(())
-    if x.dim() > 2 and x.is_contiguous() and x.numel():
+    if short:
         return _two_sums(dense_slope(d, one, row), x, mean, torch.ones_like(mean))
-    # channels-last, that kernel adds up one row after the other, and loses digits
     magnitudes = d.abs().pow_(row.power).sum(over(x))
     return magnitudes, dense_slope(d, one, row).sum(over(x))
 
@@ -168,10 +205,13 @@ def _forward(
         return kernels.forward(x, None, weight, bias, row, cast(Gain, gain), eps)[:5]  # type: ignore[no-any-return]
     constant = row.gain(x.numel() // x.shape[1], cast(Gain, gain))  # first, as it refuses rows that are too short
     if compiles(x, row):
-        return compiled.forward(x, weight, bias, row, constant, eps)
+        y, mean, spread, indices, signs = compiled.forward(x, weight, bias, row, constant, eps)
+        recentred_(x, mean, spread, (indices, signs), row, constant, eps)
+        return near_(y, x, mean, spread + eps, weight, bias), mean, spread, indices, signs
     mean, raw, kept = statistics(x, row)
     spread = raw * constant
-    y = affine(x, mean, spread + eps, weight, bias)
+    recentred_(x, mean, spread, kept, row, constant, eps)
+    y = centred_affine(x, mean, spread + eps, weight, bias)
     return laid_out_as(y, x), mean, spread, *kept
 
 
@@ -218,6 +258,7 @@ def _backward(
     if compiles(x, row):
         return compiled.backward(g, x, weight, mean, spread, signs, row, constant, eps)
     dweight, dbias = sums(g, x, mean, spread + eps)
+    dweight -= dbias * rounding(x, mean, spread + eps) / (spread + eps)
     total, kept = torch.stack([dweight, dbias, slope_sum(signs, row, constant, n)]), (indices, signs)
     return input_gradient(g, x, weight, mean, spread, kept, total, row, constant, n, eps), dweight, dbias
 
@@ -246,11 +287,33 @@ _backward.register_autograd(plain.second(plain.batch), setup_context=plain.keep_
 def sums(g: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """(sum g*d/scale, sum g) by channel, in one read of g and x."""
     parts, inverse = Pieces(x), scale.reciprocal()
-    if not parts.planes or math.prod(x.shape[2:]) > FEW:
+    if x.device.type == "cpu" and not parts.short:
+        return _long_sums(wide(g), wide(x), mean, inverse)
+    if parts.planes and parts.fold == 1 and math.prod(x.shape[2:]) > FEW:
         return _two_sums(g, x, mean, inverse)
     each = zip(parts.of(g), parts.of(x), parts.each(mean), parts.each(inverse), strict=False)
     product, plain = (parts.total(found) for found in zip(*(_two_sums(*piece) for piece in each), strict=True))
     return product.to(mean.dtype), plain.to(mean.dtype)
+
+
+def _long_sums(g: Tensor, x: Tensor, mean: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """`_two_sums` by torch's own sums, which add up by pairs: where planes have no short parts."""
+    d = (x - per_channel(mean, x.dim())).mul_(g)
+    return d.sum(over(x)) * inverse, g.sum(over(x))
+
+
+def rounding(x: Tensor, mean: Tensor, scale: Tensor) -> Tensor | float:
+    """By how much the mean of a channel is more than the number that stands for it, where that counts, else 0.
+
+    In y it is within x's own rounding. In dweight it counts as often as there are elements, and sparse rows put all of dweight
+    into few of them.
+    """
+    channels = None if x.is_cuda else distant(mean, scale)
+    if channels is None:
+        return 0.0
+    found = torch.zeros_like(mean)
+    found[channels] = channel_mean(_about(x, channels, mean[channels]))
+    return found
 
 
 def _two_sums(g: Tensor, x: Tensor, mean: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,24 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
+FAR = 32  # scales from 0, with eps: a mean that lies nearer is good enough as it was rounded on the way
+
+
+def distant(mean: Tensor, scale: Tensor) -> Tensor | None:
+    """Which rows lie so far from 0 that the mean's rounding, divided by their scale, would show; None: none of them.
+
+    A constant row's scale is eps alone.
+    """
+    far = mean.abs() > FAR * scale
+    return far if far.any() else None
+
+
+def mean_dtype(x: Tensor) -> torch.dtype:
+    """What a mean of x is summed in: float64 on CUDA, where that costs nothing, and a look at which rows are `distant` would
+    wait for the device."""
+    return torch.float64 if x.is_cuda else wide_dtype(x)
+
+
 def power_mean(magnitude: Tensor, dims: list[int], power: int) -> Tensor:
     """(mean |d|^power)^(1/power) over dims, the spread of the dense family. Overwrites magnitude, |d|, where it can."""
     if power == 1:

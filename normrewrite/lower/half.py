@@ -8,6 +8,7 @@ lower/eager.py and lower/rows.py compute statistics in fp32, as torch's half ker
 + bias, and all of the backward's), and these sums over a row's elements, in their order, go through the accumulator:
 
     forward     sum x          sum |d|^power; for top the k it reads; a span reads none
+                sum d, which corrects the mean of a row that lies more than families.FAR of its scales from 0
     backward    sum gh*d/scale      sum dx, of what centring takes off      by channel: sum g (dbias), sum g*d/scale (dweight)
 
 with gh = weight * g. The constants C, eps, 1/n and 1/k are fp32 numbers; what they are applied to is rounded after. eps below
@@ -32,6 +33,7 @@ from normrewrite.lower.families import (
     Sparse,
     by_batch,
     dense_slope,
+    distant,
     extremes,
     from_batch,
     laid_out_as,
@@ -126,9 +128,12 @@ class _Normalise(Function):
         mean = rule.accumulator.mean(_rows(x)) if rule.centred else x.new_zeros(x.shape[0] * x.shape[1])
         d = x - _by_row(mean, x)
         raw, sparse = _measure(_rows(d), _rows(x), rule)
-        spread = (raw.float() * constant).half()
-        scale = (spread.float() + rule.shift).half()
-        scale = scale.sqrt() if rule.native else scale
+        far = distant(mean, _scale(raw, rule, constant)) if rule.centred and not rule.native else None
+        if far is not None:  # the rounding of a constant row's mean would be divided by eps alone
+            mean = torch.where(far, mean + rule.accumulator.mean(_rows(d)), mean)
+            d = x - _by_row(mean, x)
+            raw, sparse = _measure(_rows(d), _rows(x), rule)
+        spread, scale = (raw.float() * constant).half(), _scale(raw, rule, constant)
         y = d / _by_row(scale, x)
         y = y if weight is None else y * _by_channel(weight)
         y = y if bias is None else y + _by_channel(bias)
@@ -153,6 +158,11 @@ class _Normalise(Function):
             dx = dx - rule.accumulator.mean(dx)[:, None]
         dx = within_half(dx / scale[:, None], scale[:, None], 2 * rule.shift, x.dtype)
         return laid_out_as(dx.view(x.shape), x), dweight, dbias, None
+
+
+def _scale(raw: Tensor, rule: Rule, constant: float) -> Tensor:
+    scale = ((raw.float() * constant).half().float() + rule.shift).half()
+    return scale.sqrt() if rule.native else scale
 
 
 class _Centre(Function):

@@ -18,7 +18,8 @@ There is one operator a family of norms.METRICS, named so that no other operator
 
 and for all: reads (1/C(n) as a polynomial in t, constant term first; t is sqrt(1 - 1/n) for the first two operators,
 sqrt(ln n) for the others), eps, centred (0: x itself is measured, as
-RMSNorm does), plugin_namespace and plugin_version, by which TensorRT finds a plugin. Bodies compute in fp32.
+RMSNorm does), plugin_namespace and plugin_version, by which TensorRT finds a plugin. Bodies compute in fp32, and centre
+twice: the rounding of a constant row's mean would be divided by eps alone.
 
 Each has a twin for int8, `NormRewriteMeanInt8` and so on, whose x and y are int8 and whose weight and bias are fp32. It needs no
 scales of its own: with x = x_scale * q and y_scale of what reads y, a norm of x is one of q itself,
@@ -233,7 +234,10 @@ _BODY = """
     centred = Constant <value_int: int = @centred> ()
     used = Cast <to = 1> (centred)
     mean = Mul (average, used)
-    d = Sub (wide, mean)
+    about = Sub (wide, mean)
+    rest = ReduceMean <keepdims = 1> (about, axes)
+    rounding = Mul (rest, used)
+    d = Sub (about, rounding)
     members = Shape <start = 2, end = 3> (x)
     places = Shape <start = 3, end = 4> (x)
     elements = Mul (members, places)

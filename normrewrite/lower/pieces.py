@@ -10,15 +10,20 @@ Pieces are views. A GPU gets everything as one piece: there a launch costs more 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import repeat
+from functools import cache
+from itertools import chain, repeat
 
 import torch
 from torch import Tensor
 
-from normrewrite.lower.families import wide_dtype
+from normrewrite.lower.families import mean_dtype, wide_dtype
 
 # Of fp32 a thread: two megabytes, few of which fit into a shared cache; smaller ones cost more to start.
 _ELEMENTS = 1 << 19
+_STRETCH, _SIDE_BY_SIDE = (
+    8192,
+    4096,
+)  # elements that a kernel adds up one after the other, and in a row of memory at once
 _LONGEST, _SHORTEST = 256, 7  # elements of a cell
 FEW, _ACROSS = 512, 16  # positions of a sample: then a cell lies across so many samples, in whole vectors, ...
 _PLANE = 128  # ... unless a sample's positions are one good cell
@@ -27,39 +32,63 @@ _PLANE = 128  # ... unless a sample's positions are one good cell
 class Pieces:
     """How (N, C, *) is cut: pieces lie whole in memory, as torch's kernels for batch norms copy what does not.
 
-    Where planes lie together, each plane of each sample is a channel of its own, (1, R, positions). Where channels do, a piece
-    is (1, C, M, 1), channels-last. What is small, or neither, is one piece.
+    Where planes lie together, each stretch of a plane of each sample is a channel of its own, (1, R, positions). Where channels
+    do, several rows of memory side by side are, (1, fold * C, M, 1), channels-last: those kernels add up fp32 numbers one after
+    the other, and lose digits where these are many. What is neither is one piece. short: whether that is kept to.
     """
 
     def __init__(self, x: Tensor) -> None:
         self.samples, self.channels = x.shape[:2]
-        size = _ELEMENTS * torch.get_num_threads()
-        large = x.device.type == "cpu" and x.numel() > size
-        positions = math.prod(x.shape[2:])
-        self.planes = large and positions > 1 and x.is_contiguous()
-        self.rows = large and not self.planes and x.movedim(1, -1).is_contiguous()
-        self.step = max(size // (positions if self.planes else max(self.channels, 1)), 1)
+        size, positions = _ELEMENTS * torch.get_num_threads(), math.prod(x.shape[2:])
+        here = x.device.type == "cpu" and x.numel() > 0
+        self.planes = here and positions > 1 and x.is_contiguous() and (x.numel() > size or positions > _STRETCH)
+        self.rows = here and not self.planes and x.movedim(1, -1).is_contiguous()
+        self.fold, width = 1, max(self.channels, 1)
+        self.height = x.numel() // width
+        if self.planes:
+            self.fold = _parts_of(positions)
+            width = positions // self.fold
+        elif self.rows:
+            self.fold = max(min(min(_SIDE_BY_SIDE, size) // width, math.isqrt(self.height)), 1)
+            width *= self.fold
+        self.step = max(size // width, 1)
+        longest = width if self.planes else positions
+        self.short = self.rows or (x.is_contiguous() and x.dim() > 2 and x.numel() > 0 and longest <= _STRETCH)
 
     def of(self, values: Tensor) -> tuple[Tensor, ...]:
         """The pieces of x, or of what has its shape; views of what is laid out as x is."""
         if self.planes:
-            return tuple(values.reshape(1, self.samples * self.channels, -1).split(self.step, 1))
-        if self.rows:
-            rows = values.movedim(1, -1).reshape(-1, self.channels)
-            return tuple(rows.t()[None, :, :, None].split(self.step, 2))
-        return (values,)
+            return tuple(values.reshape(1, self.samples * self.channels * self.fold, -1).split(self.step, 1))
+        if not self.rows:
+            return (values,)
+        rows = values.movedim(1, -1).contiguous().view(-1, self.channels)
+        wide = rows[: len(rows) // self.fold * self.fold].view(-1, self.fold * self.channels)
+        rest = rows[len(wide) * self.fold :]
+        return tuple(piece.t()[None, :, :, None] for piece in (*wide.split(self.step), rest) if len(piece))
 
     def each(self, of_channels: Tensor) -> Iterable[Tensor]:
         """What of (C,) goes with each piece."""
         if self.planes:
-            return tuple(of_channels.repeat(self.samples).split(self.step))
-        return repeat(of_channels)
+            parts: tuple[Tensor, ...] = of_channels.repeat_interleave(self.fold).repeat(self.samples).split(self.step)
+            return parts
+        if not self.rows:
+            return (of_channels,)
+        wide = -(-(self.height // self.fold) // self.step)
+        return chain(repeat(of_channels.repeat(self.fold), wide), (of_channels,))
 
     def total(self, found: Sequence[Tensor]) -> Tensor:
         """Sums by channel, (C,), of what was found in each piece, in their order; added up in float64."""
         if self.planes:
-            return torch.cat(list(found)).view(self.samples, -1).sum(0, dtype=torch.float64)
-        return torch.stack(list(found)).sum(0, dtype=torch.float64)
+            planes = torch.cat(list(found)).view(self.samples, -1).sum(0, dtype=torch.float64)
+            return planes.view(self.channels, -1).sum(1)
+        return torch.cat([piece.view(-1, self.channels) for piece in found]).sum(0, dtype=torch.float64)
+
+
+@cache
+def _parts_of(positions: int) -> int:
+    """The fewest equal parts of a plane that are short; 1 where there are none, or tiny ones."""
+    least, most = -(-positions // _STRETCH), positions // 64
+    return next((parts for parts in range(least, most + 1) if positions % parts == 0), 1)
 
 
 @dataclass
@@ -122,11 +151,14 @@ def cut(x: Tensor, k: int = 1) -> Cells | None:
     outermost = (
         of_channels if len(values) == 1 else 0
     )  # of one sample, or where a cell has all of them, channels are parted
-    read = [_read(piece, along, dtype) for piece in _parts(values, outermost)]
+    read = [_read(piece, along, mean_dtype(x)) for piece in _parts(values, outermost)]
     high, low, total = (torch.cat(parts, min(outermost, 1)) for parts in zip(*read, strict=True))
     channels = total.sum(0).sum(-1)  # across samples first, in whole vectors
     return Cells(
-        values, along, channels / (x.numel() // x.shape[1]), *(_by_channel(each.to(dtype)) for each in (high, low))
+        values,
+        along,
+        (channels / (x.numel() // x.shape[1])).to(dtype),
+        *(_by_channel(each.to(dtype)) for each in (high, low)),
     )
 
 

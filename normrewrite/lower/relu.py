@@ -207,7 +207,7 @@ def passed(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, 
         y = y if weight is None else y * weight[:, :, None]
         y = y if bias is None else y + bias[:, :, None]
     else:
-        y = eager.affine(x, mean, scale, weight, bias)
+        y = eager.centred_affine(x, mean, scale, weight, bias)
     live: Tensor = ~(y <= 0)
     return live
 

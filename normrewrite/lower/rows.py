@@ -23,8 +23,10 @@ from normrewrite.lower import plain
 from normrewrite.lower.families import (
     Sparse,
     dense_slope,
+    distant,
     extremes,
     laid_out_as,
+    mean_dtype,
     nothing,
     power_mean,
     sparse_slope,
@@ -87,16 +89,36 @@ def forward(
     """The operator's results by torch, whatever the kernels could do."""
     values = wide(x)
     constant = row.gain(_count(x), gain)  # first, as it refuses rows that are too short
-    mean = values.mean(_ROW) if centred else values.new_zeros(x.shape[:2])
+    mean = values.mean(_ROW, dtype=mean_dtype(x)).to(values.dtype) if centred else values.new_zeros(x.shape[:2])
     d = values - _by_row(mean)
     raw, sparse = measure(d, row)
     spread = raw * constant
+    if centred and not x.is_cuda:
+        _recentre_(d, mean, spread, sparse, row, constant, eps)
     y = d.div_(_by_row(spread + eps))
     if weight is not None:
         y *= _by_channel(weight, y)
     if bias is not None:
         y += _by_channel(bias, y)
     return laid_out_as(y, x), mean, spread, *(sparse or nothing(mean))
+
+
+def _recentre_(
+    d: Tensor, mean: Tensor, spread: Tensor, sparse: Sparse | None, row: Metric, constant: float, eps: float
+) -> None:
+    """Centre and measure again, in place, rows where the mean's rounding would count. d: deviations."""
+    far = distant(mean, spread + eps)
+    if far is None:
+        return
+    few = d[far]
+    moved = mean[far] + few.mean((1, 2))
+    few -= (moved - mean[far])[:, None, None]  # 0, where a row is constant
+    few -= few.mean((1, 2), keepdim=True)
+    mean[far], d[far] = moved, few
+    raw, again = measure(few[:, None], row)
+    spread[far] = raw[:, 0] * constant
+    for of_all, of_few in zip(sparse or (), again or (), strict=True):
+        of_all[far.flatten()] = of_few
 
 
 @_forward.register_fake
@@ -131,6 +153,9 @@ def _backward(
         return kernels.backward(g, x, weight, None, *kept, sample=True, centred=centred)[:3]  # type: ignore[no-any-return]
     scale = _by_row(spread + eps)
     d, g = wide(x) - _by_row(mean), wide(g)
+    far = None if x.is_cuda or not centred else distant(mean, spread + eps)
+    if far is not None:
+        d[far] -= d[far].mean((1, 2), keepdim=True)
     dweight, dbias = (g * d / scale).sum(_CHANNEL), g.sum(_CHANNEL)
     gh = g if weight is None else g * _by_channel(weight, g)
     share = (gh * d / scale).sum(_ROW, keepdim=True)

@@ -87,6 +87,7 @@ class Moments:
         values = wide(x.detach())
         n, dims = values.numel() // values.shape[1], [0, *range(2, values.dim())]
         mean = values.mean(dims)
+        mean = mean + (values - eager.per_channel(mean, values.dim())).mean(dims)  # a constant channel's is exact
         spread = {row: eager.measure(values, mean, row)[0] for row in (*(row for row, _ in rows), _L1, _L2)}
         scales = {str(row): _kept(row.gain(n, gain) * spread[row]) for row, gain in rows}
         high, low = values.amax(dims), values.amin(dims)

@@ -103,3 +103,13 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.raises(nr.NormRewriteError, match=r"torch.compile fails: .*needs a C\+\+ compiler"),
     ):
         normalise(torch.randn(4, 3), None, None, "l1", "exact", EPS)
+
+
+@pytest.mark.slow
+def test_a_constant_channel_gives_the_bias() -> None:
+    x, bias = torch.randn(4, 3, 8, 7), torch.tensor([-1.0, 0.5, 2.0])
+    x[:, 0], x[:, 2] = 10.3, 1000.1
+    with kernels("compiled"):
+        y, mean, spread = normalise(x, torch.ones(3), bias, "l1", "exact", EPS)
+    assert float((y[:, [0, 2]] - bias[[0, 2], None, None]).abs().max()) <= 1e-6
+    assert torch.equal(mean[[0, 2]], x[0, [0, 2], 0, 0]) and not spread[[0, 2]].any()

@@ -291,3 +291,14 @@ def test_centring_is_that_of_float64() -> None:
     ):
         check_close("gradient", found, expected, TOTALS)
         assert math.isfinite(float(found.sum())) and found.dtype is torch.float16
+
+
+@every_row
+@pytest.mark.parametrize("sums", SUMS)
+def test_constant_rows_give_the_bias(sums: str, spec: str) -> None:
+    """Whatever the sum of half numbers loses of their mean."""
+    _, weight, bias, _ = on_a_grid(SHAPES[1])
+    x = torch.full(SHAPES[1], 10.3, dtype=torch.float16)
+    y, mean, spread = normalise(x, weight, bias, rule(spec, sums))
+    assert torch.equal(y, bias[None, :, :, None].expand(x.shape))
+    assert torch.equal(mean, x[:, :, 0, 0].float()) and not spread.any()

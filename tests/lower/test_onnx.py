@@ -162,3 +162,13 @@ def test_attributes_out_of_range_are_refused(name: str, value: Any) -> None:
     with pytest.raises(NormRewriteError, match=f"node norm: attribute {name} is .*out of range"):
         lowering.check(proto)
     lowering.check(node_model("topk:10", (1, 1, 64, 1), np.float32, 64))
+
+
+@pytest.mark.parametrize("value", [10.3, 1000.1])
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_constant_row_gives_the_bias(spec: str, value: float) -> None:
+    """A rounding of its mean would be divided by eps alone."""
+    _, weight, bias = drawn((3, 2, 4, 49), np.float32)
+    x = np.full((3, 2, 4, 49), value, dtype=np.float32)
+    found = run(node_model(spec, x.shape, np.float32, 196), x=x, weight=weight, bias=bias)
+    assert np.abs(found - bias).max() <= 1e-6

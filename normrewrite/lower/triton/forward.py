@@ -1,12 +1,15 @@
 """Triton, forward: statistics by part, settled by group, applied.
 
-    moments     x -> partial        one read: the sum of each part, and its squares or its largest and smallest
+    moments     x -> partial        one read: the mean of each part, and its squares or its largest and smallest
     deviations  x, mean -> partial  one more read, for l1: sum |x - mean|
     settle      partial -> mean, C * S of the dense family
     select      partial, x -> mean, C * S, and where the sparse families read them: only the parts that lead are read again
     apply       x -> y              with residual and ReLU, if asked for
 
 Every program writes its own numbers, and adds in an order that its position alone fixes: the same bits on every run.
+
+Parts add up what lies about a mean, and their means are added in float64: a constant group's mean is that constant to the bit.
+Its scale is eps alone, by which a rounding would be divided.
 """
 
 import triton
@@ -26,6 +29,7 @@ from normrewrite.lower.triton.tiles import (
     parameter,
     passed,
     step_of,
+    steps_in,
     tile,
 )
 
@@ -33,7 +37,7 @@ from normrewrite.lower.triton.tiles import (
 @triton.jit(do_not_specialize=SIZES)
 def moments(
     x_ptr,  # matrix, fp16/bf16/fp32
-    partial_ptr,  # (3, parts, lanes), fp32: sum; squares about the part's own mean, or largest; smallest
+    partial_ptr,  # (3, parts, lanes), fp32: mean; squares about it, or largest; smallest
     lanes,
     length,
     channels,
@@ -49,8 +53,6 @@ def moments(
 ):
     block, part = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     AXIS: tl.constexpr = 0 if COLUMNS else 1
-    H: tl.constexpr = STEPS if COLUMNS else LANES
-    W: tl.constexpr = LANES if COLUMNS else STEPS
     lane, _, exists = lanes_of(block, lanes, channels, LANES, COLUMNS)
     out = partial_ptr + part.to(tl.int64) * lanes + lane
     plane = parts.to(tl.int64) * lanes
@@ -65,27 +67,34 @@ def moments(
             x = tl.load(x_ptr + at, mask=real, other=0.0).to(tl.float32)
             more = tl.sum(real.to(tl.float32), AXIS)
             centre = tl.sum(x, AXIS) / tl.maximum(more, 1.0)
+            centre += tl.sum(tl.where(real, x - over(centre, COLUMNS), 0.0), AXIS) / tl.maximum(more, 1.0)
             d = tl.where(real, x - over(centre, COLUMNS), 0.0)
             share = more / tl.maximum(count + more, 1.0)  # Chan, Golub & LeVeque 1979: two samples' squares as one's
             squares += tl.sum(d * d, AXIS) + (centre - mean) * (centre - mean) * count * share
             mean += (centre - mean) * share
             count += more
-        tl.store(out, mean * count, mask=exists)
+        tl.store(out, mean, mask=exists)
         tl.store(out + plane, squares, mask=exists)
     else:
-        total = tl.zeros((H, W), tl.float32)
-        high = tl.full((H, W), float("-inf"), tl.float32)
-        low = tl.full((H, W), float("inf"), tl.float32)
-        for i in tl.range(iterations, loop_unroll_factor=UNROLL):
+        # about the mean of its first tile, a part's sum keeps the digits of small differences
+        at, real = tile(block, step_of(part, iterations, 0, STEPS), lanes, length, channels, LANES, STEPS, COLUMNS, VEC)
+        x = tl.load(x_ptr + at, mask=real, other=0.0).to(tl.float32)
+        first = tl.sum(x, AXIS) / tl.maximum(tl.sum(real.to(tl.float32), AXIS), 1.0)
+        pivot = over(first, COLUMNS)
+        total = tl.where(real, x - pivot, 0.0)
+        if EXTREMES:
+            high = tl.where(real, x, float("-inf"))
+            low = tl.where(real, x, float("inf"))
+        for i in tl.range(1, iterations, loop_unroll_factor=UNROLL):
             at, real = tile(
                 block, step_of(part, iterations, i, STEPS), lanes, length, channels, LANES, STEPS, COLUMNS, VEC
             )
             x = tl.load(x_ptr + at, mask=real, other=0.0).to(tl.float32)
-            total += x
+            total += tl.where(real, x - pivot, 0.0)
             if EXTREMES:
                 high = tl.maximum(high, tl.where(real, x, float("-inf")))
                 low = tl.minimum(low, tl.where(real, x, float("inf")))
-        tl.store(out, tl.sum(total, AXIS), mask=exists)
+        tl.store(out, first + tl.sum(total, AXIS) / steps_in(part, iterations * STEPS, length), mask=exists)
         if EXTREMES:
             tl.store(out + plane, tl.max(high, AXIS), mask=exists)
             tl.store(out + 2 * plane, tl.min(low, AXIS), mask=exists)
@@ -130,7 +139,7 @@ def deviations(
 
 @triton.jit(do_not_specialize=SIZES)
 def settle(
-    partial_ptr,  # (parts, lanes), fp32: sums; of squares in the plane behind
+    partial_ptr,  # (parts, lanes), fp32: means, and squares in the plane behind; or sums, and those of signs
     mean_ptr,  # (groups,), fp32
     spread_ptr,  # (groups,), fp32: C * S
     signs_ptr,  # (groups,), fp32: sum sign(d), where it is kept
@@ -150,22 +159,24 @@ def settle(
     MEMBERS: tl.constexpr,
 ):
     group = tl.program_id(0)
-    total = tl.zeros((MEMBERS,), tl.float32)
-    signs = tl.zeros((MEMBERS,), tl.float32)
-    for start in range(0, members * parts, MEMBERS):
-        m = start + tl.arange(0, MEMBERS)
-        at, _ = member(group, m, parts, lanes, lane_of_group, lane_of_member)
-        total += tl.load(partial_ptr + at, mask=m < members * parts, other=0.0)
-        if SIGNS and STAGE == "deviations":
-            more = tl.load(partial_ptr + parts.to(tl.int64) * lanes + at, mask=m < members * parts, other=0.0)
-            signs += more
-    average = tl.sum(total, 0) / n
     if STAGE == "deviations":
-        tl.store(spread_ptr + group, gain * average)
+        total = tl.zeros((MEMBERS,), tl.float32)
+        signs = tl.zeros((MEMBERS,), tl.float32)
+        for start in range(0, members * parts, MEMBERS):
+            m = start + tl.arange(0, MEMBERS)
+            at, _ = member(group, m, parts, lanes, lane_of_group, lane_of_member)
+            total += tl.load(partial_ptr + at, mask=m < members * parts, other=0.0)
+            if SIGNS:
+                more = tl.load(partial_ptr + parts.to(tl.int64) * lanes + at, mask=m < members * parts, other=0.0)
+                signs += more
+        tl.store(spread_ptr + group, gain * (tl.sum(total, 0) / n))
         if SIGNS:
             tl.store(signs_ptr + group, tl.sum(signs, 0))
     else:
-        mean = average if CENTRED else average * 0.0
+        part = iterations * STEPS
+        mean = _mean(partial_ptr, group, lanes, length, parts, part, members, lane_of_group, lane_of_member, MEMBERS)
+        if not CENTRED:
+            mean = mean * 0.0
         tl.store(mean_ptr + group, mean)
         if STAGE == "mean and squares":
             squares = tl.zeros((MEMBERS,), tl.float32)
@@ -173,12 +184,36 @@ def settle(
                 m = start + tl.arange(0, MEMBERS)
                 at, _ = member(group, m, parts, lanes, lane_of_group, lane_of_member)
                 real = m < members * parts
-                part_length = iterations * STEPS
-                count = tl.minimum(length - (m % parts) * part_length, part_length).to(tl.float32)
-                apart = tl.load(partial_ptr + at, mask=real, other=0.0) / count - mean
+                apart = tl.load(partial_ptr + at, mask=real, other=0.0) - mean
                 own = tl.load(partial_ptr + parts.to(tl.int64) * lanes + at, mask=real, other=0.0)
-                squares += tl.where(real, own + count * apart * apart, 0.0)
+                squares += tl.where(real, own + steps_in(m % parts, part, length) * apart * apart, 0.0)
             tl.store(spread_ptr + group, gain * tl.sqrt(tl.sum(squares, 0) / n))
+
+
+@triton.jit
+def _mean(
+    partial_ptr,  # (parts, lanes), fp32: means
+    group,
+    lanes,
+    length,
+    parts,
+    part,  # steps each
+    members,
+    lane_of_group,
+    lane_of_member,
+    MEMBERS: tl.constexpr,
+):
+    """The mean of a group, of those of its parts. n would be rounded in fp32, from 2^24 on."""
+    total = tl.zeros((MEMBERS,), tl.float64)
+    count = tl.zeros((MEMBERS,), tl.float64)
+    for start in range(0, members * parts, MEMBERS):
+        m = start + tl.arange(0, MEMBERS)
+        at, _ = member(group, m, parts, lanes, lane_of_group, lane_of_member)
+        real = m < members * parts
+        more = tl.where(real, steps_in(m % parts, part, length), 0.0).to(tl.float64)
+        total += more * tl.load(partial_ptr + at, mask=real, other=0.0).to(tl.float64)
+        count += more
+    return (tl.sum(total, 0) / tl.sum(count, 0)).to(tl.float32)
 
 
 @triton.jit
@@ -247,7 +282,7 @@ def _extremes(
 @triton.jit(do_not_specialize=[*SIZES, "k"])
 def select(
     x_ptr,  # matrix, fp16/bf16/fp32
-    partial_ptr,  # (3, parts, lanes), fp32: sum, largest, smallest
+    partial_ptr,  # (3, parts, lanes), fp32: mean, largest, smallest
     mean_ptr,  # (groups,), fp32
     spread_ptr,  # (groups,), fp32: C * S
     indices_ptr,  # (groups, k), int64: (groups, 2) of a span
@@ -271,12 +306,7 @@ def select(
 ):
     group = tl.program_id(0)
     plane = parts.to(tl.int64) * lanes
-    total = tl.zeros((MEMBERS,), tl.float32)
-    for start in range(0, members * parts, MEMBERS):
-        m = start + tl.arange(0, MEMBERS)
-        at, _ = member(group, m, parts, lanes, lane_of_group, lane_of_member)
-        total += tl.load(partial_ptr + at, mask=m < members * parts, other=0.0)
-    mean = tl.sum(total, 0) / n
+    mean = _mean(partial_ptr, group, lanes, length, parts, PART, members, lane_of_group, lane_of_member, MEMBERS)
     poison = mean - mean  # NaN where x is not finite, else 0: extremes alone would not tell
     if not CENTRED:
         mean = poison

@@ -217,10 +217,10 @@ class _Norm:
         """A k too large to be found one by one."""
         values = wide(x)
         if self.geometry.sample:
-            mean = values.mean((2, 3)) if self.centred else values.new_zeros(x.shape[:2])
+            mean = values.mean((2, 3), dtype=torch.float64).float() if self.centred else values.new_zeros(x.shape[:2])
             raw, sparse = rows.measure(values - mean[:, :, None, None], self.row)
         else:
-            mean = values.mean(eager.over(x))
+            mean = values.mean(eager.over(x), dtype=torch.float64).float()
             raw, sparse = eager.measure(values, mean, self.row)
         assert sparse is not None  # of a family that takes k
         indices, signs = sparse

@@ -59,6 +59,9 @@ def row_forward(
     if not CENTRED:
         mean = poison
     d = tl.where(real, x - mean, 0.0)
+    if CENTRED:  # once more, as a constant row's rounding would be divided by eps alone
+        mean += tl.sum(d, 1, keep_dims=True) / size
+        d = tl.where(real, x - mean, 0.0)
     if FAMILY == "l1":
         spread = tl.sum(tl.abs(d), 1, keep_dims=True) / size
     elif FAMILY == "l2":

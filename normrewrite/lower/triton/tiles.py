@@ -70,6 +70,12 @@ def step_of(part, iterations, i, STEPS: tl.constexpr):
 
 
 @triton.jit
+def steps_in(part, size, length):
+    """How many of a lane's steps a part of `size` has, fp32: the last may have fewer."""
+    return tl.minimum(length - part.to(tl.int64) * size, size).to(tl.float32)
+
+
+@triton.jit
 def over(values, COLUMNS: tl.constexpr):
     """(LANES,) -> to meet a tile."""
     if COLUMNS:

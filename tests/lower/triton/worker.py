@@ -35,7 +35,7 @@ CASES: dict[str, Told] = {
     "rows of few": _ROWS | {"spec": "topk:10", "shape": (64, 1, 4096, 1)},
 }
 AT_THE_EDGE: dict[str, Told] = {
-    "rows too long": _ROWS | {"spec": "topk:10", "shape": (64, 1, 8192, 1)},
+    "too few registers": _ROWS | {"spec": "topk:10", "shape": (64, 1, 4096, 1), "registers": 32},
     "narrow rows": _ROWS | {"spec": "l1", "shape": (64, 1, 4098, 1)},
     "long l2 rows": _ROWS | {"spec": "l2", "shape": (64, 1, 8192, 1)},
 }
@@ -53,8 +53,9 @@ def launches(
     relu: bool,
     residual: bool = False,
     sample: bool = False,
+    registers: int | None = None,
 ) -> list[Launch]:
-    """What a forward and a backward would run."""
+    """What a forward and a backward would run; registers: what a thread may take of them, where it is not as chosen."""
     x = torch.empty(shape, dtype=dtype, device="meta").to(memory_format=memory_format)
     weight = torch.empty(shape[1:3] if sample else shape[1], device="meta")
     told = (metric(spec), "exact", 1e-5)
@@ -62,7 +63,7 @@ def launches(
     with recorded() as found:
         _, *kept = launch.forward(x, added, weight, weight, *told, sample=sample, relu=relu)
         launch.backward(x, x, weight, weight, *kept, *told, sample=sample, relu=relu, residual=residual)
-    return found
+    return found if registers is None else [each._replace(registers=registers) for each in found]
 
 
 def told_of(launch: Launch, capability: int) -> Told:
