@@ -19,13 +19,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from normrewrite import sites
 from normrewrite.errors import first_line
+from normrewrite.execution import Outputs, device_of, flat
 from normrewrite.nn.batch import BatchNorm, FrozenBatchNorm
 from normrewrite.nn.mean_only import MeanOnlyBatchNorm
 from normrewrite.nn.parts import deepcopy
 from normrewrite.sites import Site, looks
 from normrewrite.sites.modes import evaluating
 from normrewrite.tolerances import SAME_NETWORK, worst
-from normrewrite.verbs.verify import Outputs, device_of, flat, verify
+from normrewrite.verbs.verify import verify
 
 if TYPE_CHECKING:
     from normrewrite.verbs.convert import Choice, Plan

@@ -14,11 +14,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from normrewrite.data import Batch, Data, argument_names, as_data
 from normrewrite.errors import NormRewriteError
+from normrewrite.execution import call, device_of
 from normrewrite.nn.batch import BatchNorm, FrozenBatchNorm
 from normrewrite.nn.mean_only import MeanOnlyBatchNorm
 from normrewrite.nn.renorm import BatchRenorm
 from normrewrite.sites.modes import same_flags
-from normrewrite.verbs.verify import call, device_of
 
 _RUNNING = {"running_mean": 0.0, "running_var": 1.0, "running_scale": 1.0}
 _NEVER = (1 << 60, (1 << 60) + 1, (1 << 60) + 1)  # a schedule whose corrections begin after any number of batches
