@@ -10,6 +10,7 @@ from typing import Any
 
 # Quotes, backslashes and control characters: torch.fx writes names into the source code that it makes, as they are.
 _NO_NAME = re.compile("[\"'\\\\\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+CODE = "names with quotes, backslashes or control characters could be read as code"
 # What moves a cursor, ends a line, turns the direction of writing, or can't be written at all.
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 NESTED, DEEPEST = 1_000_000, 100  # things in a nest of lists, counted at each place where they stand; levels

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import click
 
 from normrewrite._version import __version__
-from normrewrite.cli import deployment, rewriting, training
+from normrewrite.cli import console, deployment, rewriting, training
 from normrewrite.errors import NormRewriteError
 
 
@@ -37,6 +37,11 @@ for _command in (
 
 def main() -> None:
     """Run the command line; errors become one message and an exit code."""
+    with console.visible_streams():
+        _run()
+
+
+def _run() -> None:
     try:
         app(standalone_mode=False)
     except click.exceptions.Exit as error:

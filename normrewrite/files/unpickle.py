@@ -65,7 +65,8 @@ def _load_safely(path: Path, allow: Sequence[str]) -> Any:
         raise NormRewriteError(_refusal(path, refused))
     if wrong is not None:
         raise NormRewriteError(
-            f"{path}: {wrong}, which torch.save never writes; nothing of it was run. Save a state_dict, and name its code with --arch."
+            f"{path}: {wrong}, which torch.save never writes; nothing of it was run. Save a state_dict, and name its code "
+            "with --arch."
         )
     with torch.serialization.safe_globals([(obj, name) for obj, name in allowed if obj is not None]):
         return _read(path)

@@ -112,6 +112,7 @@ def export(
         raise NormRewriteError(
             "example_inputs: needed are forward's arguments as tensors, as in torch.zeros(1, 3, 32, 32)."
         )
+    graph.check_names(model)  # torch's exporter makes code of them, too
     inputs = tuple(value.detach().cpu() for value in examples)
     names = argument_names(model)[: len(inputs)]
     keys = names if len(names) == len(inputs) else [f"input_{i}" for i in range(len(inputs))]  # forward(*inputs)
