@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from normrewrite.errors import NormRewriteError, first_line, possible
 from normrewrite.files import arch
+from normrewrite.outside import count
 
 Array = npt.NDArray[Any]
 _LARGEST = 1 << 30  # numbers of an example input: four gigabytes in fp32
@@ -140,11 +141,8 @@ def as_data(source: Tensor | Data | Iterable[Any], names: Sequence[str]) -> Data
 
 def example(shape: str, seed: int = 0) -> Tensor:
     """Gaussian input of a shape written as on the command line: `1,3,32,32`."""
-    try:
-        sizes = [int(part) for part in shape.split(",")]
-    except ValueError:
-        sizes = []
-    if not sizes or min(sizes) < 1:
+    sizes = [number for part in shape.split(",") if (number := count(part)) is not None]
+    if len(sizes) < shape.count(",") + 1:
         raise NormRewriteError(f"--input-shape {shape!r}: write whole numbers, as in 1,3,32,32.")
     if math.prod(sizes) > _LARGEST:
         raise NormRewriteError(

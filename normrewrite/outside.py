@@ -10,6 +10,7 @@ from typing import Any
 
 # Quotes, backslashes and control characters: torch.fx writes names into the source code that it makes, as they are.
 _NO_NAME = re.compile("[\"'\\\\\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+LARGEST = 2**31 - 1
 CODE = "names with quotes, backslashes or control characters could be read as code"
 # What moves a cursor, ends a line, turns the direction of writing, or can't be written at all.
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -19,6 +20,15 @@ NESTED, DEEPEST = 1_000_000, 100  # things in a nest of lists, counted at each p
 def is_name(text: object) -> bool:
     """Whether a text may name a module or a tensor: what would be code, or would act on a terminal, may not."""
     return isinstance(text, str) and not _NO_NAME.search(text)
+
+
+def count(text: str) -> int | None:
+    """A whole number from 1 that all of torch takes; None where the text is none."""
+    try:
+        number = int(text) if len(text) <= len(str(LARGEST)) else 0
+    except ValueError:
+        return None
+    return number if 1 <= number <= LARGEST else None
 
 
 def visible(text: str) -> str:
