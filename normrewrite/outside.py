@@ -11,6 +11,7 @@ from typing import Any
 # Quotes, backslashes and control characters: torch.fx writes names into the source code that it makes, as they are.
 _NO_NAME = re.compile("[\"'\\\\\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 LARGEST = 2**31 - 1
+UNPACKED, RATIO = 1 << 29, 50  # bytes that anything may unpack to; what more than that may be, of its packed size
 CODE = "names with quotes, backslashes or control characters could be read as code"
 # What moves a cursor, ends a line, turns the direction of writing, or can't be written at all.
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -34,6 +35,11 @@ def count(text: str) -> int | None:
 def visible(text: str) -> str:
     """A text with every character that acts on a terminal written out; lines and tabs stay."""
     return _UNSEEN.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def swells(packed: int, unpacked: int) -> bool:
+    """Whether packed bytes make so much more that they are not data that somebody has packed."""
+    return unpacked > UNPACKED and unpacked > RATIO * packed
 
 
 def endless(nest: object, most: int = NESTED) -> bool:
