@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from normrewrite.data import Batch, Data, argument_names, check_finite
-from normrewrite.deployment import onnx_file
+from normrewrite.deployment import onnx_bounds, onnx_file
 from normrewrite.errors import NormRewriteError, first_line
 from normrewrite.records.report import table
 from normrewrite.sites.modes import evaluating
@@ -272,6 +272,7 @@ def _onnx_runner(path: Path) -> Callable[[Batch], Outputs]:
         raise NormRewriteError(f"{path}: there is no such file.")
     import onnxruntime
 
+    open_ended = onnx_file.has_open_loops(path)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what goes wrong is raised, too
     options.intra_op_num_threads = torch.get_num_threads()
@@ -289,7 +290,10 @@ def _onnx_runner(path: Path) -> Callable[[Batch], Outputs]:
             for name, value in arrays.items()
         }
         try:
-            results = session.run(outputs, arrays)
+            with onnx_bounds.limited(path, open_ended) as how:
+                results = session.run(outputs, arrays, how)
+        except NormRewriteError:
+            raise
         except Exception as error:  # as above
             raise NormRewriteError(f"{path}: onnxruntime can't run it: {_cause(error)}") from error
         return {name: torch.from_numpy(value) for name, value in zip(outputs, results, strict=True)}
