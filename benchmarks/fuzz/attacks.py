@@ -83,9 +83,10 @@ def hostile(random: Random, folder: Path) -> list[str]:
 
 
 def write_pickle(path: Path, content: Any) -> None:
-    """As torch.save, of any object."""
+    """As torch.save, of any object; of bytes, as the pickle itself."""
     with torch.serialization._open_zipfile_writer(str(path)) as archive:
-        archive.write_record("data.pkl", (data := pickle.dumps(content, protocol=2)), len(data))
+        data = content if isinstance(content, bytes) else pickle.dumps(content, protocol=2)
+        archive.write_record("data.pkl", data, len(data))
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
@@ -173,12 +174,6 @@ class Made:
         return self.parts
 
 
-def _newobj(cls: Any, *arguments: Any) -> Made:
-    import copyreg
-
-    return Made(copyreg.__newobj__, (cls, *arguments))  # type: ignore[attr-defined]
-
-
 def constructions() -> list[Any]:
     """Calls of what is on an allow-list, torch's own or ours, as torch.save never writes them."""
     from torch.nn.modules.rnn import RNNBase
@@ -189,7 +184,7 @@ def constructions() -> list[Any]:
         Call(nn.Linear, 100_000, 100_000),
         Call(nn.LSTM, 10, 10, 10**8),
         Call(nn.ReLU),
-        _newobj(nn.Linear, 3, 4),
+        b"\x80\x02ctorch.nn.modules.linear\nLinear\n(K\x03K\x04t\x81.",
         Call(torch._tensor._rebuild_from_type_v2, nn.Linear, torch.Tensor, (100_000, 100_000), {}),
         Call(torch._tensor._rebuild_from_type_v2, bytearray, torch.Tensor, (1 << 34,), {}),
         Call(torch.Tensor, 1 << 33),
@@ -217,16 +212,16 @@ def _doubled(times: int) -> Any:
 def constructors(random: Random, folder: Path) -> list[str]:
     attack: Any = random.choice(constructions())
     model = torch.load(folder / "module.pt", weights_only=False)
+    for part in model.modules():  # tensors need torch's own writer
+        part._parameters, part._buffers = dict.fromkeys(part._parameters), dict.fromkeys(part._buffers)
     content: Any = attack
-    holder = random.randrange(4)
+    holder = 0 if isinstance(attack, bytes) else random.randrange(4)
     if holder == 1:
         content = {"state_dict": {"0.weight": attack}, "normrewrite": None}
     elif holder > 1:
         victim = random.choice(list(model.modules()))
         vars(victim)[random.choice(("extra", "_modules", "activation"))] = {"a": attack} if holder == 2 else attack
         content = model
-    for part in model.modules():  # tensors need torch's own writer
-        part._parameters, part._buffers = dict.fromkeys(part._parameters), dict.fromkeys(part._buffers)
     try:
         write_pickle(folder / "odd.pt", content)
     except Exception:  # a tensor in it, which plain pickle writes in another way

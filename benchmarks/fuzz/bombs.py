@@ -12,18 +12,19 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
+from benchmarks.fuzz.attacks import write_pickle
 from benchmarks.fuzz.inputs import ARCH, SHAPE, reading
 
 
-def knot(times: int = 40, kind: Callable[[list[Any]], Any] = list) -> Any:
+def knot(times: int = 40) -> Any:
     """Lists of two of the list before: few in memory, without end for who goes through them."""
-    found: Any = kind([])
+    found: Any = []
     for _ in range(times):
-        found = kind([found, found])
+        found = [found, found]
     return found
 
 
-def deep(times: int = 50_000) -> Any:
+def deep(times: int = 2_000) -> Any:
     found: Any = []
     for _ in range(times):
         found = [found]
@@ -51,6 +52,14 @@ def _pickled(content: Callable[[Path], Any]) -> Callable[[Random, Path], list[st
 def _twin(folder: Path, **more: Any) -> Any:
     twin = torch.load(folder / "twin.pt", weights_only=True)
     return {**twin, "normrewrite": {**twin["normrewrite"], **more}}
+
+
+def _raw(content: bytes) -> Callable[[Random, Path], list[str]]:
+    def make(random: Random, folder: Path) -> list[str]:
+        write_pickle(folder / "odd.pt", b"\x80\x02" + content)
+        return reading(random, "odd.pt")
+
+    return make
 
 
 def _json(text: Callable[[str], str]) -> Callable[[Random, Path], list[str]]:
@@ -158,15 +167,19 @@ def _pipe(random: Random, folder: Path) -> list[str]:
     return reading(random, place)
 
 
+_KNOT = b")" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(60))  # a tuple of two of the tuple before, and so on
+_LONG = b"\x8a\x0c%bNs"  # a number of twelve bytes as a key: those here all have one hash
 BOMBS: tuple[Callable[[Random, Path], list[str]], ...] = (
     _pickled(lambda folder: _twin(folder, further=knot())),
     _pickled(lambda folder: _twin(folder, sites=knot())),
     _pickled(lambda folder: _twin(folder, report={"sites": deep()})),
-    _pickled(lambda folder: {"state_dict": {knot(kind=tuple): torch.ones(1)}}),
-    _pickled(lambda folder: {"model": knot(kind=tuple), "0.weight": torch.ones(1)}),
+    _raw(b"}" + _KNOT + b"Ns."),
+    _raw(b"}X\x05\0\0\0model" + _KNOT + b"s."),
+    _raw(b"c__builtin__\nset\n]" + _KNOT + b"a\x85R."),
+    _raw(b"}X\x05\0\0\0model" + b"]" * 100_000 + b"a" * 99_999 + b"s."),
     _pickled(lambda folder: {"0.weight": torch.ones(1).expand(1 << 31)}),
     _pickled(lambda folder: {f"{i}.weight": torch.ones(1 << 20).expand(64, -1) for i in range(100)}),
-    _pickled(lambda folder: {i * ((1 << 61) - 1): 0 for i in range(30_000)}),
+    _raw(b"}" + b"".join(_LONG % (i * ((1 << 61) - 1)).to_bytes(12, "little") for i in range(30_000)) + b"."),
     _pickled(lambda folder: shared_modules()),
     _pickled(lambda folder: _with_attribute(folder, knot())),
     _pickled(lambda folder: _with_attribute(folder, deep())),

@@ -46,7 +46,7 @@ def write_bombs(folder: Path) -> None:
 
 
 def _deflated(path: Path, name: str, head: bytes, megabytes: int) -> None:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive, archive.open(name, "w") as entry:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open(name, "w") as entry:
         entry.write(head)
         for _ in range(megabytes):
             entry.write(bytes(1_000_000))
