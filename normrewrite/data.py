@@ -6,10 +6,12 @@
 
 import inspect
 import math
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +20,11 @@ from torch import Tensor, nn
 
 from normrewrite.errors import NormRewriteError, first_line, possible
 from normrewrite.files import arch
+from normrewrite.outside import count, swells
 
 Array = npt.NDArray[Any]
 _LARGEST = 1 << 30  # numbers of an example input: four gigabytes in fp32
+_MOST_PIXELS = 1 << 25  # of an image: 100 MB as pixels
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 _FORMS = (
     "Give a .npz (arrays named as forward's arguments, or `images`; `labels` optional), a .npy of inputs, "
@@ -170,11 +174,8 @@ def as_data(source: Tensor | Data | Mapping[str, Tensor] | Iterable[Any], names:
 
 def example(shape: str, seed: int = 0) -> Tensor:
     """Gaussian input of a shape written as on the command line: `1,3,32,32`."""
-    try:
-        sizes = [int(part) for part in shape.split(",")]
-    except ValueError:
-        sizes = []
-    if not sizes or min(sizes) < 1:
+    sizes = [number for part in shape.split(",") if (number := count(part)) is not None]
+    if len(sizes) < shape.count(",") + 1:
         raise NormRewriteError(f"--input-shape {shape!r}: write whole numbers, as in 1,3,32,32.")
     if math.prod(sizes) > _LARGEST:
         raise NormRewriteError(
@@ -204,8 +205,11 @@ def _npz(path: Path, names: Sequence[str], mean: Sequence[float] | None, std: Se
 def _arrays(path: Path) -> dict[str, Array]:
     try:
         with path.open("rb") as raw:
+            _check_packing(path, raw)
             file: Any = np.load(raw, allow_pickle=False)
             arrays = {"images": file} if path.suffix == ".npy" else {name: file[name] for name in file.files}
+    except NormRewriteError:
+        raise
     except Exception as error:  # numpy, zipfile and zlib have a class of their own for every kind of damage
         raise NormRewriteError(
             f"--data {path}: can't be read as {path.suffix} ({first_line(error)}). {_FORMS}"
@@ -215,6 +219,22 @@ def _arrays(path: Path) -> dict[str, Array]:
             f"--data {path}: can't be read as {path.suffix} (it holds other things than arrays). {_FORMS}"
         )
     return arrays
+
+
+def _check_packing(path: Path, raw: IO[bytes]) -> None:
+    """Raises for an archive that unpacks without bound."""
+    if zipfile.is_zipfile(raw):
+        with zipfile.ZipFile(raw) as archive:
+            entries = archive.infolist()
+        _check_size(f"--data {path}", path.stat().st_size, sum(entry.file_size for entry in entries))
+    raw.seek(0)
+
+
+def _check_size(where: str, packed: int, unpacked: int) -> None:
+    if swells(packed, unpacked):
+        raise NormRewriteError(
+            f"{where}: {packed:,} bytes that unpack to {unpacked:,}. If that is your data, save it without compression."
+        )
 
 
 def _checked(inputs: dict[str, Tensor], labels: Any, where: str) -> Batch:
@@ -292,9 +312,12 @@ def _classes(folder: Path, paths: Sequence[Path]) -> dict[Path, int] | None:
 def _readable(paths: Sequence[Path], strict: bool) -> tuple[dict[Path, Array], tuple[str, ...]]:
     """The images, and the files that are none; the first of these is raised where `strict`, or where no image is left."""
     pixels: dict[Path, Array] = {}
+    packed = unpacked = 0
     faults: dict[str, NormRewriteError] = {}
     for path in paths:
         try:
+            packed, unpacked = packed + path.stat().st_size, unpacked + _unpacked(path)
+            _check_size(f"--data {path}", packed, unpacked)
             pixels[path] = _pixels(path)
         except _Damaged as error:
             faults[str(path)] = error
@@ -308,13 +331,31 @@ class _Damaged(NormRewriteError):
 
 
 def _pixels(path: Path) -> Array:
+    with _image(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def _unpacked(path: Path) -> int:
+    """Bytes of an image as pixels, by its head alone."""
+    with _image(path) as image:
+        if image.width * image.height > _MOST_PIXELS:
+            raise _Damaged(f"--data {path}: an image of {image.width} x {image.height} pixels. Give smaller ones.")
+        return 3 * int(image.width * image.height)
+
+
+@contextmanager
+def _image(path: Path) -> Iterator[Any]:
     try:
         from PIL import Image
     except ImportError as error:
         raise NormRewriteError("a folder of images needs Pillow: pip install normrewrite[images]") from error
+    if not path.is_file():
+        raise _Damaged(f"--data {path}: is no file.")
     try:
         with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
+            yield image
+    except NormRewriteError:
+        raise
     except Exception as error:  # Pillow's readers raise whatever a damaged file leads them to
         raise _Damaged(f"--data {path}: can't be read as an image ({first_line(error)}).") from error
 

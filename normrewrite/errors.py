@@ -30,8 +30,11 @@ def first_line(error: BaseException) -> str:
 
 
 def possible(path: Path, what: str = "") -> None:
-    """Raises where the system can't have a file of this name (it is too long, say); `what` stands before it in the message."""
+    """Raises where the system can't have a file of this name (it is too long, say), or has none that can be read from its
+    beginning: a pipe or a device may give nothing for ever. `what` stands before the name in the message."""
     try:
-        path.exists()
+        found = path.exists() and not path.is_file() and not path.is_dir()
     except OSError as error:
         raise NormRewriteError(f"{what}{path}: {error.strerror}.") from error
+    if found:
+        raise NormRewriteError(f"{what}{path} is a pipe, a socket or a device. Give a file.")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from normrewrite.data import Batch, argument_names
-from normrewrite.deployment import onnx_file
+from normrewrite.deployment import onnx_bounds, onnx_file
 from normrewrite.errors import NormRewriteError, first_line
 from normrewrite.sites.modes import evaluating
 
@@ -113,6 +113,7 @@ def device_of(model: nn.Module) -> torch.device:
 def _onnx_runner(path: Path, of: Callable[[object], dict[str, Any]]) -> Callable[[Batch], dict[str, Any]]:
     if not path.is_file():
         raise NormRewriteError(f"{path}: there is no such file.")
+    open_ended = onnx_file.has_open_loops(path)
     session = _session(path)
     wanted = {node.name: node.type for node in session.get_inputs()}
     outputs = [node.name for node in session.get_outputs()]
@@ -124,7 +125,10 @@ def _onnx_runner(path: Path, of: Callable[[object], dict[str, Any]]) -> Callable
             for name, value in arrays.items()
         }
         try:
-            results = session.run(outputs, arrays)
+            with onnx_bounds.limited(path, open_ended) as how:
+                results = session.run(outputs, arrays, how)
+        except NormRewriteError:
+            raise
         except Exception as error:  # onnxruntime has a class of its own for every fault
             raise NormRewriteError(f"{path}: onnxruntime can't run it: {_cause(error)}") from error
         return of({name: _tensor(value) for name, value in zip(outputs, results, strict=True)})

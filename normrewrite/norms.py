@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from normrewrite.errors import NormRewriteError, nearest
+from normrewrite.outside import count
 
 Family = Literal["mean", "top", "span"]
 Gain = Literal["exact", "paper"]
@@ -267,8 +268,8 @@ def _counted(row: Metric, argument: str, spec: str) -> Metric:
             percent = float(argument[:-1])
             if 0 < percent <= 100:
                 return replace(row, count=None, percent=percent)
-        elif int(argument) >= 1:
-            return replace(row, count=int(argument))
+        elif (number := count(argument)) is not None:
+            return replace(row, count=number)
     except ValueError:
         pass
     raise NormRewriteError(

@@ -14,6 +14,7 @@ from torch import Tensor
 from normrewrite import norms
 from normrewrite.errors import NormRewriteError, nearest
 from normrewrite.norms import Gain
+from normrewrite.outside import count
 from normrewrite.passes import (
     ChangeScope,
     FoldAffine,
@@ -69,9 +70,10 @@ def _plain(name: str, factory: Callable[[Inputs], Rewrite]) -> Callable[..., Rew
 def _group(argument: str, example_inputs: Inputs = None) -> Rewrite:
     if not argument:
         return ChangeScope("group")
-    if not argument.isdecimal() or int(argument) < 1:
+    number = count(argument)
+    if number is None:
         raise NormRewriteError(f"group:{argument}: {argument!r} is no count. Give a whole number from 1 (group:4).")
-    return ChangeScope("group", int(argument))
+    return ChangeScope("group", number)
 
 
 def _weights(bounded: bool) -> Callable[..., Rewrite]:

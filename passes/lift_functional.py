@@ -28,7 +28,7 @@ from normrewrite.errors import first_line
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.native import AnyBatchNorm
 from normrewrite.nn.parts import assemble, attributes
-from normrewrite.sites import Site, kinds
+from normrewrite.sites import Site, graph, kinds
 from normrewrite.sites.calls import why_called_otherwise, why_computed
 from normrewrite.sites.modes import same_flags
 
@@ -198,10 +198,8 @@ def lifted(module: nn.Module) -> GraphModule | str:
     for training in (False, True):
         try:
             with _undisturbed(module, training):
-                traces.append(fx.symbolic_trace(module))
-                if fixed and _shape(fx.symbolic_trace(module, concrete_args=fixed)) != _shape(
-                    traces[-1], ignore=set(fixed)
-                ):
+                traces.append(graph.symbolic_trace(module))
+                if fixed and _shape(graph.symbolic_trace(module, fixed)) != _shape(traces[-1], ignore=set(fixed)):
                     return f"{name} does other things by its optional arguments {', '.join(fixed)}, which a trace would fix"
         except Exception as error:  # the module's own forward runs here
             return f"{name} calls F.batch_norm, and can't be traced: {first_line(error)}"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.fuzz import inputs, judge
+from benchmarks.fuzz import judge, kinds
 from normrewrite import cli
 
 INPUTS = 100
@@ -68,7 +68,7 @@ def test_the_judge_tells(
     material.mkdir()
     scratch.mkdir()
     (material / "sound.txt").write_text("sound")
-    monkeypatch.setattr(inputs, "make", lambda seed, folder: ("control", []))
+    monkeypatch.setattr(kinds, "make", lambda seed, folder: ("control", []))
     monkeypatch.setattr(cli, "main", command)
     monkeypatch.setattr(judge, "LIMIT", 1.0)
     verdict = judge.judge(0, material, scratch)

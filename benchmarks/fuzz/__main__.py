@@ -10,6 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import onnxruntime  # noqa: F401 (before forking, so that no input has to wait for it)
@@ -18,8 +19,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks.fuzz import material
-from benchmarks.fuzz.inputs import KINDS
 from benchmarks.fuzz.judge import CODES, LIMIT, MEMORY, UNFORESEEN, Verdict, judge
+from benchmarks.fuzz.kinds import KINDS, kind_of
 from benchmarks.stamp import markdown, write
 from normrewrite.commands import deployment, report, rewriting, training  # noqa: F401
 
@@ -94,10 +95,12 @@ def main() -> None:
     parser.add_argument("--inputs", type=int, default=10_000)
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--only", type=int, nargs="+", help="these seeds alone; nothing is written")
+    parser.add_argument("--without", nargs="+", default=[], choices=list(KINDS), help="kinds to leave out")
     parser.add_argument("--show", action="store_true", help="print what each input was and what was said")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     options = parser.parse_args()
     seeds = options.only or list(range(options.first, options.first + options.inputs))
+    seeds = [seed for seed in seeds if kind_of(Random(seed)) not in options.without]
     found = []
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("inputs", total=len(seeds))

@@ -1,12 +1,9 @@
-"""Kinds of bad input: each takes a random generator and a folder of sound files, spoils some, and returns a command line.
-
-A kind is a function in KINDS, with its share of all inputs. Everything follows from the seed.
+"""Kinds of bad input that people and disks make: each takes a random generator and a folder of sound files, spoils some, and
+returns a command line. Everything follows from the generator.
 """
 
 import json
-import pickle
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -20,7 +17,6 @@ from torch import nn
 
 from benchmarks.fuzz.material import DATA, MODELS
 
-Kind = Callable[[Random, Path], list[str]]
 ARCH = ["--arch", "models.py:small"]
 SHAPE = ["--input-shape", "2,3,8,8"]
 
@@ -199,72 +195,6 @@ def odd_module(random: Random, folder: Path) -> list[str]:
     return reading(random, "odd.pt")
 
 
-# --- hostile pickles --------------------------------------------------------------------------------------------------
-
-
-class Call:
-    """Pickles as a call."""
-
-    def __init__(self, function: Any, *arguments: Any) -> None:
-        self.call = function, arguments
-
-    def __reduce__(self) -> Any:
-        return self.call
-
-
-def attacks() -> list[Any]:
-    import builtins
-    import functools
-    import operator
-    import os
-    import runpy
-    import subprocess
-    import webbrowser
-
-    touch = "open('pwned','w')"
-    return [
-        Call(os.system, "touch pwned"),
-        Call(subprocess.Popen, ["touch", "pwned"]),
-        Call(builtins.eval, touch),
-        Call(builtins.exec, touch),
-        Call(builtins.open, "pwned", "w"),
-        Call(runpy.run_path, "trap.py"),
-        Call(builtins.__import__, "trap"),
-        Call(torch.save, 1, "pwned"),
-        Call(functools.partial, os.system, "touch pwned"),
-        Call(operator.methodcaller, "touch"),
-        Call(torch.hub.load_state_dict_from_url, "file:///dev/null"),
-        Call(webbrowser.open, "about:blank"),
-        Call(Path.touch, Path("pwned")),
-        Call(torch.jit.load, "module.pt"),
-        Call(torch.nn.utils.parametrize.register_parametrization, nn.ReLU(), "weight", nn.ReLU()),
-    ]
-
-
-def hostile(random: Random, folder: Path) -> list[str]:
-    attack = random.choice(attacks())
-    holder = random.randrange(5)
-    model = torch.load(folder / "module.pt", weights_only=False)
-    content: Any = attack
-    if holder == 1:
-        content = {"state_dict": {"0.weight": attack}}
-    elif holder > 1:
-        victim: Any = random.choice(list(model.modules()))
-        slot = random.choice(
-            ("forward", "_forward_hooks", "_forward_pre_hooks", "_modules", "_state_dict_hooks", "extra")
-        )
-        value = {0: attack} if slot.startswith("_") else attack
-        victim.__dict__[slot] = value
-        content = model if holder < 4 else {"model": model, "normrewrite": attack}
-    with torch.serialization._open_zipfile_writer(str(folder / "odd.pt")) as archive:  # as torch.save, of any object
-        archive.write_record("data.pkl", (data := pickle.dumps(content, protocol=2)), len(data))
-    if random.random() < 0.3:
-        (folder / "odd.pt").write_bytes(pickle.dumps(content, protocol=random.randrange(6)))
-    elif random.random() < 0.3:
-        spoil_member(random, folder / "odd.pt")
-    return reading(random, "odd.pt")
-
-
 # --- manifests --------------------------------------------------------------------------------------------------------
 
 
@@ -419,6 +349,8 @@ TARGETS = (
     "topk:1%",
     "topk:101%",
     "topk:1e99",
+    f"topk:{'9' * 5000}",
+    f"group:{'9' * 5000}",
     "group:3",
     "bwn:strict:l1",
 )
@@ -466,7 +398,7 @@ PATHS = (
     "nowhere/out.pt",
     "x" * 300,
 )
-NUMBERS = ("-1", "0", "1", "2", "3", "x", "", "1e9", "nan", "0.5", "99999999999999999999")
+NUMBERS = ("-1", "0", "1", "2", "3", "x", "", "1e9", "nan", "0.5", "99999999999999999999", "9" * 5000, "1e999")
 _NOT_ASKED = {"trust", "help"}  # trust runs code, as it says
 
 
@@ -501,23 +433,3 @@ def _option(random: Random, parameter: Any) -> list[str]:
         return [flag, str(random.choice(list(kind.choices)))]
     numeric = isinstance(kind, click.types.IntParamType | click.types.FloatParamType)
     return [flag, random.choice(NUMBERS if numeric else (*TEXTS, *PATHS))]
-
-
-KINDS: dict[str, tuple[Kind, int]] = {
-    "bytes of model files": (model_bytes, 25),
-    "contents of model files": (odd_contents, 15),
-    "attributes of pickled modules": (odd_module, 12),
-    "hostile pickles": (hostile, 10),
-    "manifests": (manifests, 13),
-    "ONNX files": (onnx_files, 5),
-    "data": (data_files, 8),
-    "arguments and rules": (arguments, 12),
-}
-
-
-def make(seed: int, folder: Path) -> tuple[str, list[str]]:
-    """The kind and the command line of one input; its files are written to `folder`, which holds the material."""
-    random = Random(seed)
-    torch.manual_seed(seed)
-    name = random.choices(list(KINDS), [share for _, share in KINDS.values()])[0]
-    return name, KINDS[name][0](random, folder)

@@ -2,7 +2,8 @@
 
 It ends within LIMIT seconds by itself, with an exit code of the documented ones; never with a traceback or a signal. An error
 is one message on stderr; UNFORESEEN is the code of one that no check knew better. Files that were there are as they were; after
-an error nothing new is left. No code out of a file was run, and memory stayed within MEMORY beside what the interpreter holds.
+an error nothing new is left, and after a signal no temporary file. No code out of a file was run, none of its control characters
+were printed, and memory stayed within MEMORY beside what the interpreter holds.
 """
 
 import hashlib
@@ -18,9 +19,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+SIGNALS = "signals"
 LIMIT = 10.0  # seconds
 MEMORY = 1 << 30  # bytes
 CODES = (0, 1, 2)
+STOPPED = (130, 128 + signal.SIGTERM, -signal.SIGTERM, -signal.SIGINT)  # ways to end by a signal
+_ACTING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")  # on a terminal
 UNFORESEEN = 70
 
 
@@ -65,7 +69,7 @@ def _run(seed: int, folder: Path, log: Path) -> None:
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
-        from benchmarks.fuzz.inputs import make
+        from benchmarks.fuzz.kinds import make
 
         kind, words = make(seed, folder)
         asked = {"kind": kind, "words": words, "before": _listing(folder), "held": _memory("VmRSS")}
@@ -120,7 +124,8 @@ def _judged(seed: int, folder: Path, log: Path, code: int, seconds: float) -> Ve
     )
     used = int(peak.read_text()) - asked["held"] if peak.is_file() else 0
     verdict = Verdict(seed, asked["kind"], asked["words"], code, seconds, used, output)
-    verdict.faults += _faults(code, output, set(asked["before"]), set(_listing(folder)))
+    stopped = asked["kind"] == SIGNALS and code in STOPPED
+    verdict.faults += _faults(0 if stopped else code, output, set(asked["before"]), set(_listing(folder)))
     verdict.faults += [f"{used >> 20} MB of memory"] if used > MEMORY else []
     shutil.rmtree(folder)
     for path in log.parent.glob(f"{log.name}*"):
@@ -138,6 +143,8 @@ def _faults(code: int, output: str, before: set[str], after: set[str]) -> Iterat
         yield "a traceback"
     elif code in (2, UNFORESEEN) and not re.search("^(error|Error|Usage): ", output, re.MULTILINE):
         yield "no message"
+    if acting := _ACTING.search(output):
+        yield f"{acting[0]!r} reached the terminal"
     if any(line.startswith("pwned ") for line in after):
         yield "code out of a file was run"
     if code in (2, UNFORESEEN) and (left := [line for line in after - before if line.split(" ")[0] not in names]):

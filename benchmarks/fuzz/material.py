@@ -1,11 +1,13 @@
 """The sound files that bad ones are made from: a small network, its twins, a manifest, an ONNX file, data."""
 
 import io
+import zipfile
 from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 import normrewrite as nr
@@ -33,6 +35,23 @@ MODELS = (
 DATA = ("images.npz", "images.npy")
 
 
+def write_bombs(folder: Path) -> None:
+    """Archives that are small, and unpack to hundreds of megabytes."""
+    array = io.BytesIO()
+    np.lib.format.write_array_header_1_0(array, {"descr": "|u1", "fortran_order": False, "shape": (600, 1000, 1000)})
+    _deflated(folder / "bomb.npz", "images.npy", array.getvalue(), 600)
+    _deflated(folder / "deflated.pt", "deflated/data.pkl", b"\x80\x02X" + (1 << 30).to_bytes(4, "little"), 1100)
+    (folder / "bomb").mkdir()
+    Image.new("L", (9000, 9000)).save(folder / "bomb" / "wide.png")
+
+
+def _deflated(path: Path, name: str, head: bytes, megabytes: int) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open(name, "w") as entry:
+        entry.write(head)
+        for _ in range(megabytes):
+            entry.write(bytes(1_000_000))
+
+
 def write(folder: Path) -> None:
     """All of it, into an empty folder."""
     (folder / "models.py").write_text(CODE)
@@ -53,6 +72,7 @@ def write(folder: Path) -> None:
     nr.save(twin, folder / "twin.safetensors")
     nr.save(nr.convert(model, to="bwn"), folder / "bounded.pt")
     write_manifest(twin, folder / "twin.json", report, History(), force=False)
+    write_bombs(folder)
     images = np.random.default_rng(0).standard_normal((12, 3, 8, 8)).astype(np.float32)
     np.savez(folder / "images.npz", images=images, labels=np.arange(12) % 5)
     np.save(folder / "images.npy", images)

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import click
 
 from normrewrite._version import __version__
-from normrewrite.cli import deployment, rewriting, training
+from normrewrite.cli import console, deployment, rewriting, training
+from normrewrite.cli.options import bounded
 from normrewrite.errors import NormRewriteError
 
 
@@ -32,11 +33,18 @@ for _command in (
     deployment.verify,
     deployment.bench,
 ):
+    if _command.callback is not None:
+        _command.callback = bounded(_command.callback)
     app.add_command(_command)
 
 
 def main() -> None:
     """Run the command line; errors become one message and an exit code."""
+    with console.visible_streams():
+        _run()
+
+
+def _run() -> None:
     try:
         app(standalone_mode=False)
     except click.exceptions.Exit as error:
@@ -52,6 +60,10 @@ def main() -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 (what is buffered goes nowhere)
         _report(f"stdout: {error.strerror}. Nothing else is wrong; files were written as asked.", 2)
     except Exception as error:
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            _report(
+                "what is asked needs more memory than there is. Nothing was left half-written. Take less at a time.", 2
+            )
         if os.environ.get("NORMREWRITE_TRACEBACK"):
             raise
         _report(_unexpected(error), 70)

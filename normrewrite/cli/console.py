@@ -1,11 +1,69 @@
-"""What people see: Rich on a terminal, plain text in a pipe. Rich is imported only for a terminal."""
+"""What people see: Rich on a terminal, plain text in a pipe. Rich is imported only for a terminal.
+
+Names and texts out of files go to a terminal with their control characters written out: a file can't clear the screen, or write a
+verdict over another.
+"""
 
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
+
+from normrewrite.outside import visible
+
+
+class Visible:
+    """A text stream that writes out what would act on a terminal."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        return self.stream.write(visible(text))
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        self.stream.writelines(map(visible, lines))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextmanager
+def visible_streams() -> Iterator[None]:
+    """stdout and stderr, for the time, as streams that write out what would act on a terminal."""
+    before = sys.stdout, sys.stderr
+    during: Any = [Visible(stream) for stream in before]
+    sys.stdout, sys.stderr = during
+    try:
+        yield
+    finally:  # who has put another in its place meanwhile keeps that
+        if sys.stdout is during[0]:
+            sys.stdout = before[0]
+        if sys.stderr is during[1]:
+            sys.stderr = before[1]
+
+
+def _console(*, stderr: bool = False) -> Any:
+    """A console on the stream itself: Rich's own colours and movements are for the terminal."""
+    from rich.console import Console
+
+    stream: Any = sys.stderr if stderr else sys.stdout
+    while isinstance(stream, Visible):
+        stream = stream.stream
+    return Console(file=stream, highlight=False)
+
+
+class _Shown:
+    """What Rich draws, with the control characters of its texts written out."""
+
+    def __init__(self, drawn: Any) -> None:
+        self.drawn = drawn
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        for segment in console.render(self.drawn, options):
+            yield segment if segment.control else segment._replace(text=visible(segment.text))
 
 
 class Result(Protocol):
@@ -22,7 +80,7 @@ def show(result: Result, *, as_json: bool = False, quiet: bool = False) -> None:
         if not sys.stdout.isatty():
             print(result)
         elif hasattr(result, "rich"):  # it draws its own tables
-            _console().print(result.rich())
+            _console().print(_Shown(result.rich()))
         else:
             _coloured(str(result))
 
@@ -36,18 +94,12 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console(highlight=False)
-
-
 def _coloured(text: str) -> None:
     from rich.text import Text
 
     console = _console()
     for line in text.splitlines():
-        console.print(Text(line, style=style_of(line)), soft_wrap=True)
+        console.print(Text(visible(line), style=style_of(line)), soft_wrap=True)
 
 
 # First words of tables.
@@ -72,18 +124,18 @@ def busy(what: str, *, quiet: bool = False) -> Iterator[Callable[..., None]]:
     if quiet or not sys.stderr.isatty():
         yield lambda done, **_: None
         return
-    from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    columns = (SpinnerColumn(), TextColumn(what), TextColumn("{task.fields[count]}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(what, total=None, count="")
+    texts = (TextColumn("{task.description}", markup=False), TextColumn("{task.fields[count]}", markup=False))
+    columns = (SpinnerColumn(), *texts, TimeElapsedColumn())
+    with Progress(*columns, console=_console(stderr=True), transient=True) as progress, visible_streams():
+        task = progress.add_task(visible(what), total=None, count="")
         through = 0
 
         def advance(done: int | str, of: int | None = None) -> None:
             nonlocal through
             if isinstance(done, str):
-                progress.update(task, count=done)
+                progress.update(task, count=visible(done))
                 return
             through = (0 if of and through >= of else through) + done
             progress.update(task, count=f"{through} of {of} sites" if of else f"{through} inputs")
@@ -97,11 +149,10 @@ def training(*, quiet: bool = False) -> Iterator[Callable[[Any], None]]:
     if quiet or not sys.stderr.isatty():
         yield lambda step: None
         return
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[told]}"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with Progress(*columns, console=_console(stderr=True), transient=True) as progress, visible_streams():
         task = progress.add_task("training", total=None, told="")
 
         def advance(step: Any) -> None:

@@ -1,5 +1,6 @@
 """Options that commands share, and how they reach a command: the model file as one `source`."""
 
+import math
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -10,6 +11,7 @@ import click
 from normrewrite.errors import NormRewriteError
 
 Command = Callable[..., Any]
+_LARGEST = 2**32 - 1
 
 
 def _together(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -48,11 +50,29 @@ def _as_source(function: Command) -> Command:
 
 def _numbers(_context: click.Context, parameter: click.Parameter, text: str | None) -> list[float] | None:
     try:
-        return None if text is None else [float(part) for part in text.split(",")]
+        numbers = None if text is None else [float(part) for part in text.split(",")]
+        if not all(map(math.isfinite, numbers or ())):
+            raise ValueError
+        return numbers
     except ValueError:
         raise NormRewriteError(
             f"--{parameter.name} {text!r}: write numbers with commas, as in 0.485,0.456,0.406."
         ) from None
+
+
+def bounded(function: Command) -> Command:
+    """Numbers on the command line are finite, and whole ones no larger than what all of torch and numpy takes."""
+
+    @wraps(function)
+    def with_bounds(*arguments: Any, **options: Any) -> Any:
+        for name, value in options.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise NormRewriteError(f"--{name.replace('_', '-')} {value}: give a finite number.")
+            if isinstance(value, int) and abs(value) > _LARGEST:
+                raise NormRewriteError(f"--{name.replace('_', '-')}: give a number of at most {_LARGEST:,}.")
+        return function(*arguments, **options)
+
+    return with_bounds
 
 
 PATH = click.Path(path_type=Path)

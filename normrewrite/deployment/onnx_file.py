@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from normrewrite.data import Batch
-from normrewrite.deployment import precision
+from normrewrite.deployment import onnx_bounds, precision
 from normrewrite.errors import NormRewriteError, first_line, possible
 from normrewrite.files import write_atomically
 from normrewrite.lower import onnx as nodes
@@ -28,7 +28,10 @@ def read(path: str | Path) -> Any:
         raise NormRewriteError(f"{path}: there is no such file.")
     try:
         proto = onnx.load(path)
+        onnx_bounds.check(proto, str(path))
         onnx.checker.check_model(proto)
+    except NormRewriteError:
+        raise
     except Exception as error:  # protobuf, the checker and the loader of outside weights have classes of their own
         raise NormRewriteError(
             f"{path}: can't be read as ONNX ({first_line(error)}). It may be truncated, or no ONNX file at all; write it "
@@ -42,6 +45,18 @@ def read(path: str | Path) -> Any:
         )
     nodes.check(proto)
     return proto
+
+
+def has_open_loops(path: Path) -> bool:
+    """Whether only running a file shows when its loops end. Raises NormRewriteError where it asks for too much."""
+    import onnx
+
+    try:
+        return onnx_bounds.check(onnx.load(path, load_external_data=False), str(path))
+    except NormRewriteError:
+        raise
+    except Exception:  # no ONNX file, which onnxruntime tells
+        return False
 
 
 def opset_of(proto: Any) -> int:

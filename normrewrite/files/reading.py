@@ -17,6 +17,7 @@ from normrewrite.files import arch as arch_
 from normrewrite.files import soundness, unpickle
 from normrewrite.files.writing import Form
 from normrewrite.nn.parts import deepcopy
+from normrewrite.outside import CODE, is_name
 from normrewrite.records import manifest
 
 _KEYS = ("state_dict", "model_state_dict", "model", "ema")
@@ -175,7 +176,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         record = {manifest.KEY: json.loads(metadata[manifest.KEY])} if manifest.KEY in metadata else {}
         return {"state_dict": tensors, **record}
-    except (SafetensorError, json.JSONDecodeError, RecursionError, OSError) as error:
+    except (SafetensorError, ValueError, RecursionError, OSError) as error:  # a number too long is a ValueError
         raise NormRewriteError(
             f"{path}: can't be read as a safetensors file ({error}). It may be truncated."
         ) from error
@@ -215,6 +216,8 @@ def _stripped(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     state = dict(tensors)
     if not all(isinstance(name, str) for name in state):
         raise NormRewriteError(f"{path}: its state_dict has names that are no text. Save model.state_dict().")
+    if unfit := next((name for name in state if not is_name(name)), None):
+        raise NormRewriteError(f"{path}: its state_dict has {unfit!r:.80}: {CODE}. Rename the tensor.")
     while prefix := next((p for p in _PREFIXES if state and all(name.startswith(p) for name in state)), None):
         state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state

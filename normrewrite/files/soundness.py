@@ -9,23 +9,32 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor, nn
 
+from normrewrite.outside import CODE, endless, is_name
+
 _TABLES = {"_parameters": Tensor, "_buffers": Tensor, "_modules": nn.Module}
 _OWN = {"training": bool, "_non_persistent_buffers_set": set}
 _DEEPEST = 200
+_PLACES = 100_000  # where modules may stand in a network; one that is shared stands at several
+# Methods of every module that nobody calls on a part of a network: it may keep something else under their names, as YOLO's do.
+_UNCALLED = frozenset(
+    ("type", "half", "float", "double", "bfloat16", "cuda", "ipu", "xpu", "mtia", "share_memory", "compile")
+)
 
 
 def check(model: nn.Module) -> str | None:
     """What is wrong with the first damaged module of a network, in words; None where all are sound."""
-    waiting, seen = [("", model, 0)], set()
+    waiting, seen, places = [("", model, 0)], set(), 0
     while waiting:
         name, module, depth = waiting.pop()
-        wrong = fault(module) if depth <= _DEEPEST else "is nested without end"
+        places += 1
+        wrong = None if id(module) in seen else fault(module)
+        if depth > _DEEPEST or places > _PLACES:
+            wrong = "is nested without end"
         if wrong is not None:
             return f"{name or type(module).__name__} {wrong}"
-        if id(module) not in seen:
-            seen.add(id(module))
-            parts = module._modules.items()
-            waiting += [(f"{name}.{key}" if name else key, part, depth + 1) for key, part in parts if part is not None]
+        seen.add(id(module))
+        parts = module._modules.items()
+        waiting += [(f"{name}.{key}" if name else key, part, depth + 1) for key, part in parts if part is not None]
     return None
 
 
@@ -37,10 +46,15 @@ def fault(module: nn.Module) -> str | None:
             return f"has no {table} as modules have"
         if shadowed := attributes.keys() & attributes[table].keys():
             return f"has two things called {min(shadowed)}"
+    names = [*attributes, *(name for table in _TABLES for name in attributes[table])]
+    if unfit := [name for name in names if not is_name(name)]:
+        return f"has a part called {unfit[0]!r}: {CODE}"
     for name, value in attributes.items():
+        if endless(vars(value) if _keeps_settings(value) else value):
+            return f"has {name} nested without end"
         if name.endswith("_hooks") and not (isinstance(value, dict) and all(map(callable, value.values()))):
             return f"has no {name} as modules have"
-        if callable(getattr(type(module), name, None)) and not callable(value):
+        if name not in _UNCALLED and callable(getattr(type(module), name, None)) and not callable(value):
             return f"has {name} of type {type(value).__name__} in place of a method"
     if missing := [name for name in _constants(type(module)) if not hasattr(module, name)]:
         return f"has no {missing[0]}"
@@ -53,6 +67,14 @@ def fault(module: nn.Module) -> str | None:
 def _holds(table: object, kind: type) -> bool:
     return isinstance(table, dict) and all(
         isinstance(name, str) and isinstance(value, kind | None) for name, value in table.items()
+    )
+
+
+def _keeps_settings(value: object) -> bool:
+    return (
+        type(value).__module__.startswith("transformers.")
+        and not isinstance(value, nn.Module)
+        and hasattr(value, "__dict__")
     )
 
 

@@ -5,13 +5,15 @@ module also names classes; one is let through only if it is what it claims to be
 in exactly the module and under exactly the name that the file asks for, in a package of this list (of transformers, a model's
 configuration too).
 
-Such classes may be constructed with arguments that the file chooses: those listed build layers and take memory, and do
-nothing else that is known. Where even that is too much, take state_dicts only.
+None of them is ever called: what a pickle would do is read off it before (normrewrite.files.pickled), and a module is made
+as torch.save writes it, an empty object that is given its attributes. A class that does more than nn.Module when it is made or
+given them is not on the list.
 """
 
 import importlib
 import pickle
 import re
+import shlex
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -22,9 +24,10 @@ import torch
 from torch import nn
 
 from normrewrite.errors import NormRewriteError, first_line
+from normrewrite.files import pickled
 from normrewrite.files.arch import search_path
+from normrewrite.files.pickled import PACKAGES
 
-PACKAGES = ("torch.nn.modules.", "normrewrite.nn.", "torchvision.", "timm.", "transformers.")
 _OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # torch's magic number, pickled
 _PROTOCOL = re.compile(r"pickle protocol (\d)")
 # Plain functions that layers of torch.nn keep as attributes: calling them with anything is harmless.
@@ -52,13 +55,19 @@ def load(path: Path, allow: Sequence[str] = (), trust: bool = False) -> Any:
 
 def _load_safely(path: Path, allow: Sequence[str]) -> Any:
     try:
-        return _read(path)
-    except pickle.UnpicklingError as error:
-        wanted = _globals_in(path, error)
+        wrong = pickled.fault(path, {name.replace(":", ".") for name in allow})
+    except pickled.Unknown:
+        return _read(path)  # torch knows no more of it, and says what it is
+    wanted = torch.serialization.get_unsafe_globals_in_checkpoint(path) if pickled.is_archive(path) else []
     allowed = [(_allowed(name, allow), name) for name in wanted]
     refused = [name for obj, name in allowed if obj is None]
     if refused:
         raise NormRewriteError(_refusal(path, refused))
+    if wrong is not None:
+        raise NormRewriteError(
+            f"{path}: {wrong}, which torch.save never writes; nothing of it was run. Save a state_dict, and name its code "
+            "with --arch."
+        )
     with torch.serialization.safe_globals([(obj, name) for obj, name in allowed if obj is not None]):
         return _read(path)
 
@@ -68,23 +77,11 @@ def _read(path: Path) -> Any:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=_zipped(path))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=pickled.is_archive(path))
         except Exception as error:
             for warning in caught:  # of a pickle protocol that torch does not read in full
                 error.add_note(str(warning.message))
             raise
-
-
-def _zipped(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04"
-
-
-def _globals_in(path: Path, error: pickle.UnpicklingError) -> list[str]:
-    try:
-        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # no zip archive, or one that can't be analysed: the first error says more
-        raise error from None
 
 
 def _allowed(name: str, allow: Sequence[str]) -> Any:
@@ -102,7 +99,14 @@ def _allowed(name: str, allow: Sequence[str]) -> Any:
             raise NormRewriteError(f"--allow {module_name}:{class_name}: {error}") from error
         return None
     genuine = isinstance(found, type) and (found.__module__, found.__qualname__) == (module_name, class_name)
-    return found if genuine and (by_user or issubclass(found, nn.Module) or _is_config(found)) else None
+    return found if genuine and (by_user or _is_made_plainly(found)) else None
+
+
+def _is_made_plainly(cls: type) -> bool:
+    """A layer, or a record of settings, that runs no code but torch's when it is made empty and given its attributes."""
+    steps = (getattr(cls, name, None) for name in ("__new__", "__setstate__"))
+    of_torch = all((getattr(step, "__module__", None) or "torch.nn.").startswith("torch.nn.") for step in steps)
+    return of_torch and (issubclass(cls, nn.Module) or _is_config(cls))
 
 
 def _is_config(cls: type) -> bool:
@@ -115,7 +119,7 @@ def _is_config(cls: type) -> bool:
 def _refusal(path: Path, names: Iterable[str]) -> str:
     names = sorted(names)
     classes = [name for name in names if name.rpartition(".")[2][:1].isupper()]
-    flags = " ".join(f"--allow {':'.join(name.rsplit('.', 1))}" for name in classes)
+    flags = " ".join(f"--allow {shlex.quote(':'.join(name.rsplit('.', 1)))}" for name in classes)
     allow = f"For classes that you know: {flags}. " if classes else ""
     return (
         f"{path} asks for {len(names)} class(es) or function(s) that are not on the allow-list, and nothing of it was run: "

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from normrewrite.errors import NormRewriteError
+from normrewrite.outside import count
 
 CHUNK = 64
 
@@ -51,8 +52,8 @@ def accumulator(spec: str) -> Accumulator:
         return Accumulator()
     if name == "half" and not colon:
         return Accumulator(CHUNK)
-    if name == "half" and chunk.isascii() and chunk.isdecimal() and int(chunk):
-        return Accumulator(int(chunk))
+    if name == "half" and (number := count(chunk)) is not None:
+        return Accumulator(number)
     raise NormRewriteError(
         f"accumulator {spec!r}: write fp32, half ({CHUNK} numbers to a partial sum) or half:CHUNK, with a whole number from 1."
     )

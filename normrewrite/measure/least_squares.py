@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, Node, Tracer
+from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from normrewrite import sites
@@ -31,6 +31,7 @@ from normrewrite.nn.rows import RowNorm
 from normrewrite.passes.fold_affine import as_affine
 from normrewrite.passes.lift_functional import lift_
 from normrewrite.sites import Site
+from normrewrite.sites.graph import CheckedTracer
 from normrewrite.sites.kinds import Kind, recognise
 from normrewrite.sites.modes import evaluating
 
@@ -198,7 +199,7 @@ def shared_dims(norm: Any, rank: int) -> list[int]:
 # --- traced: both networks in lockstep ---------------------------------------------------------------------------------
 
 
-class _SiteTracer(Tracer):
+class _SiteTracer(CheckedTracer):
     """Sites are whole, and what holds one is opened, torch's own containers too."""
 
     def __init__(self, found: set[int]) -> None:

@@ -27,6 +27,7 @@ from normrewrite.nn.affine import ChannelAffine
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.stand_in import StandIn
 from normrewrite.norms import GAINS, Gain
+from normrewrite.outside import CODE, endless, is_name
 from normrewrite.passes import Rewrite
 from normrewrite.passes.lift_functional import lift_
 from normrewrite.passes.swap_metric import SCOPES
@@ -86,6 +87,10 @@ def entry_of(module: nn.Module) -> dict[str, Any]:
 
 def check(record: object, where: str) -> dict[str, Any]:
     """The record, if it is a manifest that can be believed; raises NormRewriteError with what is wrong."""
+    if endless(record):
+        raise NormRewriteError(
+            f"{where}: its manifest is nested without end. The file is damaged or not normrewrite's."
+        )
     if not isinstance(record, dict) or not isinstance(record.get("sites"), list):
         raise NormRewriteError(
             f"{where}: its manifest is no record of sites. The file is damaged or not normrewrite's."
@@ -114,6 +119,8 @@ def _check_site(entry: object, where: str) -> None:
     named = isinstance(entry, dict) and isinstance(entry.get("names"), list) and entry["names"]
     if not isinstance(entry, dict) or not named or not all(isinstance(name, str) for name in entry["names"]):
         raise NormRewriteError(f"{where}: a site of its manifest has no names. The file is damaged.")
+    if unfit := next((name for name in entry["names"] if not is_name(name)), None):
+        raise NormRewriteError(f"{where}: its manifest has a site {unfit!r:.80}: {CODE}.")
     figures = [entry.get(name) for name in ("difference", "error")]
     if not all(figure is None or isinstance(figure, int | float) for figure in figures):
         raise NormRewriteError(f"{where}: site {entry['names'][0]!r} of its manifest has figures that are no numbers.")

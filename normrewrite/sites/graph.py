@@ -3,11 +3,13 @@
 from collections import Counter
 from collections.abc import Collection
 from operator import attrgetter
+from typing import Any
 
 from torch import nn
-from torch.fx import GraphModule, Node, Tracer
+from torch.fx import Graph, GraphModule, Node, Tracer
 
 from normrewrite.errors import NormRewriteError, first_line
+from normrewrite.outside import CODE, is_name
 from normrewrite.sites.modes import same_attributes
 
 
@@ -15,7 +17,28 @@ class Untraceable(NormRewriteError):
     """torch.fx can't trace the model; the message carries its reason."""
 
 
-class _Tracer(Tracer):
+class CheckedTracer(Tracer):
+    """torch.fx's own, where names can't be read as code: it writes them into the source that it makes, as they are."""
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> Graph:
+        check_names(root)
+        return super().trace(root, concrete_args)
+
+
+def check_names(model: nn.Module) -> None:
+    """Raises Untraceable for a model that has a name which could be read as code."""
+    for module in model.modules():
+        names = [*vars(module), *module._modules.keys(), *module._parameters.keys(), *module._buffers.keys()]
+        if unfit := next((name for name in names if not is_name(name)), None):
+            raise Untraceable(f"{type(model).__name__} has a part called {unfit!r}: {CODE}")
+
+
+def symbolic_trace(model: nn.Module, concrete_args: dict[str, Any] | None = None) -> GraphModule:
+    """torch.fx's own, where names can't be read as code."""
+    return GraphModule(model, CheckedTracer().trace(model, concrete_args), type(model).__name__)
+
+
+class _Tracer(CheckedTracer):
     def __init__(self, whole: Collection[int]) -> None:
         super().__init__()
         self.whole = whole
@@ -33,6 +56,7 @@ def trace(model: nn.Module, whole: Collection[int] = ()) -> GraphModule:
     Raises Untraceable with torch.fx's own reason, on one line.
     """
     if isinstance(model, GraphModule):
+        check_names(model)
         return model
     try:
         with same_attributes(model):

@@ -47,6 +47,8 @@ def flipped(images: Tensor) -> Tensor:
 def shifted(images: Tensor, pixels: int) -> Tensor:
     """Each image moved by up to `pixels` each way: a crop of the image with a border of zeros."""
     n, _, height, width = images.shape
+    if pixels > max(height, width):
+        raise NormRewriteError(f"--crop {pixels}: images are {height} x {width}. Shift them by less.")
     padded = F.pad(images, (pixels,) * 4)
     down, right = torch.randint(0, 2 * pixels + 1, (2, n, 1)).to(images.device)
     rows = (down + torch.arange(height, device=images.device))[:, :, None]

@@ -34,6 +34,7 @@ def accelerator(model: nn.Module, recipe: Recipe, log: Path | None = None) -> It
     _require("accelerate", "fine-tuning")
     if log is not None:
         _require("tensorboard", "--log")
+        _make_folder(log)
     from accelerate.state import AcceleratorState, GradientState
 
     ours = not AcceleratorState._shared_state
@@ -50,6 +51,17 @@ def accelerator(model: nn.Module, recipe: Recipe, log: Path | None = None) -> It
             if ours:
                 AcceleratorState._reset_state()
                 GradientState._reset_state()
+
+
+def _make_folder(log: Path) -> None:
+    try:
+        log.mkdir(parents=True, exist_ok=True)
+        if not os.access(log, os.W_OK | os.X_OK):
+            raise PermissionError(None, "it is not writable")
+    except OSError as error:
+        raise NormRewriteError(
+            f"--log {log}: {error.strerror}. Name a folder that can be made or written in."
+        ) from error
 
 
 def _made(device: torch.device, recipe: Recipe, log: Path | None) -> Any:

@@ -114,6 +114,7 @@ def export(
             f"hooks on the whole {type(model).__name__}: torch's exporter leaves them out. Remove them, or export a module whose "
             "forward calls this one."
         )
+    graph.check_names(model)  # torch's exporter makes code of them, too
     inputs = _examples(example_inputs, argument_names(model))
     names = argument_names(model)[: len(inputs)]
     keys = names if len(names) == len(inputs) else [f"input_{i}" for i in range(len(inputs))]  # forward(*inputs)
