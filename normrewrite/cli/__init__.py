@@ -8,7 +8,7 @@ from collections.abc import Callable
 import click
 
 from normrewrite._version import __version__
-from normrewrite.cli import deployment, rewriting, training
+from normrewrite.cli import deployment, rewriting, signals, training
 from normrewrite.errors import NormRewriteError
 
 
@@ -38,7 +38,8 @@ for _command in (
 def main() -> None:
     """Run the command line; errors become one message and an exit code."""
     try:
-        app(standalone_mode=False)
+        with signals.as_exceptions():
+            app(standalone_mode=False)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except click.ClickException as error:
@@ -46,8 +47,9 @@ def main() -> None:
     except NormRewriteError as error:
         _report(str(error), error.exit_code)
     except (KeyboardInterrupt, click.Abort) as error:  # click's has the other for its cause
-        print(": ".join(filter(None, ("interrupted", str(error.__cause__ or error)))), file=sys.stderr)
-        sys.exit(130)
+        said, code = signals.outcome(error.__cause__ or error)
+        print(said, file=sys.stderr)
+        sys.exit(code)
     except OSError as error:  # stdout is full, or nobody reads it any more
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 (what is buffered goes nowhere)
         _report(f"stdout: {error.strerror}. Nothing else is wrong; files were written as asked.", 2)

@@ -4,10 +4,8 @@
 """
 
 import json
-import os
 import pickle
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.utils.parametrize import is_parametrized
 
-from normrewrite.errors import NormRewriteError, first_line, possible
+from normrewrite.files.outputs import write_atomically
 from normrewrite.records import manifest
 from normrewrite.records.history import History
 from normrewrite.records.ranges import LearnedRanges
@@ -100,47 +98,3 @@ def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _needs_code(model: nn.Module) -> bool:
     """Modules that pickle, but that only code can bring back: generated graphs and parametrised weights."""
     return any(isinstance(module, GraphModule) or is_parametrized(module) for module in model.modules())
-
-
-def check_writable(path: str | Path, force: bool) -> None:
-    """Raises early, before any work, where the output can't be written."""
-    path = Path(path)
-    possible(path, "output ")
-    if path.is_dir():
-        raise NormRewriteError(f"output {path} is a folder. Name a file with -o.")
-    if path.exists() and not force:
-        raise NormRewriteError(
-            f"output {path} exists already. Choose another name with -o, or overwrite it with --force."
-        )
-    if not path.parent.is_dir():
-        raise NormRewriteError(f"output {path}: there is no folder {path.parent}. Make it first.")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise NormRewriteError(
-            f"output {path}: the folder {path.parent} is not writable. Choose another place with -o."
-        )
-
-
-def write_atomically(path: Path, write: Callable[[str], object], force: bool) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it: a reader sees the old file or the new one."""
-    check_writable(path, force)
-    try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        os.close(handle)
-    except OSError as error:
-        raise NormRewriteError(f"output {path}: {error.strerror}. Choose another place with -o.") from error
-    try:
-        write(temporary)
-        Path(temporary).chmod(0o666 & ~_umask())
-        Path(temporary).replace(path)
-    except (pickle.PicklingError, AttributeError, TypeError, MemoryError):
-        raise
-    except Exception as error:  # a full disk is OSError, RuntimeError of torch's writer, or safetensors' own
-        raise NormRewriteError(f"output {path}: {first_line(error)}. Nothing was written.") from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,0 +1,58 @@
+"""Signals that end a command as Ctrl-C does: by an exception, so that temporary files are cleared away.
+
+>>> with as_exceptions():
+...     app()
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+# What docker, Slurm, a lost terminal, Ctrl-\\ and a limit on the time of a process send.
+_NAMES = ("SIGTERM", "SIGHUP", "SIGQUIT", "SIGXCPU")
+
+
+class Terminated(KeyboardInterrupt):
+    """Raised where the command is, by one of these signals."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+@contextmanager
+def as_exceptions() -> Iterator[None]:
+    """Inside, each of these signals raises Terminated. One that is ignored (nohup) or handled already stays so.
+
+    Of several processes of one training only the first writes files that would be left; the others end at once, as a process
+    that waits for a lost one could not look at its signals.
+    """
+    taken: list[signal.Signals] = []
+    if threading.current_thread() is threading.main_thread() and os.environ.get("RANK", "0") == "0":
+        found = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
+        taken = [each for each in found if signal.getsignal(each) is signal.SIG_DFL]
+    owner = os.getpid()
+
+    def end(number: int, _frame: Any) -> None:
+        if os.getpid() != owner:  # a forked one has files of its own, if any
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        raise Terminated(number)
+
+    for each in taken:
+        signal.signal(each, end)
+    try:
+        yield
+    finally:
+        for each in taken:
+            signal.signal(each, signal.SIG_DFL)
+
+
+def outcome(error: BaseException) -> tuple[str, int]:
+    """What is said of a command that was broken off, and its exit code: 128 and the signal's number."""
+    number = error.number if isinstance(error, Terminated) else int(signal.SIGINT)
+    word = f"terminated by {signal.Signals(number).name}" if isinstance(error, Terminated) else "interrupted"
+    return ": ".join(filter(None, (word, str(error)))), 128 + number
