@@ -41,7 +41,13 @@ def _as_source(function: Command) -> Command:
         named = model or options.get("manifest")  # verify --manifest alone is about the file that carries it
         if named is None:
             raise click.UsageError("Missing argument 'MODEL'.")
-        return function(Source(named, arch, parse_arguments(arch_args), key, allow, trust, device), **options)
+        given = Source(named, arch, parse_arguments(arch_args), key, allow, trust, device)
+        try:
+            return function(given, **options)
+        finally:
+            if not options.get("quiet"):
+                for note in given.notes:
+                    click.echo(f"note: {note}", err=True)
 
     return with_source
 

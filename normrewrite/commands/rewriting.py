@@ -15,7 +15,6 @@ from normrewrite.errors import NormRewriteError
 from normrewrite.nn.weights import gain_of
 from normrewrite.norms import Gain
 from normrewrite.records import history
-from normrewrite.records.history import History
 from normrewrite.records.report import Report
 from normrewrite.rules import Rules
 from normrewrite.targets import rewrite
@@ -139,7 +138,7 @@ def convert(
     rewrite(to, gain, as_scopes(scope))  # a wrong target is told before a large file is read
     output = output or derived(source.path, f"{slug(to)}.folded" if folded else slug(to))
     if not dry_run:
-        _check_writable(output, manifest, force)
+        files.check_outputs({"-o": output, "--manifest": manifest}, force, {"--calibrate": calibrate})
     each(f"reading {source.path.name}")
     file = source.read()
     data = None if calibrate is None else opened(calibrate, file.model, mean, std)
@@ -165,7 +164,8 @@ def convert(
         return _write_folded(twin, report, output, force, network)
     each(f"writing {output.name}")
     came = history.begun(source, file.manifest).then(history.step(convert, source, asked))
-    form = _saved(twin, output, manifest, file.form, report, came, force)
+    form = source.save(file, twin.cpu(), output, report=report, history=came, force=force)
+    files.write_manifest(twin, manifest, report, came, force)
     notes.append(_how_to_load(file.form, form, output))
     return Converted(report, str(output), form, network, calibration, "\n".join(filter(None, notes)))
 
@@ -193,7 +193,8 @@ def convert_again(
     asked = dict(locals())
     _nothing_else(others)
     output = output or derived(source.path, "replayed")
-    _check_writable(output, manifest, force)
+    inputs = {"--calibrate": calibrate, "--replay": replay}
+    files.check_outputs({"-o": output, "--manifest": manifest}, force, inputs)
     record = files.record(replay, key=source.key, allow=source.allow, trust=source.trust)
     if record is None:
         raise NormRewriteError(
@@ -215,7 +216,8 @@ def convert_again(
         )
     each(f"writing {output.name}")
     came = history.begun(source, file.manifest).then(history.step(convert_again, source, asked, "convert"))
-    form = _saved(twin, output, manifest, file.form, report, came, force)
+    form = source.save(file, twin.cpu(), output, report=report, history=came, force=force)
+    files.write_manifest(twin, manifest, report, came, force)
     notes.append(_how_to_load(file.form, form, output))
     return Converted(report, str(output), form, network, calibration, "\n".join(filter(None, notes)))
 
@@ -231,21 +233,6 @@ def _nothing_else(options: Mapping[str, Any]) -> None:
 
 
 _USUAL = (("gain", "exact"), ("scope", "batch"))
-
-
-def _saved(
-    twin: nn.Module, output: Path, manifest: Path | None, form: files.Form, report: Report, came: History, force: bool
-) -> files.Form:
-    """Write the twin, and its manifest apart where that is asked for; the form that was written."""
-    written = files.save(twin.cpu(), output, form=form, report=report, history=came, force=force)
-    files.write_manifest(twin, manifest, report, came, force)
-    return written
-
-
-def _check_writable(output: Path, manifest: Path | None, force: bool) -> None:
-    files.check_writable(output, force)
-    if manifest is not None:
-        files.check_writable(manifest, force)
 
 
 def _some_inputs(input_shape: str | None, data: Data | None, names: list[str], device: str) -> list[Tensor] | None:
@@ -348,12 +335,12 @@ def calibrate(
     """Match a twin's training to the original on unlabelled data, and write it beside."""
     asked = dict(locals())
     output = output or derived(source.path, "calibrated")
-    files.check_writable(output, force)
+    files.check_outputs({"-o": output}, force, {"--data": data})
     file = source.read()
     examples = opened(data, file.model, mean, std)
     twin, calibration = calibrate_model(file.model, examples, batch_size=batch_size, each=each)
     came = history.begun(source, file.manifest).then(history.step(calibrate, source, asked))
-    files.save(twin.cpu(), output, form=file.form, history=came, force=force)
+    source.save(file, twin.cpu(), output, history=came, force=force)
     return Calibrated(calibration, str(output))
 
 
@@ -384,5 +371,5 @@ def revert(source: Source, *, output: Path | None = None, force: bool = False) -
     file = source.read()
     came = history.begun(source, file.manifest).then(history.step(revert, source, asked))
     model, names, trained = reverted(file.model)
-    files.save(model.cpu(), output, form=file.form, history=replace(came, report=None), force=force)
+    source.save(file, model.cpu(), output, history=replace(came, report=None), force=force)
     return Reverted(names, trained, str(output))

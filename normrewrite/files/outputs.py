@@ -17,9 +17,7 @@ from normrewrite.errors import NormRewriteError, first_line, possible
 _LONGEST = 40  # characters of a name that a temporary file's begins with, so that its own is never too long
 
 
-def check_outputs(
-    outputs: Mapping[str, Path | None], force: bool, inputs: Mapping[str, object] | None = None
-) -> None:
+def check_outputs(outputs: Mapping[str, Path | None], force: bool, inputs: Mapping[str, object] | None = None) -> None:
     """Raises early, before any work, where an output can't be written, or is another of the outputs, or one of the inputs.
 
     Both by the option that names them. None, and an input that is no file (`module:factory`), is left out.
@@ -79,9 +77,7 @@ def write_atomically(path: Path, write: Callable[[str], object], force: bool) ->
 
 
 def _exists(path: Path) -> NormRewriteError:
-    return NormRewriteError(
-        f"output {path} exists already. Choose another name with -o, or overwrite it with --force."
-    )
+    return NormRewriteError(f"output {path} exists already. Choose another name with -o, or overwrite it with --force.")
 
 
 def _kind(path: Path) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.utils.parametrize import is_parametrized
 
+from normrewrite.files.layout import KEY, Layout
 from normrewrite.files.outputs import write_atomically
 from normrewrite.records import manifest
 from normrewrite.records.history import History
@@ -31,6 +32,7 @@ def save(
     report: Report | None = None,
     learned: LearnedRanges | None = None,
     history: History | None = None,
+    layout: Layout | None = None,
     force: bool = False,
 ) -> Form:
     """Write a model and its manifest; whole or not at all, and never over an existing file without `force`.
@@ -41,25 +43,29 @@ def save(
     form: `state_dict` (one dict with `state_dict` and `normrewrite`, which torch.load reads with weights_only=True),
     `safetensors` (manifest in the metadata), or `module` (pickled; where it can't be, a state_dict is written).
     learned: ranges of an int8 training, for export; a pickled module then is a dict's `model`, beside the manifest.
-    history: where the twin comes from, for the manifest.
+    history: where the twin comes from, for the manifest. layout: of the file that it came in, to write another like it.
     Returns the form that was written. Raises NormRewriteError where the file exists or can't be written.
     """
-    path = Path(path)
+    path, layout = Path(path), layout or Layout()
     state = dict(model.state_dict())
-    record = manifest.seal(manifest.describe(model, report, learned), state, history)
+    record = manifest.describe(model, report, learned) | ({KEY: layout.told()} if layout.told() else {})
+    record = manifest.seal(record, state, history)
     if path.suffix == ".safetensors" or form == "safetensors":  # the name decides, as it does when it is read
         form = "safetensors" if path.suffix == ".safetensors" else "state_dict"
     if form == "module" and not _needs_code(model):
+        alone = learned is None and not layout.key
+        place = layout if layout.key else Layout(("model",))
+        whole = model if alone else place.content(model, record)
         try:
-            whole = model if learned is None else {"model": model, manifest.KEY: record}
             write_atomically(path, lambda temporary: torch.save(whole, temporary), force)
             return form
         except (pickle.PicklingError, AttributeError, TypeError):
             pass  # a lambda, a local class: the tensors can still be had
     if form == "safetensors":
-        write_tensors(state, path, force, {manifest.KEY: json.dumps(record)})
+        metadata = {**layout.metadata, manifest.KEY: json.dumps(record)}
+        write_tensors(layout.named(state), path, force, metadata)
     else:
-        content = {"state_dict": state, manifest.KEY: record}
+        content = layout.content(state, record)
         form = "state_dict"
         write_atomically(path, lambda temporary: torch.save(content, temporary), force)
     return form
