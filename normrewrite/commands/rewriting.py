@@ -12,6 +12,9 @@ from normrewrite.commands.source import Source, derived, opened
 from normrewrite.data import Data, argument_names
 from normrewrite.data import example as example_input
 from normrewrite.errors import NormRewriteError
+from normrewrite.nn.affine import ChannelAffine
+from normrewrite.nn.rows import RowNorm
+from normrewrite.nn.stand_in import StandIn
 from normrewrite.nn.weights import gain_of
 from normrewrite.norms import Gain
 from normrewrite.records import history
@@ -24,7 +27,7 @@ from normrewrite.verbs.calibrate import NOTHING, Calibration, calibratable
 from normrewrite.verbs.calibrate import calibrate_ as calibrate_model
 from normrewrite.verbs.convert import Plan, as_scopes, untouched
 from normrewrite.verbs.convert import plan as plan_model
-from normrewrite.verbs.export import fold
+from normrewrite.verbs.export import fold, plain_state
 from normrewrite.verbs.initialise import Initialisation, initialise_
 from normrewrite.verbs.inspect import Inspection
 from normrewrite.verbs.inspect import inspect as inspect_model
@@ -288,11 +291,18 @@ def _compared(
 
 def _write_folded(twin: nn.Module, report: Report, output: Path, force: bool, network: Comparison | None) -> Converted:
     whole, outcome, notes = fold(twin)
-    files.write_tensors(whole.state_dict(), output, force)
+    files.write_tensors(plain_state(whole), output, force)
+    gone = {
+        name for name, module in whole.named_modules() if isinstance(module, StandIn) and not hasattr(module, "norm")
+    }
+    affine = [module for module in whole.modules() if isinstance(module, ChannelAffine)]
     note = (
-        f"plain state_dict: {len(outcome.into_neighbour)} norms folded into a neighbour (give it a bias, and put nn.Identity "
-        f"in the norm's place); {len(outcome.to_affine)} are y = weight * x + bias by channel under the norm's name"
+        f"plain state_dict: {len(gone.union(outcome.into_neighbour))} norms folded into a neighbour (give it a bias, and put "
+        f"nn.Identity in the norm's place); {len(affine)} are y = weight * x + bias by channel under the norm's name"
     )
+    staying = {type(module).__name__: 0 for module in whole.modules() if isinstance(module, nn.GroupNorm | RowNorm)}
+    if staying:
+        note += f"; those that measure each input ({', '.join(staying)}) have weight and bias under their names"
     return Converted(report, str(output), "folded state_dict", network, None, "\n".join([note, *notes]))
 
 

@@ -70,7 +70,10 @@ def by_key(read: Callable[..., File], key: str | None, *paths: Path) -> list[Fil
             missing.append(error)
             if len(missing) == len(paths):
                 raise missing[0] from None
-            found.append(read(path, key=None))
+            try:
+                found.append(read(path, key=None))
+            except files.NoSuchKey:
+                raise error from None
     return found
 
 

@@ -30,7 +30,7 @@ _MOST, _LARGEST = 10_000, 1 << 16  # values in what is carried along, and bytes 
 
 
 class NoSuchKey(NormRewriteError):
-    """The file has not the key that was asked for; another of the command's may have it."""
+    """The file has no weights under the key that was asked for, or any usual one; another of the command's may."""
 
 
 @dataclass(frozen=True)
@@ -131,9 +131,7 @@ def _select(content: object, key: str | None, path: Path, notes: list[str]) -> t
             name = sets[0]
         if name is None:
             keys_here = ", ".join(map(str, list(content)[:12]))
-            raise NormRewriteError(
-                f"{path}: no state_dict under {', '.join(USUAL)}. Name it with --key; keys: {keys_here}"
-            )
+            raise NoSuchKey(f"{path}: no state_dict under {', '.join(USUAL)}. Name it with --key; keys: {keys_here}")
         notes += [_of_others(path, keys, name, others)] if (others := [each for each in sets if each != name]) else []
         keys, content = (*keys, name), content[name]
     raise NormRewriteError(f"{path}: its dictionaries are nested without end. Name the state_dict with --key.")
