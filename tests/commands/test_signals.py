@@ -83,7 +83,7 @@ def test_a_training_says_how_to_go_on(folder: Path) -> None:
         time.sleep(0.01)
     command.send(signal.SIGTERM)
     assert command.end(30) == 143
-    assert command.said.startswith("terminated by SIGTERM: --resume goes on from tuned.checkpoints/step-0")
+    assert command.said.strip().startswith("terminated by SIGTERM: --resume goes on from tuned.checkpoints/step-0")
     assert not (folder / "tuned.pt").exists() and not list(folder.glob(".*"))
 
 

@@ -331,9 +331,23 @@ def test_where_a_twin_comes_from_stays_known(run: Command, folder: Path) -> None
         audit = run(f"verify --manifest tuned.pt --original digits.pt {options}")
         assert audit.code == 0, audit.out
     assert run(f"verify --manifest tuned.pt --original l1.pt {ARCH}").code == 1
-    report = run(f"report tuned.pt {ARCH} --data few.npz --json").json
-    assert report["original"]["file"] == "digits.pt" if isinstance(report["original"], dict) else report["original"]
-    Path("digits.pt").write_bytes(Path("l1.pt").read_bytes())  # of that name, and no original of it
+
+
+def test_report_of_a_trained_twin_is_against_the_original_or_says_that_it_is_not(run: Command, folder: Path) -> None:
+    """Never against the nearest norms, which are the trained ones: that would always be the same function."""
+    assert run(f"convert digits.pt {ARCH} --to l1 -o l1.pt").code == 0
+    assert run(f"finetune l1.pt {ARCH} --data few.npz --labels --steps 2 --lr 0.05 -o tuned.pt").code == 0
+    beside = run(f"report tuned.pt {ARCH} --data few.npz --json").json
+    assert beside["original"] == "given" and beside["files"]["original"]["file"] == "digits.pt"
+    assert not beside["network"]["ok"] and beside["network"]["outputs"][0]["max_abs"] > 0.1
+    same = run(f"report tuned.pt {ARCH} --data few.npz --original digits.pt --json").json
+    assert same["network"] == beside["network"]
+    shutil.move("digits.pt", "elsewhere.pt")
+    shutil.copy("l1.pt", "digits.pt")  # of that name, and not the original
+    for options in ("", "-o page.html --text"):
+        alone = run(f"report tuned.pt {ARCH} --data few.npz {options}")
+        assert alone.code == 0 and "same function" not in alone.out and "give it as --original" in alone.out
+    assert run(f"report tuned.pt {ARCH} --json").json["original"] == ""
 
 
 # --- resumed ----------------------------------------------------------------------------------------------------------
