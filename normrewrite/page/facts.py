@@ -85,7 +85,7 @@ class Facts:
     model: nn.Module
     rows: list[Row]
     parameters: int
-    came: str  # where the original comes from: `given`, `had back` from the twin, or `` where it is not known, or the model is one itself
+    came: str  # where the original comes from: `given`, `had back` from the twin, or `` where none is known
     advice: Advice | None = None
     comparison: Comparison | None = None
     bench: Bench | None = None

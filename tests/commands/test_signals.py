@@ -1,6 +1,5 @@
 """Signals that end a command: it says so, leaves nothing, and gives 128 and the signal's number back."""
 
-import os
 import shutil
 import signal
 import threading
@@ -30,6 +29,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return inside
 
 
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name != "__pycache__")
+
+
 def stays_in_a_write(ignored: signal.Signals | None = None) -> None:
     """From here on: half of the file is written, and nothing more comes for a minute."""
 
@@ -54,14 +57,14 @@ def in_a_write(line: str, folder: Path, before: Callable[[], object] = stays_in_
 
 @pytest.mark.parametrize("which", ENDING)
 def test_a_signal_in_a_write_leaves_nothing(which: signal.Signals, folder: Path) -> None:
-    before = sorted(os.listdir())
+    before = names(folder)
     command = in_a_write(LINE, folder)
-    assert sorted(os.listdir()) != before
+    assert names(folder) != before
     command.send(which)
     assert command.end(30) == 128 + which
     word = "interrupted" if which == signal.SIGINT else f"terminated by {which.name}"
     assert command.said.strip() == word
-    assert sorted(name for name in os.listdir() if name != "__pycache__") == before
+    assert names(folder) == before
 
 
 def test_what_is_ignored_stays_ignored(folder: Path) -> None:

@@ -301,7 +301,7 @@ def test_the_second_of_two_at_once_says_so(run: Command, folder: Path) -> None:
         for option in ("", " --force", " --resume"):
             second = run(line + option)
             assert second.code == 2 and "another finetune is at work on it" in second.err
-        assert os.listdir("tuned.checkpoints") == []
+        assert not list(Path("tuned.checkpoints").iterdir())
     assert not Path("tuned.checkpoints").exists() and run(line).code == 0
 
 

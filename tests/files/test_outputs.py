@@ -18,6 +18,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def names(folder: str = ".") -> list[str]:
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
 def writing(content: bytes) -> Callable[[str], object]:
     return lambda temporary: Path(temporary).write_bytes(content)
 
@@ -28,14 +32,15 @@ def _socket(path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "kind"), [(os.mkfifo, "pipe"), (_socket, "socket"), (lambda path: os.symlink("/dev/null", path), "device")]
+    ("make", "kind"),
+    [(os.mkfifo, "pipe"), (_socket, "socket"), (lambda path: Path(path).symlink_to("/dev/null"), "device")],
 )
 def test_what_is_no_file_is_never_replaced(make: Callable[[str], None], kind: str) -> None:
     make("out.pt")
     before = os.lstat("out.pt")
     with pytest.raises(nr.NormRewriteError, match=f"output out.pt is a {kind}, which is never replaced"):
         files.write_atomically(Path("out.pt"), writing(b"new"), force=True)
-    assert os.path.samestat(before, os.lstat("out.pt")) and os.listdir() == ["out.pt"]
+    assert os.path.samestat(before, os.lstat("out.pt")) and names() == ["out.pt"]
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o640, 0o444, 0o666])
@@ -56,7 +61,8 @@ def test_force_keeps_the_owner() -> None:
     Path("out.pt").write_bytes(b"old")
     os.chown("out.pt", 1234, 1235)
     files.write_atomically(Path("out.pt"), writing(b"new"), force=True)
-    assert (os.stat("out.pt").st_uid, os.stat("out.pt").st_gid) == (1234, 1235)
+    now = Path("out.pt").stat()
+    assert (now.st_uid, now.st_gid) == (1234, 1235)
 
 
 def test_nobody_reads_early_what_is_hidden() -> None:
@@ -80,7 +86,7 @@ def test_a_link_stays_and_leads_to_the_new_file(folder: Path, there: bool) -> No
         with pytest.raises(nr.NormRewriteError, match="exists already"):
             files.write_atomically(Path("out.pt"), writing(b"new"), force=False)
     files.write_atomically(Path("out.pt"), writing(b"new"), force=there)
-    assert Path("out.pt").is_symlink() and target.read_bytes() == b"new" and len(os.listdir("elsewhere")) == 1
+    assert Path("out.pt").is_symlink() and target.read_bytes() == b"new" and len(names("elsewhere")) == 1
 
 
 def _no_links(*_: object) -> None:
@@ -113,13 +119,13 @@ def test_of_many_that_write_one_new_name_one_succeeds(monkeypatch: pytest.Monkey
     for thread in threads:
         thread.join()
     assert len(done) == 1 and len(told) == 7 and all("exists already" in each for each in told)
-    assert Path("out.pt").read_bytes() == bytes(done) * 100 and os.listdir() == ["out.pt"]
+    assert Path("out.pt").read_bytes() == bytes(done) * 100 and names() == ["out.pt"]
 
 
 def test_the_longest_name_that_the_system_has_is_written() -> None:
     name = "ü" * 126 + ".pt"  # 255 bytes
     files.write_atomically(Path(name), writing(b"new"), force=False)
-    assert os.listdir() == [name]
+    assert names() == [name]
 
 
 @pytest.mark.parametrize(
@@ -127,8 +133,8 @@ def test_the_longest_name_that_the_system_has_is_written() -> None:
     [
         ("out.pt", None),
         ("./out.pt", None),
-        ("link.pt", lambda: os.symlink("out.pt", "link.pt")),
-        ("folder/out.pt", lambda: os.symlink(".", "folder")),
+        ("link.pt", lambda: Path("link.pt").symlink_to("out.pt")),
+        ("folder/out.pt", lambda: Path("folder").symlink_to(".")),
         ("hard.pt", lambda: (Path("out.pt").touch(), os.link("out.pt", "hard.pt"))),
     ],
 )
@@ -138,6 +144,6 @@ def test_two_files_of_a_command_are_two(other: str, prepare: Callable[[], object
         prepare()
     outputs, inputs = {"-o": Path("out.pt")}, {"--manifest": Path(other)}
     both = {**outputs, **inputs}
-    with pytest.raises(nr.NormRewriteError, match="is the same file. Choose another name with -"):
+    with pytest.raises(nr.NormRewriteError, match=r"is the same file\. Choose another name with -"):
         files.check_outputs(both, True) if role == "output" else files.check_outputs(outputs, True, inputs)
     files.check_outputs({"-o": Path("out.pt"), "--manifest": None}, True, {"--data": "module:factory", "--val": None})
