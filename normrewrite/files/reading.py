@@ -63,7 +63,7 @@ def load(
     >>> twin = load("twin.pt", arch="zoo.py:cifar10_resnet20")
 
     arch: `PATH.py:factory`, `module:factory`, `timm:NAME`, `torchvision:NAME`, a callable or a module to fill.
-    key: where in a checkpoint the state_dict is, dotted, if not under state_dict, model or ema.
+    key: where in a checkpoint the state_dict is, dotted, if not under a usual name (normrewrite.files.layout.USUAL).
     allow, trust: see normrewrite.files.unpickle; nothing is unpickled freely without `trust`.
     A file of normrewrite's is rewritten by its manifest first. Raises NormRewriteError with what to do.
     """
