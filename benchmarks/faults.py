@@ -234,7 +234,9 @@ def all_of(trial: Trial, signals: int, faults: list[str]) -> Iterator[Outcome]:
     for number in range(signals):
         for i, fault in enumerate(SIGNALS):
             late = number % 2 == 1  # when it may be writing
-            yield tried(trial, fault, (number // 2 + i) % 2 == 0, trial.seconds * draw.uniform(0.8 if late else 0.1, 1.02))
+            yield tried(
+                trial, fault, (number // 2 + i) % 2 == 0, trial.seconds * draw.uniform(0.8 if late else 0.1, 1.02)
+            )
 
 
 def rows(outcomes: list[dict[str, Any]]) -> Iterator[list[str]]:

@@ -64,7 +64,9 @@ def _numbers(_context: click.Context, parameter: click.Parameter, text: str | No
 PATH = click.Path(path_type=Path)
 # How the weights in a file are found, without the code that they belong to.
 found = _together(
-    click.option("--key", metavar="K", help="Where in a checkpoint the state_dict is, dotted; of the files that have it."),
+    click.option(
+        "--key", metavar="K", help="Where in a checkpoint the state_dict is, dotted; of the files that have it."
+    ),
     click.option(
         "--allow",
         metavar="MODULE:CLASS",

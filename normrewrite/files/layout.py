@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from normrewrite.errors import NormRewriteError, nearest
@@ -26,7 +27,7 @@ _COMPILED = "_orig_mod"
 _WRAPPERS = ("module.", f"{_COMPILED}.")  # of DistributedDataParallel and torch.compile
 _COUNTERS = ("n_averaged",)  # of AveragedModel, beside the network's own names
 _DEEPEST = 8
-_MOST, _LARGEST = 10_000, 1 << 16  # values in what is carried along, and bytes of one
+_ROOM, _PLAIN = 1 << 20, 64  # bytes of one thing that is carried along, and of one value in it
 
 
 class NoSuchKey(NormRewriteError):
@@ -89,10 +90,11 @@ def find(content: object, key: str | None, path: Path) -> tuple[Weights, Layout,
     """
     known = of(content.get(manifest.KEY) if isinstance(content, Mapping) else None)
     own = known.key if known.key and _at(content, known.key) is not None else ("state_dict",)
-    if known.key == own and (key is None or _at(content, key.split(".")) is None):
-        key = ".".join(own)
+    asked = None if key is None else tuple(key.split("."))
+    if known.key == own and (asked is None or _at(content, asked) is None):
+        asked = own
     notes: list[str] = []
-    keys, found = _select(content, key, path, notes)
+    keys, found = _select(content, asked, path, notes)
     beside, left = _beside(content, keys) if isinstance(content, Mapping) and keys else ({}, [])
     layout = Layout(keys, beside=beside, left=tuple(left))
     if isinstance(found, nn.Module):
@@ -111,11 +113,13 @@ def find(content: object, key: str | None, path: Path) -> tuple[Weights, Layout,
     return *_taken(tensors, layout, _COUNTERS), notes
 
 
-def _select(content: object, key: str | None, path: Path, notes: list[str]) -> tuple[tuple[str, ...], Any]:
+def _select(
+    content: object, asked: tuple[str, ...] | None, path: Path, notes: list[str]
+) -> tuple[tuple[str, ...], Any]:
     """The keys to the module or state_dict in what a checkpoint holds, and that."""
-    keys: tuple[str, ...] = ()
-    if key is not None:
-        keys, content = tuple(key.split(".")), _by_key(content, key, path)
+    keys = asked or ()
+    if asked is not None:
+        content = _by_key(content, asked, path)
     for _ in range(_DEEPEST + 1):
         if isinstance(content, nn.Module):
             return keys, content
@@ -137,12 +141,12 @@ def _select(content: object, key: str | None, path: Path, notes: list[str]) -> t
     raise NormRewriteError(f"{path}: its dictionaries are nested without end. Name the state_dict with --key.")
 
 
-def _by_key(content: object, key: str, path: Path) -> object:
-    for part in key.split("."):
+def _by_key(content: object, keys: tuple[str, ...], path: Path) -> object:
+    for part in keys:
         if not isinstance(content, Mapping) or part not in content:
             known = [str(name) for name in content] if isinstance(content, Mapping) else []
             raise NoSuchKey(
-                f"{path}: --key {key}: there is no {part!r}.{nearest(part, known)} Keys: {', '.join(known[:12])}"
+                f"{path}: --key {'.'.join(keys)}: there is no {part!r}.{nearest(part, known)} Keys: {', '.join(known[:12])}"
             )
         content = content[part]
     return content
@@ -265,7 +269,7 @@ def _beside(content: Mapping[Any, Any], keys: tuple[str, ...]) -> tuple[dict[str
             kept |= {name: inner} if inner else {}
             left += [f"{name}.{each}" for each in more]
         elif name not in (keys[0], manifest.KEY):
-            if _is_small(name) and _is_small(value):
+            if _is_small(name) and _is_small(value) and not _is_weights(value):
                 kept[name] = value
             else:
                 left.append(str(name))
@@ -273,25 +277,23 @@ def _beside(content: Mapping[Any, Any], keys: tuple[str, ...]) -> tuple[dict[str
 
 
 def _is_small(value: object) -> bool:
-    """Whether weights_only reads it, and it is no great matter: numbers, words and small tensors in plain containers."""
+    """Whether weights_only reads it, and it is no great matter: numbers, words and small tensors in plain containers, and no
+    optimiser's state, which is of other parameters."""
     waiting: list[Any] = [value]
-    seen = 0
-    while waiting and seen < _MOST:
+    room = _ROOM
+    while waiting and room > 0:
         each = waiting.pop()
-        seen += 1
+        room -= _PLAIN
         if type(each) in (dict, OrderedDict):
+            if {"state", "param_groups"} <= each.keys():
+                return False
             waiting += [*each, *each.values()]
         elif type(each) in (list, tuple, set):
             waiting += each
-        elif type(each) is Tensor:
-            if each.layout != _STRIDED or each.untyped_storage().nbytes() > _LARGEST:
-                return False
+        elif type(each) is Tensor and each.layout is torch.strided and not each.is_meta:
+            room -= each.untyped_storage().nbytes()
         elif type(each) is str:
-            if len(each) > _LARGEST:
-                return False
+            room -= len(each)
         elif each is not None and type(each) not in (bool, int, float):
             return False
-    return not waiting
-
-
-_STRIDED = Tensor().layout
+    return not waiting and room > 0

@@ -63,6 +63,9 @@ class Checkpoints:
                 _remove_others(self.folder, final)
         except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
             raise NormRewriteError(f"{final}: {first_line(error)}. The checkpoint before it is whole.") from error
+        finally:
+            if self.machine.is_main_process:
+                shutil.rmtree(temporary, ignore_errors=True)
 
     def _check_shared(self, newest: Path | None) -> None:
         """Raises on all processes where they would not begin at the same step."""

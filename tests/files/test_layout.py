@@ -55,6 +55,7 @@ WRAPS: dict[str, tuple[Callable[[State], Any], str]] = {
     "averaged": (lambda state: {"net": prefixed("module.")(state) | {"n_averaged": torch.tensor(7)}}, ""),
     "nested": (lambda state: {"a": {"model": state, "step": 5}, "lr": [0.1, {"b": (1, None)}], "done": True}, "--key"),
     "the only weights": (lambda state: {"params": state, "epoch": 3, "scale": {"x": 1.0}}, ""),
+    "a key with a dot": (lambda state: {"v1.0": state, "epoch": 3}, ""),
     "numbers among them": (lambda state: {"net": {**state, "epoch": 7}}, ""),
 }
 
@@ -139,7 +140,18 @@ def _knot() -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    "value", [torch.zeros(1 << 15), torch.zeros(1 << 20)[:2], "x" * (1 << 17), _knot(), nn.Linear(2, 2), {"a": [b"b"]}]
+    "value",
+    [
+        torch.zeros(1 << 20),
+        torch.zeros(1 << 20)[:2],  # a view brings all of it into a file
+        [torch.zeros(1 << 10)] * (1 << 10),
+        "x" * (1 << 21),
+        _knot(),
+        nn.Linear(2, 2),
+        {"a": [b"b"]},
+        [{"state": {}, "param_groups": []}],  # an optimiser's, of Lightning
+        {"fc.weight": torch.zeros(2, 2)},  # other weights
+    ],
 )
 def test_what_is_no_small_plain_data_is_left(value: object) -> None:
     file = files.layout.find({"net": net().state_dict(), "epoch": 3, "rest": value}, None, Path("c.pt"))[1]
