@@ -27,9 +27,8 @@ class Source:
     allow: Sequence[str] = ()
     trust: bool = False
     device: str = "cpu"
-    notes: list[str] = field(
-        default_factory=list, compare=False
-    )  # what people are to know of the files, beside the result
+    # What people are to know of the files, beside the result.
+    notes: list[str] = field(default_factory=list, compare=False)
 
     def __post_init__(self) -> None:
         """A fault of the input is told before one of the output."""
@@ -56,7 +55,8 @@ class Source:
         beside = [*layout.left, *(layout.beside if written == "safetensors" else ())]
         if beside:
             more = f" and {len(beside) - 8} more" if len(beside) > 8 else ""
-            self.notes.append(f"{output.name} is without what is no small, plain data: {', '.join(beside[:8])}{more}")
+            names = f"{', '.join(beside[:8])}{more}"
+            self.notes.append(f"left out of {output.name}: {names} (only small, plain data is carried along)")
         return written
 
 

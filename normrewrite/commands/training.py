@@ -1,7 +1,7 @@
 """The command `finetune`."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from normrewrite.commands.source import Source, derived
 from normrewrite.data import Data, argument_names, open_data
 from normrewrite.errors import NormRewriteError
 from normrewrite.records import history
+from normrewrite.records.history import History
 from normrewrite.training import checkpoints
 from normrewrite.training.recipe import Recipe, recipe
 from normrewrite.training.result import Finetuned
@@ -70,6 +71,8 @@ def finetune(
             checkpoints.discard(folder)
         file, *teachers = source.read_all(source.path, *([] if teacher is None else [teacher]))
         examples = _open("--data", data, file.model, mean, std, strict)
+        came = history.begun(source, file.manifest)  # of the files as they are now
+        came = came.then(history.step(finetune, source, words, further=asdict(Recipe())))
         options["teacher"] = teachers[0].model if teachers else None
         options["val"] = None if val is None else _open("--val", val, file.model, mean, std, strict)
         try:
@@ -78,7 +81,7 @@ def finetune(
             kept = checkpoints.newest_of(folder)
             stop.args = (f"--resume goes on from {kept}",) if kept else ()
             raise
-        return _written(*trained, source, file, output, words, force or going_on)
+        return _written(*trained, source, file, output, came, force or going_on)
 
 
 def folder_of(output: Path) -> Path:
@@ -99,16 +102,13 @@ def _written(
     source: Source,
     file: files.ModelFile,
     output: Path,
-    words: Mapping[str, Any],
+    came: History,
     force: bool,
 ) -> Written:
-    """The files: by the first process, where there are several. words: the options that were given."""
+    """The files: by the first process, where there are several."""
     outputs = [str(output)]
     record = {"output": str(output), "last": None, **result.as_dict()}
     if os.environ.get("RANK", "0") == "0":
-        came = history.begun(source, file.manifest).then(
-            history.step(finetune, source, words, further=asdict(Recipe()))
-        )
         source.save(file, model.cpu(), output, learned=result.ranges, history=came, force=force)
         if result.last is not None:
             record["last"] = str(derived(output, "last"))

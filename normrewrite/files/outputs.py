@@ -29,7 +29,7 @@ def check_outputs(outputs: Mapping[str, Path | None], force: bool, inputs: Mappi
         check_writable(path, force)
         clash = next((other for other, found in taken.items() if _same_file(path, found)), None)
         if clash is not None:
-            raise NormRewriteError(f"output {path}: {clash} is the same file. Choose another name with {option}.")
+            raise NormRewriteError(f"output {path}: {clash} is the same file. Choose another name.")
         taken[option] = path
 
 

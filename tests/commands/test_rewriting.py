@@ -660,7 +660,7 @@ def test_what_is_large_stays_behind_and_is_told(run: Command, folder: Path) -> N
     torch.save({"state_dict": digits, "optimizer": moments, "epoch": 7}, folder / "c.pt")
     outcome = run(f"convert c.pt {TO} {DIGITS}")
     assert outcome.code == 0
-    assert outcome.err == "note: c.l1.pt is without what is no small, plain data: optimizer\n"
+    assert outcome.err == "note: left out of c.l1.pt: optimizer (only small, plain data is carried along)\n"
     assert torch.load(folder / "c.l1.pt", weights_only=True).keys() == {"state_dict", "epoch", "normrewrite"}
     assert run(f"convert c.pt {TO} {DIGITS} --force --quiet").err == ""
 
