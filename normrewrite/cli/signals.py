@@ -4,15 +4,19 @@
 ...     app()
 """
 
+import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 # What docker, Slurm, a lost terminal, Ctrl-\\ and a limit on the time of a process send.
 _NAMES = ("SIGTERM", "SIGHUP", "SIGQUIT", "SIGXCPU")
+
+_GRACE = 5.0  # seconds to clear away in: torchrun, and a terminal that is closed, send the same signal twice
 
 
 class Terminated(KeyboardInterrupt):
@@ -34,13 +38,17 @@ def as_exceptions() -> Iterator[None]:
     if threading.current_thread() is threading.main_thread() and os.environ.get("RANK", "0") == "0":
         found = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
         taken = [each for each in found if signal.getsignal(each) is signal.SIG_DFL]
-    owner = os.getpid()
+    owner, raised = os.getpid(), -math.inf
 
     def end(number: int, _frame: Any) -> None:
+        nonlocal raised
         if os.getpid() != owner:  # a forked one has files of its own, if any
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        raise Terminated(number)
+        # A second one is let pass, but not for good: the exception may have been lost in somebody's `except`.
+        if time.monotonic() - raised > _GRACE:
+            raised = time.monotonic()
+            raise Terminated(number)
 
     for each in taken:
         signal.signal(each, end)

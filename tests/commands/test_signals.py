@@ -103,6 +103,13 @@ def test_handlers_are_only_the_command_line_s(monkeypatch: pytest.MonkeyPatch) -
             signal.raise_signal(signal.SIGTERM)
     finally:
         signal.signal(signal.SIGQUIT, before)
+    with pytest.raises(signals.Terminated), signals.as_exceptions():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGHUP)  # a second one, while all is cleared away
+            cleared = True
+    assert cleared
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     seen: list[object] = []
 
