@@ -656,7 +656,10 @@ def flat(content: object) -> object:
 
 def test_what_is_large_stays_behind_and_is_told(run: Command, folder: Path) -> None:
     digits = torch.load(folder / "digits.pt", weights_only=True)
-    moments = {"state": {i: {"exp_avg": value.double()} for i, value in enumerate(digits.values()) if value.dim() > 3}}
+    moments = {
+        "state": {i: {"exp_avg": value.double()} for i, value in enumerate(digits.values()) if value.dim() > 3},
+        "param_groups": [],
+    }
     torch.save({"state_dict": digits, "optimizer": moments, "epoch": 7}, folder / "c.pt")
     outcome = run(f"convert c.pt {TO} {DIGITS}")
     assert outcome.code == 0
