@@ -100,7 +100,7 @@ def run(command: Command, output: Path, at: Path, before: Callable[[], object] |
     words = [sys.executable, "-m", "normrewrite", *command.words, "-o", str(output), "--force", "--quiet"]
     pipe = subprocess.PIPE
     return subprocess.Popen(
-        words, cwd=at, stdout=pipe, stderr=pipe, text=True, preexec_fn=before or no_dumps, start_new_session=True
+        words, cwd=at, stdout=pipe, stderr=pipe, text=True, preexec_fn=before or as_started, start_new_session=True
     )
 
 
@@ -109,8 +109,11 @@ def lose_rights() -> None:
     ctypes.CDLL(None).prctl(_PR_CAPBSET_DROP, _CAP_DAC_OVERRIDE, 0, 0, 0)
 
 
-def no_dumps() -> None:
-    """SIGQUIT and SIGXCPU would leave one, where nothing handles them yet."""
+def as_started() -> None:
+    """By a person: a shell's background and nohup ignore some signals, which their children would too. No core dumps, which
+    SIGQUIT and SIGXCPU leave where nothing handles them yet."""
+    for name in set(SIGNALS) - {"SIGKILL"}:
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
