@@ -33,20 +33,15 @@ def expected(proto: Any, registered: Collection[str]) -> dict[str, Path]:
     bare = [node for node in norms if node.op_type not in bodies and node.op_type not in registered]
     if bare:
         raise NormRewriteError(
-            f"node {_name(bare[0])}: {bare[0].op_type} has no function body in the file, and no plugin is registered for it. "
-            "Build with --plugins auto, or export with --bodies."
+            f"node {nodes.name_of(bare[0])}: {bare[0].op_type} has no function body in the file, and no plugin is registered for "
+            "it. Build with --plugins auto, or export with --bodies."
         )
-    return {_name(node): _path(node, bodies, registered) for node in norms}
+    return {nodes.name_of(node): _path(node, bodies, registered) for node in norms}
 
 
 def _path(node: Any, bodies: Collection[str], registered: Collection[str]) -> Path:
     asks = nodes.attribute(node, "plugin_namespace") is not None
     return "plugin" if node.op_type in registered and (asks or node.op_type not in bodies) else "function"
-
-
-def _name(node: Any) -> str:
-    """As TensorRT's parser calls it."""
-    return node.name or f"node_of_{node.output[0]}"
 
 
 def found(layers: Iterable[tuple[str, str]]) -> dict[str, Path]:

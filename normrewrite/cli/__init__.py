@@ -8,7 +8,7 @@ from collections.abc import Callable
 import click
 
 from normrewrite._version import __version__
-from normrewrite.cli import console, deployment, rewriting, training
+from normrewrite.cli import console, deployment, rewriting, signals, training
 from normrewrite.cli.options import bounded
 from normrewrite.errors import NormRewriteError
 
@@ -46,7 +46,8 @@ def main() -> None:
 
 def _run() -> None:
     try:
-        app(standalone_mode=False)
+        with signals.as_exceptions():
+            app(standalone_mode=False)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except click.ClickException as error:
@@ -54,8 +55,9 @@ def _run() -> None:
     except NormRewriteError as error:
         _report(str(error), error.exit_code)
     except (KeyboardInterrupt, click.Abort) as error:  # click's has the other for its cause
-        print(": ".join(filter(None, ("interrupted", str(error.__cause__ or error)))), file=sys.stderr)
-        sys.exit(130)
+        said, code = signals.outcome(error.__cause__ or error)
+        print(said, file=sys.stderr)
+        sys.exit(code)
     except OSError as error:  # stdout is full, or nobody reads it any more
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 (what is buffered goes nowhere)
         _report(f"stdout: {error.strerror}. Nothing else is wrong; files were written as asked.", 2)

@@ -43,7 +43,13 @@ def _as_source(function: Command) -> Command:
         named = model or options.get("manifest")  # verify --manifest alone is about the file that carries it
         if named is None:
             raise click.UsageError("Missing argument 'MODEL'.")
-        return function(Source(named, arch, parse_arguments(arch_args), key, allow, trust, device), **options)
+        given = Source(named, arch, parse_arguments(arch_args), key, allow, trust, device)
+        try:
+            return function(given, **options)
+        finally:
+            if not options.get("quiet"):
+                for note in given.notes:
+                    click.echo(f"note: {note}", err=True)
 
     return with_source
 
@@ -78,7 +84,9 @@ def bounded(function: Command) -> Command:
 PATH = click.Path(path_type=Path)
 # How the weights in a file are found, without the code that they belong to.
 found = _together(
-    click.option("--key", metavar="K", help="Where in a checkpoint the state_dict is, dotted."),
+    click.option(
+        "--key", metavar="K", help="Where in a checkpoint the state_dict is, dotted; of the files that have it."
+    ),
     click.option(
         "--allow",
         metavar="MODULE:CLASS",

@@ -10,19 +10,19 @@ site's difference and error are measured again.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from normrewrite import files
-from normrewrite.commands.source import Source
+from normrewrite.commands.source import Source, by_key
 from normrewrite.errors import NormRewriteError
 from normrewrite.measure.remeasure import had_back, measure
-from normrewrite.records import digests, manifest
+from normrewrite.records import digests, history, manifest
 from normrewrite.records.report import table
 
-_BIT_EXACT = {"convert", "calibrate", "revert"}  # commands after which the original can be had back to the bit
 _STATISTICS = ("running_mean", "running_var", "running_scale", "num_batches_tracked")
 
 
@@ -71,7 +71,8 @@ def audit(source: Source, record_file: Path | None = None, original: Path | None
     source: the twin; without an architecture only bytes are compared. original: the network before the rewrite.
     Raises NormRewriteError where there is no manifest, or an older one without digests.
     """
-    content = _content(source)
+    given = [] if original is None else [original]
+    content = _content(source, given)
     record = content.manifest if record_file in (None, source.path) else _record_in(record_file, source)
     record = _with_digests(record, source.path)
     findings = [_record(record), *_tensors(record["tensors"], content.state)]
@@ -80,24 +81,26 @@ def audit(source: Source, record_file: Path | None = None, original: Path | None
         unchecked.append("the original's file: give it as --original")
     else:
         findings.append(_original(record, original))
-    twin = _model(source, content, record)
-    if twin is None:
+    if not (isinstance(content.found, nn.Module) or source.arch or (source.trust and "arch" in record)):
         return Audit(source.path.name, findings, [*unchecked, "the sites: name the code they belong to with --arch"])
-    first = None if original is None else source.read(original).model
+    twin, *originals = (file.model for file in source.read_all(source.path, *given))
+    first = next(iter(originals), None)
     return Audit(source.path.name, [*findings, *_sites(record, twin), *_figures(record, twin, first)], unchecked)
 
 
-def _content(source: Source) -> files.Content:
+def _content(source: Source, given: list[Path]) -> files.Content:
     if source.path.suffix == ".json":
         raise NormRewriteError(
             f"{source.path} is a manifest alone. Name the model that it is about, too: "
             f"normrewrite verify MODEL --manifest {source.path.name}."
         )
-    return files.look(source.path, key=source.key, allow=source.allow, trust=source.trust)
+    look = partial(files.look, allow=source.allow, trust=source.trust)
+    return by_key(look, source.key, source.path, *given)[0]
 
 
 def _record_in(path: Path, source: Source) -> dict[str, Any] | None:
-    return files.record(path, key=source.key, allow=source.allow, trust=source.trust)
+    record = partial(files.record, allow=source.allow, trust=source.trust)
+    return by_key(record, source.key, path, source.path)[0]
 
 
 def _with_digests(record: dict[str, Any] | None, path: Path) -> dict[str, Any]:
@@ -112,13 +115,6 @@ def _with_digests(record: dict[str, Any] | None, path: Path) -> dict[str, Any]:
             "normrewrite, or is damaged: convert the original again."
         )
     return record
-
-
-def _model(source: Source, content: files.Content, record: Mapping[str, Any]) -> nn.Module | None:
-    if isinstance(content.found, nn.Module):
-        return content.found
-    named = source.arch is not None or (source.trust and "arch" in record)
-    return source.read().model if named else None
 
 
 def _record(record: dict[str, Any]) -> Finding:
@@ -189,6 +185,6 @@ def _bits(before: nn.Module, original: nn.Module, trained: list[str], record: Ma
     if not wrong:
         return [Finding("original", "tensors", True, "the twin gives back the same bits")]
     verbs = {step["command"][0] for step in record.get("steps", ()) if step["command"]}
-    if trained or not verbs or verbs - _BIT_EXACT:
+    if trained or not verbs or verbs - history.BIT_EXACT:
         return [Finding("original", "tensors", True, f"{len(wrong)} tensors were trained since")]
     return [Finding("original", f.name, False, f"{f.told} from what the twin gives back") for f in wrong]

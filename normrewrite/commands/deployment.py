@@ -57,7 +57,7 @@ def export(
 
     Ranges that an int8 training left in the file are used for int8.
     """
-    files.check_writable(output, force)
+    files.check_outputs({"-o": output}, force, {"MODEL": source.path, "--data": data, "--calibrate": calibrate})
     file = source.read()
     model, names = file.model, argument_names(file.model)
     seen = None if calibrate is None else open_data(calibrate, names, mean=mean, std=std)
@@ -223,7 +223,9 @@ def bench(
 def _networks(source: Source, other: Path) -> tuple[tuple[Network, Network], list[str]]:
     """Both networks, and the names of their arguments where torch tells them."""
     plain = (".onnx", ".engine")
-    a, b = (path if path.suffix in plain else source.read(path).model for path in (source.path, other))
+    paths = (source.path, other)
+    read = iter(source.read_all(*(path for path in paths if path.suffix not in plain)))
+    a, b = (path if path.suffix in plain else next(read).model for path in paths)
     return (a, b), next((argument_names(network) for network in (a, b) if isinstance(network, nn.Module)), [])
 
 

@@ -9,6 +9,7 @@ No code is needed: tensors go by name. Of manifests only digests can be compared
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from normrewrite import files
+from normrewrite.commands.source import by_key
 from normrewrite.records import digests, manifest
 from normrewrite.records.report import table
 
@@ -91,7 +93,7 @@ def diff_files(
     a: Path, b: Path, *, key: str | None = None, allow: Sequence[str] = (), trust: bool = False
 ) -> Difference:
     """`diff` of two files: model files, or manifests in .json."""
-    return diff(*(read(path, key=key, allow=allow, trust=trust) for path in (a, b)))
+    return diff(*by_key(partial(read, allow=allow, trust=trust), key, a, b))
 
 
 def read(path: Path, *, key: str | None = None, allow: Sequence[str] = (), trust: bool = False) -> Side:

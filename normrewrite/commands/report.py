@@ -39,12 +39,12 @@ def report(
     text: print the whole of it beside a page, too.
     """
     asked = dict(locals())
-    if output is not None:
-        files.check_writable(output, force)
+    files.check_outputs({"-o": output}, force, {"MODEL": source.path, "--original": original, "--data": data})
     if latency is not None and data is None:
         raise NormRewriteError("--latency of what input? Give --data FILE: the first one is timed.")
-    file = source.read()
-    first = None if original is None else source.read(original).model
+    original = original or _beside(source)
+    file, *originals = source.read_all(source.path, *([] if original is None else [original]))
+    first = originals[0].model if originals else None
     examples = None if data is None else open_data(data, argument_names(file.model), mean=mean, std=std)
     record = file.manifest if file.manifest is not None else _derived(file.model)
     facts = gather(file.model, first, examples, record=record, batch_size=batch_size, each=each)
@@ -61,6 +61,18 @@ def report(
         files.write_atomically(output, lambda temporary: Path(temporary).write_bytes(content), force)
         document.output = str(output)
     return document
+
+
+def _beside(source: Source) -> Path | None:
+    """The original of a trained twin: the file that its manifest names, where it lies beside it and has those very bytes."""
+    record = files.look(source.path, key=source.key, allow=source.allow, trust=source.trust).manifest
+    named = (record or {}).get("original")
+    verbs = {step["command"][0] for step in (record or {}).get("steps", ()) if step["command"]}
+    if not named or not verbs - history.BIT_EXACT:  # the twin itself gives it back
+        return None
+    path = source.path.with_name(Path(named["file"]).name)
+    same = path.is_file() and path.stat().st_size == named.get("bytes") and digests.of_file(path) == named
+    return path if same else None
 
 
 def _derived(model: nn.Module) -> dict[str, Any] | None:

@@ -14,10 +14,12 @@ from normrewrite.data import example as example_input
 from normrewrite.errors import NormRewriteError
 from normrewrite.execution import device_of
 from normrewrite.measure.comparison import Comparison
+from normrewrite.nn.affine import ChannelAffine
+from normrewrite.nn.rows import RowNorm
+from normrewrite.nn.stand_in import StandIn
 from normrewrite.nn.weights import gain_of
 from normrewrite.norms import Gain
 from normrewrite.records import history
-from normrewrite.records.history import History
 from normrewrite.records.report import Report
 from normrewrite.rules import Rules
 from normrewrite.targets import rewrite
@@ -27,7 +29,7 @@ from normrewrite.verbs.calibrate import NOTHING, Calibration, calibratable
 from normrewrite.verbs.calibrate import calibrate_ as calibrate_model
 from normrewrite.verbs.convert import Plan, as_scopes, untouched
 from normrewrite.verbs.convert import plan as plan_model
-from normrewrite.verbs.export import fold
+from normrewrite.verbs.export import fold, plain_state
 from normrewrite.verbs.initialise import Initialisation, initialise_
 from normrewrite.verbs.inspect import Inspection
 from normrewrite.verbs.inspect import inspect as inspect_model
@@ -140,7 +142,7 @@ def convert(
     rewrite(to, gain, as_scopes(scope))  # a wrong target is told before a large file is read
     output = output or derived(source.path, f"{slug(to)}.folded" if folded else slug(to))
     if not dry_run:
-        _check_writable(output, manifest, force)
+        files.check_outputs({"-o": output, "--manifest": manifest}, force, {"--calibrate": calibrate})
     each(f"reading {source.path.name}")
     file = source.read()
     data = None if calibrate is None else opened(calibrate, file.model, mean, std)
@@ -166,7 +168,8 @@ def convert(
         return _write_folded(twin, report, output, force, network)
     each(f"writing {output.name}")
     came = history.begun(source, file.manifest).then(history.step(convert, source, asked))
-    form = _saved(twin, output, manifest, file.form, report, came, force)
+    form = source.save(file, twin.cpu(), output, report=report, history=came, force=force)
+    files.write_manifest(twin, manifest, report, came, force)
     notes.append(_how_to_load(file.form, form, output))
     return Converted(report, str(output), form, network, calibration, "\n".join(filter(None, notes)))
 
@@ -194,7 +197,8 @@ def convert_again(
     asked = dict(locals())
     _nothing_else(others)
     output = output or derived(source.path, "replayed")
-    _check_writable(output, manifest, force)
+    inputs = {"--calibrate": calibrate, "--replay": replay}
+    files.check_outputs({"-o": output, "--manifest": manifest}, force, inputs)
     record = files.record(replay, key=source.key, allow=source.allow, trust=source.trust)
     if record is None:
         raise NormRewriteError(
@@ -216,7 +220,8 @@ def convert_again(
         )
     each(f"writing {output.name}")
     came = history.begun(source, file.manifest).then(history.step(convert_again, source, asked, "convert"))
-    form = _saved(twin, output, manifest, file.form, report, came, force)
+    form = source.save(file, twin.cpu(), output, report=report, history=came, force=force)
+    files.write_manifest(twin, manifest, report, came, force)
     notes.append(_how_to_load(file.form, form, output))
     return Converted(report, str(output), form, network, calibration, "\n".join(filter(None, notes)))
 
@@ -232,21 +237,6 @@ def _nothing_else(options: Mapping[str, Any]) -> None:
 
 
 _USUAL = (("gain", "exact"), ("scope", "batch"))
-
-
-def _saved(
-    twin: nn.Module, output: Path, manifest: Path | None, form: files.Form, report: Report, came: History, force: bool
-) -> files.Form:
-    """Write the twin, and its manifest apart where that is asked for; the form that was written."""
-    written = files.save(twin.cpu(), output, form=form, report=report, history=came, force=force)
-    files.write_manifest(twin, manifest, report, came, force)
-    return written
-
-
-def _check_writable(output: Path, manifest: Path | None, force: bool) -> None:
-    files.check_writable(output, force)
-    if manifest is not None:
-        files.check_writable(manifest, force)
 
 
 def _some_inputs(input_shape: str | None, data: Data | None, names: list[str], device: str) -> list[Tensor] | None:
@@ -302,11 +292,18 @@ def _compared(
 
 def _write_folded(twin: nn.Module, report: Report, output: Path, force: bool, network: Comparison | None) -> Converted:
     whole, outcome, notes = fold(twin)
-    files.write_tensors(whole.state_dict(), output, force)
+    files.write_tensors(plain_state(whole), output, force)
+    gone = {
+        name for name, module in whole.named_modules() if isinstance(module, StandIn) and not hasattr(module, "norm")
+    }
+    affine = [module for module in whole.modules() if isinstance(module, ChannelAffine)]
     note = (
-        f"plain state_dict: {len(outcome.into_neighbour)} norms folded into a neighbour (give it a bias, and put nn.Identity "
-        f"in the norm's place); {len(outcome.to_affine)} are y = weight * x + bias by channel under the norm's name"
+        f"plain state_dict: {len(gone.union(outcome.into_neighbour))} norms folded into a neighbour (give it a bias, and put "
+        f"nn.Identity in the norm's place); {len(affine)} are y = weight * x + bias by channel under the norm's name"
     )
+    staying = {type(module).__name__: 0 for module in whole.modules() if isinstance(module, nn.GroupNorm | RowNorm)}
+    if staying:
+        note += f"; those that measure each input ({', '.join(staying)}) have weight and bias under their names"
     return Converted(report, str(output), "folded state_dict", network, None, "\n".join([note, *notes]))
 
 
@@ -349,12 +346,12 @@ def calibrate(
     """Bring a twin's training nearer to the original's eval on unlabelled data, and write it beside."""
     asked = dict(locals())
     output = output or derived(source.path, "calibrated")
-    files.check_writable(output, force)
+    files.check_outputs({"-o": output}, force, {"--data": data})
     file = source.read()
     examples = opened(data, file.model, mean, std)
     twin, calibration = calibrate_model(file.model, examples, batch_size=batch_size, each=each)
     came = history.begun(source, file.manifest).then(history.step(calibrate, source, asked))
-    files.save(twin.cpu(), output, form=file.form, history=came, force=force)
+    source.save(file, twin.cpu(), output, history=came, force=force)
     return Calibrated(calibration, str(output))
 
 
@@ -385,5 +382,5 @@ def revert(source: Source, *, output: Path | None = None, force: bool = False) -
     file = source.read()
     came = history.begun(source, file.manifest).then(history.step(revert, source, asked))
     model, names, trained = reverted(file.model)
-    files.save(model.cpu(), output, form=file.form, history=replace(came, report=None), force=force)
+    source.save(file, model.cpu(), output, history=replace(came, report=None), force=force)
     return Reverted(names, trained, str(output))

@@ -1,9 +1,10 @@
 """What commands have in common: the model file that they read, the data, and the names of what they write."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -11,6 +12,8 @@ from torch import nn
 from normrewrite import files
 from normrewrite.data import Data, argument_names, open_data
 from normrewrite.errors import NormRewriteError
+
+File = TypeVar("File")
 
 
 @dataclass(frozen=True)
@@ -24,19 +27,54 @@ class Source:
     allow: Sequence[str] = ()
     trust: bool = False
     device: str = "cpu"
+    # What people are to know of the files, beside the result.
+    notes: list[str] = field(default_factory=list, compare=False)
 
     def __post_init__(self) -> None:
         """A fault of the input is told before one of the output."""
         if self.path.suffix != ".onnx":
             files.recognise(self.path)
 
-    def read(self, path: Path | None = None) -> files.ModelFile:
+    def read(self) -> files.ModelFile:
+        return self.read_all(self.path)[0]
+
+    def read_all(self, *paths: Path) -> list[files.ModelFile]:
+        """Several files of the same code, with what is said of how they were read."""
         device = _device(self.device)
-        file = files.read(
-            path or self.path, self.arch, arch_args=self.arch_args, key=self.key, allow=self.allow, trust=self.trust
-        )
-        file.model.to(device)
-        return file
+        read = partial(files.read, arch=self.arch, arch_args=self.arch_args, allow=self.allow, trust=self.trust)
+        found = by_key(read, self.key, *paths)
+        for file in found:
+            file.model.to(device)
+            self.notes.extend(note for note in file.notes if note not in self.notes)
+        return found
+
+    def save(self, file: files.ModelFile, model: nn.Module, output: Path, **options: Any) -> files.Form:
+        """Write what came of a file in its form and layout; options: as of normrewrite.files.save."""
+        layout = file.layout
+        written = files.save(model, output, form=file.form, layout=layout, **options)
+        beside = [*layout.left, *(layout.beside if written == "safetensors" else ())]
+        if beside:
+            more = f" and {len(beside) - 8} more" if len(beside) > 8 else ""
+            names = f"{', '.join(beside[:8])}{more}"
+            self.notes.append(f"left out of {output.name}: {names} (only small, plain data is carried along)")
+        return written
+
+
+def by_key(read: Callable[..., File], key: str | None, *paths: Path) -> list[File]:
+    """Each file read with `key` where it has it, for one of several may be of another layout; one of them has to."""
+    found, missing = [], []
+    for path in paths:
+        try:
+            found.append(read(path, key=key))
+        except files.NoSuchKey as error:
+            missing.append(error)
+            if len(missing) == len(paths):
+                raise missing[0] from None
+            try:
+                found.append(read(path, key=None))
+            except files.NoSuchKey:
+                raise error from None
+    return found
 
 
 def _device(name: str) -> torch.device:

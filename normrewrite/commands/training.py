@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ from normrewrite import files, sites
 from normrewrite.commands.source import Source, derived
 from normrewrite.data import Data, argument_names, open_data
 from normrewrite.errors import NormRewriteError
+from normrewrite.records import history
+from normrewrite.records.history import History
 from normrewrite.training import checkpoints
-from normrewrite.training.recipe import recipe
+from normrewrite.training.recipe import Recipe, recipe
 from normrewrite.training.result import Finetuned
 from normrewrite.verbs.finetune import finetune_
 
@@ -52,25 +54,34 @@ def finetune(
 
     teacher: a file of the original, of the same --arch. strict: refuse a folder of images for one that can't be read.
     """
-    asked = recipe(options).identity()  # a wrong option is told before a large file is read
+    words = {name: value for name, value in locals().items() if name != "options"} | options
+    plan = recipe(options)  # a wrong option is told before a large file is read
     output = output or derived(source.path, "finetuned")
-    folder = folder_of(output)
-    before = checkpoints.finished(folder, asked) if resume and output.exists() else None
+    folder, last = folder_of(output), derived(output, "last") if val or plan.val_split else None
+    before = checkpoints.finished(folder, plan.identity()) if resume and output.exists() else None
     if before is not None:
         return Written(before, f"{output} is finished already: there is nothing to resume")
-    files.check_writable(output, force or (resume and checkpoints.newest_of(folder) is not None))
-    if force and not resume:
-        checkpoints.discard(folder)
-    file = source.read()
-    inputs = _open("--data", data, file.model, mean, std, strict)
-    options["teacher"] = None if teacher is None else source.read(teacher).model
-    options["val"] = None if val is None else _open("--val", val, file.model, mean, std, strict)
-    try:
-        trained = finetune_(file.model, inputs, checkpoints=folder, resume=resume, log=log, each=each, **options)
-    except KeyboardInterrupt:
-        kept = checkpoints.newest_of(folder)
-        raise KeyboardInterrupt(f"--resume goes on from {kept}" if kept else "") from None
-    return _written(*trained, output, file.form)
+    with checkpoints.claimed(folder, output):
+        going_on = resume and checkpoints.newest_of(folder) is not None
+        inputs = {"--data": data, "--val": val, "--teacher": teacher, "its folder of checkpoints": folder, "--log": log}
+        files.check_outputs({"-o": output, "the last epoch's weights": last}, force or going_on, inputs)
+        if log is not None and log.exists() and not log.is_dir():
+            raise NormRewriteError(f"--log {log} is a file. Name a folder for TensorBoard's.")
+        if force and not resume:
+            checkpoints.discard(folder)
+        file, *teachers = source.read_all(source.path, *([] if teacher is None else [teacher]))
+        examples = _open("--data", data, file.model, mean, std, strict)
+        came = history.begun(source, file.manifest)  # of the files as they are now
+        came = came.then(history.step(finetune, source, words, further=asdict(Recipe())))
+        options["teacher"] = teachers[0].model if teachers else None
+        options["val"] = None if val is None else _open("--val", val, file.model, mean, std, strict)
+        try:
+            trained = finetune_(file.model, examples, checkpoints=folder, resume=resume, log=log, each=each, **options)
+        except KeyboardInterrupt as stop:  # or a signal of that kind
+            kept = checkpoints.newest_of(folder)
+            stop.args = (f"--resume goes on from {kept}",) if kept else ()
+            raise
+        return _written(*trained, source, file, output, came, force or going_on)
 
 
 def folder_of(output: Path) -> Path:
@@ -85,25 +96,26 @@ def _open(option: str, data: str, model: nn.Module, mean: Any, std: Any, strict:
         raise NormRewriteError(str(error).replace("--data", option, 1)) from error
 
 
-def _written(model: nn.Module, result: Finetuned, output: Path, form: files.Form) -> Written:
+def _written(
+    model: nn.Module,
+    result: Finetuned,
+    source: Source,
+    file: files.ModelFile,
+    output: Path,
+    came: History,
+    force: bool,
+) -> Written:
     """The files: by the first process, where there are several."""
     outputs = [str(output)]
     record = {"output": str(output), "last": None, **result.as_dict()}
     if os.environ.get("RANK", "0") == "0":
-        written = files.save(  # whether it can be was looked at before the work
-            model.cpu(), output, form=form, learned=result.ranges, force=True
-        )
+        source.save(file, model.cpu(), output, learned=result.ranges, history=came, force=force)
         if result.last is not None:
-            record["last"] = str(_write_last(model, result, output, written))
+            record["last"] = str(derived(output, "last"))
+            model.load_state_dict(result.last)
+            source.save(file, model, derived(output, "last"), learned=result.last_ranges, history=came, force=force)
             outputs.append(f"{record['last']} (the weights at the end)")
         checkpoints.finish(folder_of(output), record)
     nearest = "\nrevert gives the nearest of torch's norms now, no longer the original's bits"
     way_back = nearest if any(map(sites.is_rewritten, model.modules())) else ""
     return Written(record, "\n".join([f"{result}{way_back}", *(f"wrote {name}" for name in outputs)]))
-
-
-def _write_last(model: nn.Module, result: Finetuned, output: Path, form: files.Form) -> Path:
-    path = derived(output, "last")
-    model.load_state_dict(result.last or {})
-    files.save(model, path, form=form, learned=result.last_ranges, force=True)
-    return path

@@ -16,8 +16,8 @@ _LAYERS = "Layers:\nName:"  # how the builder's verbose log begins the list of t
 
 
 def build(request: dict[str, Any], tell: Any) -> None:
-    """request: module, onnx, engine (paths), gpus, profile {input: [min, opt, max]}, timing_cache (path or None), and plugins
-    (arguments of normrewrite.plugins.register, or None)."""
+    """request: module, onnx, engine (paths), gpus, profile {input: [min, opt, max]}, timing_cache (path or None; what is
+    measured now goes to `measured`), and plugins (arguments of normrewrite.plugins.register, or None)."""
     trt = importlib.import_module(request["module"])
     creators, registered = _registered(trt, request["plugins"])
     log = _logger(trt)
@@ -52,7 +52,7 @@ def _build(trt: Any, log: Any, creators: list[Any], request: dict[str, Any], tel
         raise RuntimeError("; ".join(log.errors) or "the builder gave no engine and no reason")
     Path(request["engine"]).write_bytes(plan)
     if cache is not None:
-        Path(request["timing_cache"]).write_bytes(cache.serialize())
+        Path(request["measured"]).write_bytes(cache.serialize())
     parsed = [network.get_layer(i) for i in range(network.num_layers)]
     tell(
         done=True,

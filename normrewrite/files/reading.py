@@ -4,9 +4,10 @@
 """
 
 import json
+import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,12 @@ from torch import Tensor, nn
 
 from normrewrite.errors import NormRewriteError, nearest, possible
 from normrewrite.files import arch as arch_
+from normrewrite.files import layout as layouts
 from normrewrite.files import soundness, unpickle
+from normrewrite.files.layout import Layout
 from normrewrite.files.writing import Form
 from normrewrite.nn.parts import deepcopy
-from normrewrite.outside import CODE, is_name
 from normrewrite.records import manifest
-
-_KEYS = ("state_dict", "model_state_dict", "model", "ema")
-_PREFIXES = ("module.", "_orig_mod.")
 
 
 @dataclass
@@ -31,6 +30,8 @@ class ModelFile:
     model: nn.Module
     form: Form
     manifest: dict[str, Any] | None
+    layout: Layout = field(default_factory=Layout)
+    notes: list[str] = field(default_factory=list)  # what people are to know of how it was read
 
 
 @dataclass
@@ -40,6 +41,8 @@ class Content:
     found: nn.Module | dict[str, Tensor]
     form: Form
     manifest: dict[str, Any] | None
+    layout: Layout
+    notes: list[str]
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -60,13 +63,15 @@ def load(
     >>> twin = load("twin.pt", arch="zoo.py:cifar10_resnet20")
 
     arch: `PATH.py:factory`, `module:factory`, `timm:NAME`, `torchvision:NAME`, a callable or a module to fill.
-    key: where in a checkpoint the state_dict is, dotted, if not under state_dict, model or ema.
+    key: where in a checkpoint the state_dict is, dotted, if not under a usual name (normrewrite.files.layout.USUAL).
     allow, trust: see normrewrite.files.unpickle; nothing is unpickled freely without `trust`.
     A file of normrewrite's is rewritten by its manifest first. Raises NormRewriteError with what to do.
     """
-    model = read(path, arch, arch_args=arch_args, key=key, allow=allow, trust=trust).model
+    file = read(path, arch, arch_args=arch_args, key=key, allow=allow, trust=trust)
+    for note in file.notes:
+        warnings.warn(note, stacklevel=2)
     # A copy, else who writes over the file pulls its memory away; the caller's own module has its own.
-    return model if isinstance(arch, nn.Module) else deepcopy(model)
+    return file.model if isinstance(arch, nn.Module) else deepcopy(file.model)
 
 
 def read(
@@ -82,27 +87,30 @@ def read(
     path = Path(path)
     content = look(path, key=key, allow=allow, trust=trust)
     if isinstance(content.found, nn.Module):
-        return ModelFile(content.found, "module", content.manifest)
+        return ModelFile(content.found, "module", content.manifest, content.layout, content.notes)
     if arch is None:
         arch, arch_args = _named_by(content.manifest, trust, path)
-    model = _fill(arch_.build(arch, arch_args), content.found, content.manifest, path, arch)
-    return ModelFile(model, content.form, content.manifest)
+    model, layout, note = _fill(arch_.build(arch, arch_args), content, path, arch)
+    notes = [*content.notes, *([f"{path.name}: {note}"] if note else [])]
+    return ModelFile(model, content.form, content.manifest, layout, notes)
 
 
 def look(path: Path, *, key: str | None = None, allow: Sequence[str] = (), trust: bool = False) -> Content:
     """What a file holds, without an architecture."""
     recognise(path)
     form: Form = "safetensors" if path.suffix == ".safetensors" else "state_dict"
-    content = _read_safetensors(path) if form == "safetensors" else unpickle.load(path, allow, trust)
-    found = _select(content, key, path)
+    content, metadata = _read_safetensors(path) if form == "safetensors" else (unpickle.load(path, allow, trust), {})
     record = content.get(manifest.KEY) if isinstance(content, Mapping) else None
     checked = None if record is None else manifest.check(record, str(path))
+    found, layout, notes = layouts.find(content, key, path)
+    if form == "safetensors":  # which has no keys; those of a checkpoint that it was made from are in its manifest
+        layout = replace(layout, key=layouts.of(checked).key, metadata=metadata)
     if isinstance(found, nn.Module):
         wrong = soundness.check(found)
         if wrong is not None:
             raise NormRewriteError(f"{path}: the module in it is damaged: {wrong}. Save it again.")
         form = "module"
-    return Content(found, form, checked)
+    return Content(found, form, checked, layout, notes)
 
 
 def record(
@@ -166,8 +174,8 @@ def _zip_names(path: Path) -> list[str]:
         return []
 
 
-def _read_safetensors(path: Path) -> dict[str, Any]:
-    """In the shape of a checkpoint of torch.save's: the state_dict and, if there is one, the manifest."""
+def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """In the shape of a checkpoint of torch.save's: the state_dict and, if there is one, the manifest. Also further metadata."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -175,59 +183,20 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         record = {manifest.KEY: json.loads(metadata[manifest.KEY])} if manifest.KEY in metadata else {}
-        return {"state_dict": tensors, **record}
+        others = {name: text for name, text in metadata.items() if name != manifest.KEY}
+        return {"state_dict": tensors, **record}, others
     except (SafetensorError, ValueError, RecursionError, OSError) as error:  # a number too long is a ValueError
         raise NormRewriteError(
             f"{path}: can't be read as a safetensors file ({error}). It may be truncated."
         ) from error
 
 
-def _select(content: object, key: str | None, path: Path, depth: int = 0) -> nn.Module | dict[str, Tensor]:
-    """The module or state_dict in what a checkpoint holds."""
-    if depth > 8:
-        raise NormRewriteError(f"{path}: its dictionaries are nested without end. Name the state_dict with --key.")
-    if key is not None:
-        for part in key.split("."):
-            if not isinstance(content, Mapping) or part not in content:
-                known = [str(name) for name in content] if isinstance(content, Mapping) else []
-                raise NormRewriteError(
-                    f"{path}: --key {key}: there is no {part!r}.{nearest(part, known)} Keys: {', '.join(known[:12])}"
-                )
-            content = content[part]
-    if isinstance(content, nn.Module):
-        return content
-    if isinstance(content, Mapping):
-        if content and all(isinstance(value, Tensor) for value in content.values()):
-            return _stripped(content, path)
-        for name in _KEYS:
-            if isinstance(content.get(name), Mapping | nn.Module):
-                return _select(content[name], None, path, depth + 1)
-        tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
-        if tensors:
-            return _stripped(tensors, path)
-        raise NormRewriteError(
-            f"{path}: no state_dict under {', '.join(_KEYS)}. Name it with --key; keys: {', '.join(map(str, list(content)[:12]))}"
-        )
-    raise NormRewriteError(f"{path} holds a {type(content).__name__}, neither a module nor a state_dict.")
-
-
-def _stripped(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Without the prefixes that DistributedDataParallel and torch.compile put in front of every name."""
-    state = dict(tensors)
-    if not all(isinstance(name, str) for name in state):
-        raise NormRewriteError(f"{path}: its state_dict has names that are no text. Save model.state_dict().")
-    if unfit := next((name for name in state if not is_name(name)), None):
-        raise NormRewriteError(f"{path}: its state_dict has {unfit!r:.80}: {CODE}. Rename the tensor.")
-    while prefix := next((p for p in _PREFIXES if state and all(name.startswith(p) for name in state)), None):
-        state = {name.removeprefix(prefix): value for name, value in state.items()}
-    return state
-
-
-def _fill(
-    model: nn.Module, state: dict[str, Tensor], record: dict[str, Any] | None, path: Path, arch: object
-) -> nn.Module:
+def _fill(model: nn.Module, content: Content, path: Path, arch: object) -> tuple[nn.Module, Layout, str]:
+    """The architecture with the file's weights, by their names in it; how these stood in the file, and what is to be said."""
+    record = content.manifest
     if record is not None:
         model = manifest.replay(model, record, str(path))
+    state, layout, note = layouts.fitted(content.state, content.layout, model.state_dict().keys())
     _take_dtypes(model, state)
     own = {} if isinstance(arch, nn.Module) else _taken(model, state)  # a module of the caller's keeps its memory
     try:
@@ -246,7 +215,7 @@ def _fill(
         )
     if record is not None:
         manifest.remember(model, record)
-    return model
+    return model, layout, note
 
 
 def _take_dtypes(model: nn.Module, state: dict[str, Tensor]) -> None:

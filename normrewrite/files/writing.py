@@ -4,10 +4,8 @@
 """
 
 import json
-import os
 import pickle
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +14,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.utils.parametrize import is_parametrized
 
-from normrewrite.errors import NormRewriteError, first_line, possible
+from normrewrite.files.layout import KEY, Layout
+from normrewrite.files.outputs import write_atomically
 from normrewrite.records import manifest
 from normrewrite.records.history import History
 from normrewrite.records.ranges import LearnedRanges
@@ -33,6 +32,7 @@ def save(
     report: Report | None = None,
     learned: LearnedRanges | None = None,
     history: History | None = None,
+    layout: Layout | None = None,
     force: bool = False,
 ) -> Form:
     """Write a model and its manifest; whole or not at all, and never over an existing file without `force`.
@@ -43,25 +43,29 @@ def save(
     form: `state_dict` (one dict with `state_dict` and `normrewrite`, which torch.load reads with weights_only=True),
     `safetensors` (manifest in the metadata), or `module` (pickled; where it can't be, a state_dict is written).
     learned: ranges of an int8 training, for export; a pickled module then is a dict's `model`, beside the manifest.
-    history: where the twin comes from, for the manifest.
+    history: where the twin comes from, for the manifest. layout: of the file that it came in, to write another like it.
     Returns the form that was written. Raises NormRewriteError where the file exists or can't be written.
     """
-    path = Path(path)
+    path, layout = Path(path), layout or Layout()
     state = dict(model.state_dict())
-    record = manifest.seal(manifest.describe(model, report, learned), state, history)
+    record = manifest.describe(model, report, learned) | ({KEY: layout.told()} if layout.told() else {})
+    record = manifest.seal(record, state, history)
     if path.suffix == ".safetensors" or form == "safetensors":  # the name decides, as it does when it is read
         form = "safetensors" if path.suffix == ".safetensors" else "state_dict"
     if form == "module" and not _needs_code(model):
+        alone = learned is None and not layout.key
+        place = layout if layout.key else Layout(("model",))
+        whole = model if alone else place.content(model, record)
         try:
-            whole = model if learned is None else {"model": model, manifest.KEY: record}
             write_atomically(path, lambda temporary: torch.save(whole, temporary), force)
             return form
         except (pickle.PicklingError, AttributeError, TypeError):
             pass  # a lambda, a local class: the tensors can still be had
     if form == "safetensors":
-        write_tensors(state, path, force, {manifest.KEY: json.dumps(record)})
+        metadata = {**layout.metadata, manifest.KEY: json.dumps(record)}
+        write_tensors(layout.named(state), path, force, metadata)
     else:
-        content = {"state_dict": state, manifest.KEY: record}
+        content = layout.content(state, record)
         form = "state_dict"
         write_atomically(path, lambda temporary: torch.save(content, temporary), force)
     return form
@@ -100,47 +104,3 @@ def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _needs_code(model: nn.Module) -> bool:
     """Modules that pickle, but that only code can bring back: generated graphs and parametrised weights."""
     return any(isinstance(module, GraphModule) or is_parametrized(module) for module in model.modules())
-
-
-def check_writable(path: str | Path, force: bool) -> None:
-    """Raises early, before any work, where the output can't be written."""
-    path = Path(path)
-    possible(path, "output ")
-    if path.is_dir():
-        raise NormRewriteError(f"output {path} is a folder. Name a file with -o.")
-    if path.exists() and not force:
-        raise NormRewriteError(
-            f"output {path} exists already. Choose another name with -o, or overwrite it with --force."
-        )
-    if not path.parent.is_dir():
-        raise NormRewriteError(f"output {path}: there is no folder {path.parent}. Make it first.")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise NormRewriteError(
-            f"output {path}: the folder {path.parent} is not writable. Choose another place with -o."
-        )
-
-
-def write_atomically(path: Path, write: Callable[[str], object], force: bool) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it: a reader sees the old file or the new one."""
-    check_writable(path, force)
-    try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        os.close(handle)
-    except OSError as error:
-        raise NormRewriteError(f"output {path}: {error.strerror}. Choose another place with -o.") from error
-    try:
-        write(temporary)
-        Path(temporary).chmod(0o666 & ~_umask())
-        Path(temporary).replace(path)
-    except (pickle.PicklingError, AttributeError, TypeError, MemoryError):
-        raise
-    except Exception as error:  # a full disk is OSError, RuntimeError of torch's writer, or safetensors' own
-        raise NormRewriteError(f"output {path}: {first_line(error)}. Nothing was written.") from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -370,6 +370,11 @@ def check(proto: Any) -> None:
                 )
 
 
+def name_of(node: Any) -> str:
+    """As TensorRT's parser calls a node: one without a name goes by what it gives."""
+    return node.name or (f"node_of_{node.output[0]}" if node.output else node.op_type)
+
+
 def attribute(node: Any, name: str, default: Any = None) -> Any:
     """The value of a node's attribute."""
     import onnx

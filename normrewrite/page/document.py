@@ -78,7 +78,7 @@ class Document:
         known = (self.record or {}).get("original", {}).get("file")
         name = self.original["file"] if self.original else known
         came = f", rewritten from {name}" if name else ", a rewritten network"
-        back = "" if facts.came == "given" else "; the original was had back from it"
+        back = "; the original was had back from it" if facts.came == "had back" else ""
         return f"{count}{came}{back}."
 
     @property

@@ -86,7 +86,7 @@ class Facts:
     model: nn.Module
     rows: list[Row]
     parameters: int
-    came: str  # where the original comes from: `given`, `had back` from the twin, or `` where the model is one itself
+    came: str  # where the original comes from: `given`, `had back` from the twin, or `` where none is known
     advice: Advice | None = None
     comparison: Comparison | None = None
     bench: Bench | None = None
@@ -146,8 +146,10 @@ def gather(
     first = model if back is None else back
     counted, notes = Counter(), []
     if trained:
-        nearest = "" if original is not None else "; the network is compared with one that has the nearest norms there"
-        notes.append(f"Trained since the rewrite: {len(trained)} of the sites{nearest}.")
+        gone = (
+            "" if original is not None else ", so the original is not in it any more: give it as --original to compare"
+        )
+        notes.append(f"Trained since the rewrite: {len(trained)} of the sites{gone}.")
     advice, moments = None, dict[str, Moments]()
     if data is not None and sites.find(first):
         advice, readings = study(
@@ -157,9 +159,11 @@ def gather(
     elif data is not None:
         notes.append("No batch norm is left to read the inputs of: give the original to have them measured.")
     rows = _Rows(model, first, measure(model, original), advice, moments, counted, record or {}).all()
-    comparison = None if data is None else verify(model, first, data, batch_size=batch_size, each=each)
+    came = "given" if original is not None else "had back" if back is not None and not trained else ""
+    # Without an original it tells the accuracy alone: the nearest norms of a trained twin are no original.
+    other = first if came else model
+    comparison = None if data is None else verify(model, other, data, batch_size=batch_size, each=each)
     count = sum(parameter.numel() for parameter in model.parameters())
-    came = "given" if original is not None else "had back" if back is not None else ""
     return Facts(model, rows, count, came, advice, comparison, None, notes)
 
 

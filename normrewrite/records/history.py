@@ -26,10 +26,14 @@ from normrewrite.records import digests
 if TYPE_CHECKING:
     from normrewrite.commands.source import Source
 
+BIT_EXACT = {"convert", "calibrate", "revert"}  # commands after which the original can be had back to the bit
 SEED = 0  # of every random input that a command draws itself
 # What says where to write, what to print and what to insist on, and not what is computed.
-_SILENT = ("source", "output", "manifest", "force", "each", "dry_run", "expect", "text")
-_FILES = ("calibrate", "data", "replay", "original")
+_SILENT = (
+    *("source", "output", "manifest", "force", "each", "dry_run", "expect", "text"),
+    *("resume", "log", "save_every", "timeout"),
+)
+_FILES = ("calibrate", "data", "replay", "original", "val", "teacher")
 
 
 @dataclass(frozen=True)
@@ -71,23 +75,35 @@ def of(record: Mapping[str, Any]) -> History:
     return History(record.get("original"), record.get("arch"), texts, steps, record.get("report"))
 
 
-def step(command: Callable[..., Any], source: "Source", options: Mapping[str, Any], verb: str = "") -> dict[str, Any]:
+def step(
+    command: Callable[..., Any],
+    source: "Source",
+    options: Mapping[str, Any],
+    verb: str = "",
+    further: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """One command that was run: its words, the seed of what it drew, the versions it ran in, and the files it read.
 
     options: the arguments of `command` by name; those at their defaults are left out. verb: the command's name for people,
-    where it is not the function's.
+    where it is not the function's. further: defaults of what `command` takes as **options.
     """
-    named = inspect.Parameter.VAR_KEYWORD
-    defaults = {name: each for name, each in inspect.signature(command).parameters.items() if each.kind is not named}
+    parameters = inspect.signature(command).parameters.items()
+    defaults = {name: each.default for name, each in parameters if each.kind is not inspect.Parameter.VAR_KEYWORD}
+    defaults |= further or {}
     given = {
         name: value
         for name, value in options.items()
-        if name in defaults and name not in _SILENT and value != defaults[name].default and value != []
+        if name in defaults and name not in _SILENT and value != defaults[name] and value not in ([], ())
     }
     words = [verb or command.__name__, source.path.name, *_source_words(source)]
     words += [word for name, value in given.items() for word in _option(name, value)]
     files = {name: _read(value) for name, value in given.items() if name in _FILES}
-    return {"command": words, "seed": SEED, "versions": versions(), **({"files": files} if files else {})}
+    return {
+        "command": words,
+        "seed": options.get("seed", SEED),
+        "versions": versions(),
+        **({"files": files} if files else {}),
+    }
 
 
 def versions() -> dict[str, str]:
@@ -198,7 +214,18 @@ def _row(value: object) -> bool:
     return isinstance(names, list | tuple) and bool(names) and all(map(_text, names))
 
 
+def _layout(value: object) -> bool:
+    """What normrewrite.files.layout.Layout.told gives."""
+    return (
+        isinstance(value, dict)
+        and _texts(value.get("key", []))
+        and _text(value.get("prefix", ""))
+        and _texts(value.get("compiled", []))
+    )
+
+
 _FORMS: dict[str, Callable[[Any], bool]] = {
+    "layout": _layout,
     "original": _digest,
     "arch": _text,
     "arch_args": _texts,

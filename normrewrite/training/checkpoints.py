@@ -7,9 +7,12 @@
     FOLDER/finished.json     the result, once the output is written: no state is left then
 """
 
+import fcntl
 import json
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +63,9 @@ class Checkpoints:
                 _remove_others(self.folder, final)
         except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
             raise NormRewriteError(f"{final}: {first_line(error)}. The checkpoint before it is whole.") from error
+        finally:
+            if self.machine.is_main_process:
+                shutil.rmtree(temporary, ignore_errors=True)
 
     def _check_shared(self, newest: Path | None) -> None:
         """Raises on all processes where they would not begin at the same step."""
@@ -122,6 +128,48 @@ def finished(folder: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     _check_same(folder, asked)
     return read_json(folder / _FINISHED)
+
+
+@contextmanager
+def claimed(folder: Path, output: Path) -> Iterator[None]:
+    """The folder for this training alone: the claim is the system's lock, which ends with the process. An empty one goes again.
+
+    Of several processes of one training the first one claims. Raises NormRewriteError where another training is at work.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    files.check_writable(output, force=True)
+    handle = _locked(folder)
+    if handle is None:
+        raise NormRewriteError(
+            f"output {output}: another finetune is at work on it, with its checkpoints in {folder}. Let it end, or choose "
+            "another name with -o."
+        )
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            folder.rmdir()
+        os.close(handle)
+
+
+def _locked(folder: Path) -> int | None:
+    """A handle on the folder, made where it is not there, that holds its lock; None where another process holds it."""
+    while True:
+        make_folder(folder)
+        with suppress(FileNotFoundError):  # whoever made it has taken it away
+            handle = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(handle)
+                return None
+            except OSError:  # a file system without locks
+                return handle
+            if folder.exists() and folder.stat().st_ino == os.fstat(handle).st_ino:
+                return handle
+            os.close(handle)
 
 
 def make_folder(folder: Path) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 from normrewrite.deployment import onnx_file, precision
 from normrewrite.deployment.runtimes import RUNTIMES, Runtime
 from normrewrite.errors import NormRewriteError
-from normrewrite.files import check_writable, write_atomically
+from normrewrite.files import check_outputs, write_atomically
 from normrewrite.lower import onnx as nodes
 from normrewrite.plugins import OPS, check_library, placed
 
@@ -93,7 +93,9 @@ def build(
     with 2 for all that can't be built. Nothing is written then.
     """
     path, output = Path(model), Path(output)
-    check_writable(output, force)
+    check_outputs({"-o": output}, force, {"MODEL": path, "--timing-cache": timing_cache})
+    if timing_cache is not None:  # what was measured before is kept, and added to
+        check_outputs({"--timing-cache": timing_cache}, True, {"MODEL": path})
     proto = onnx_file.read(path)
     builder = _builder(runtime, gpus, timing_cache)
     asked = _plugins(plugins, runtime)
@@ -102,17 +104,20 @@ def build(
     builder.require()
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        engine = Path(folder) / "engine"
+        engine, measured = Path(folder) / "engine", Path(folder) / "measured"
         request = {
             "module": builder.module,
             "onnx": str(path.resolve()),
             "engine": str(engine),
             "gpus": list(gpus),
             "profile": profile,
-            "timing_cache": None if timing_cache is None else str(timing_cache),
+            "timing_cache": None if timing_cache is None else str(timing_cache.resolve()),
+            "measured": str(measured),
             "plugins": asked,
         }
         last = _run(request, builder, Path(folder), each)
+        if timing_cache is not None:
+            write_atomically(timing_cache, lambda temporary: shutil.copyfile(measured, temporary), True)
         norms = placed.check(placed.expected(proto, last["registered"]), placed.found(last["parsed"]))
         honoured, unchecked = check_precision(proto, last["layers"])
         write_atomically(output, lambda temporary: shutil.copyfile(engine, temporary), force)
@@ -159,7 +164,7 @@ def _builder(runtime: str, gpus: Sequence[str], timing_cache: Path | None) -> Ru
 
 
 def _check_nodes(proto: Any, path: Path, norms: Mapping[str, str]) -> None:
-    left = [node.name for node in proto.graph.node if node.op_type == "BatchNormalization"]
+    left = [nodes.name_of(node) for node in proto.graph.node if node.op_type == "BatchNormalization"]
     if left:
         raise NormRewriteError(
             f"{path}: {len(left)} batch norms are left that should have been folded ({', '.join(left[:4])}). Export the "
@@ -167,7 +172,7 @@ def _check_nodes(proto: Any, path: Path, norms: Mapping[str, str]) -> None:
             exit_code=1,
         )
     for node in proto.graph.node:
-        if node.op_type.removesuffix(nodes.INT8) == "NormRewriteTop" and norms.get(node.name) != "plugin":
+        if node.op_type.removesuffix(nodes.INT8) == "NormRewriteTop" and norms.get(nodes.name_of(node)) != "plugin":
             _check_k(node, nodes.attribute(node, "count", 0), nodes.attribute(node, "percent", 0.0))
     constants = {tensor.name: tensor for tensor in proto.graph.initializer}
     for node in proto.graph.node:
@@ -178,13 +183,13 @@ def _check_nodes(proto: Any, path: Path, norms: Mapping[str, str]) -> None:
 def _check_k(node: Any, count: int, percent: float) -> None:
     if count > _LARGEST_K:
         raise NormRewriteError(
-            f"{node.name}: reads the {count} largest of its elements, TensorRT's TopK {_LARGEST_K} at most. Convert with "
-            f"--to topk:{_LARGEST_K} or less, a smaller percentage, or --to l1; or build with --plugins auto."
+            f"{nodes.name_of(node)}: reads the {count} largest of its elements, TensorRT's TopK {_LARGEST_K} at most. Convert "
+            f"with --to topk:{_LARGEST_K} or less, a smaller percentage, or --to l1; or build with --plugins auto."
         )
     if percent:
         raise NormRewriteError(
-            f"{node.name}: reads {percent:g} % of as many elements as come, and TensorRT needs to know k. Export with "
-            "--static-batch and fixed sizes, or convert with a count, as --to topk:10; or build with --plugins auto."
+            f"{nodes.name_of(node)}: reads {percent:g} % of as many elements as come, and TensorRT needs to know k. Export "
+            "with --static-batch and fixed sizes, or convert with a count, as --to topk:10; or build with --plugins auto."
         )
 
 
@@ -359,9 +364,9 @@ def _products(proto: Any) -> dict[str, str]:
     values = [*inferred.value_info, *inferred.input, *inferred.output]
     types = {value.name: value.type.tensor_type.elem_type for value in values}
     dequantised = {node.output[0] for node in inferred.node if node.op_type == "DequantizeLinear"}
-    name_of = onnx.TensorProto.DataType.Name
+    type_name = onnx.TensorProto.DataType.Name
     return {
-        node.name: "INT8" if node.input[0] in dequantised else name_of(types.get(node.input[0], 1))
+        nodes.name_of(node): "INT8" if node.input[0] in dequantised else type_name(types.get(node.input[0], 1))
         for node in inferred.node
         if node.op_type in _PRODUCTS
     }

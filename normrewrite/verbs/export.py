@@ -28,7 +28,9 @@ from normrewrite.execution import runner
 from normrewrite.files import check_writable
 from normrewrite.lower.onnx import add_bodies, as_nodes, fitted, inlined
 from normrewrite.nn.batch import BatchNorm
+from normrewrite.nn.origin import Origin
 from normrewrite.nn.parts import deepcopy
+from normrewrite.nn.stand_in import StandIn
 from normrewrite.nn.weights import weight_norm_of
 from normrewrite.passes import FoldAffine
 from normrewrite.passes.fold_affine import Outcome
@@ -275,6 +277,21 @@ def fold(
     if traced is not copied:
         sites.carry_over(copied, traced)  # hooks around the model's own forward are no part of the trace
     return rewrite(traced).graph_module, rewrite.outcome, []
+
+
+def plain_state(folded: nn.Module) -> dict[str, Tensor]:
+    """A folded network's tensors as one written without normrewrite names them: a norm has its own under its place's name,
+    and nothing is kept of what it was."""
+    modules = list(folded.named_modules(remove_duplicate=False))
+    origins = tuple(f"{name}." for name, module in modules if isinstance(module, Origin))
+    state = {name: value for name, value in folded.state_dict().items() if not name.startswith(origins)}
+    for place in [f"{name}." for name, module in modules if isinstance(module, StandIn)]:
+        state = {_moved(name, f"{place}norm.", place): value for name, value in state.items()}
+    return state
+
+
+def _moved(name: str, before: str, now: str) -> str:
+    return now + name.removeprefix(before) if name.startswith(before) else name
 
 
 def _to_onnx(

@@ -622,6 +622,8 @@ WRAPPED: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     "ema": (lambda state: {"ema": state, "args": {"lr": 0.1}}, ""),
     "nested": (lambda state: {"state_dict": {"model": state}}, ""),
     "with numbers": (lambda state: {**state, "epoch": 7}, ""),
+    "net": (lambda state: {"net": {f"module.{n}": v for n, v in state.items()}, "acc": 91.2, "args": {"lr": 0.1}}, ""),
+    "AveragedModel": (lambda state: {f"module.{n}": v for n, v in state.items()} | {"n_averaged": torch.tensor(7)}, ""),
     "key": (lambda state: {"nets": {"teacher": state, "student": {}}, "model": {}}, "--key nets.teacher"),
     "key, prefixed": (lambda state: {"ema": {f"module.{name}": value for name, value in state.items()}}, "--key ema"),
     "parameters": (lambda state: {n: nn.Parameter(v) if v.is_floating_point() else v for n, v in state.items()}, ""),
@@ -635,8 +637,72 @@ def test_state_dict_is_found_in_a_checkpoint(run: Command, folder: Path, how: st
     torch.save(wrap(digits), folder / "checkpoint.pt")
     outcome = run(f"convert checkpoint.pt {TO} {DIGITS} {options} --expect 9")
     assert (outcome.code, outcome.err) == (0, "")
-    assert run(f"revert checkpoint.l1.pt {DIGITS} -o back.pt").code == 0
-    assert bits(as_saved(folder / "back.pt")) == bits(digits)
+    assert run(f"calibrate checkpoint.l1.pt {DIGITS} --data digits.npz -o calibrated.pt").code == 0
+    assert run(f"revert calibrated.pt {DIGITS} -o back.pt").code == 0
+    back, content = torch.load(folder / "back.pt", weights_only=True), wrap(digits)
+    assert isinstance(content, dict) and back.pop("normrewrite")["sites"] == []
+    bare = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    if len(bare) > 1:  # without a key there is no room for a manifest
+        content = {"state_dict": bare} | {name: value for name, value in content.items() if name not in bare}
+    assert flat(back) == flat(content)
+
+
+def flat(content: object) -> object:
+    """Nested dicts as they are, tensors as types and bytes; parameters are tensors too."""
+    if isinstance(content, dict):
+        return {name: flat(value) for name, value in content.items()}
+    return bits({"": content})[""] if isinstance(content, Tensor) else content
+
+
+def test_what_is_large_stays_behind_and_is_told(run: Command, folder: Path) -> None:
+    digits = torch.load(folder / "digits.pt", weights_only=True)
+    moments = {
+        "state": {i: {"exp_avg": value.double()} for i, value in enumerate(digits.values()) if value.dim() > 3},
+        "param_groups": [],
+    }
+    torch.save({"state_dict": digits, "optimizer": moments, "epoch": 7}, folder / "c.pt")
+    outcome = run(f"convert c.pt {TO} {DIGITS}")
+    assert outcome.code == 0
+    assert outcome.err == "note: left out of c.l1.pt: optimizer (only small, plain data is carried along)\n"
+    assert torch.load(folder / "c.l1.pt", weights_only=True).keys() == {"state_dict", "epoch", "normrewrite"}
+    assert run(f"convert c.pt {TO} {DIGITS} --force --quiet").err == ""
+
+
+def test_a_prefix_is_left_out_where_all_names_fit_then(run: Command, folder: Path) -> None:
+    digits = torch.load(folder / "digits.pt", weights_only=True)
+    torch.save({f"student.net.{name}": value for name, value in digits.items()}, folder / "c.pt")
+    outcome = run(f"convert c.pt {TO} {DIGITS}")
+    assert outcome.code == 0 and outcome.err.startswith("note: c.pt: every name begins with 'student.net.'")
+    assert all(name.startswith("student.net.") for name in as_saved(folder / "c.l1.pt"))
+    reverted = run(f"revert c.l1.pt {DIGITS} -o back.pt")
+    assert (reverted.code, reverted.err) == (0, "")
+    assert bits(as_saved(folder / "back.pt")) == bits(torch.load(folder / "c.pt", weights_only=True))
+
+
+def test_other_weights_in_the_file_are_named(run: Command, folder: Path) -> None:
+    digits = torch.load(folder / "digits.pt", weights_only=True)
+    averaged = {name: value * 1 for name, value in digits.items()}
+    torch.save({"state_dict": digits, "state_dict_ema": averaged, "optimizer": {"state": {}}}, folder / "c.pt")
+    outcome = run(f"inspect c.pt {DIGITS}")
+    assert outcome.code == 0 and outcome.err.startswith("note: c.pt: the weights under state_dict were taken; --key")
+    assert outcome.err.endswith(": state_dict_ema\n")
+    assert run(f"inspect c.pt {DIGITS} --key state_dict_ema").err == ""
+
+
+def test_key_is_of_the_file_that_has_it(run: Command, folder: Path) -> None:
+    digits = torch.load(folder / "digits.pt", weights_only=True)
+    torch.save({"nets": {"a": digits, "b": {}}}, folder / "k.pt")
+    assert run(f"convert digits.pt {TO} {DIGITS} -o t.pt").code == 0
+    for line in (
+        "verify k.pt t.pt --data digits.npz",
+        "verify t.pt k.pt --data digits.npz",
+        "report t.pt --original k.pt",
+    ):
+        outcome = run(f"{line} {DIGITS} --key nets.a")
+        assert outcome.code == 0, outcome.err
+    assert "DIFFERENT" not in run("diff digits.pt k.pt --key nets.a").out
+    wrong = run(f"verify k.pt t.pt --data digits.npz {DIGITS} --key nets.c")
+    assert wrong.code == 2 and "--key nets.c: there is no 'c'" in wrong.err
 
 
 # --- revert -----------------------------------------------------------------------------------------------------------
@@ -929,3 +995,56 @@ def test_a_fresh_twin_is_initialised_where_it_is_and_as_its_forward_takes_it(mon
         rewriting._made_ready(twin, Report([]), True, data, 2, print)
     named, unnamed = seen
     assert named["input"].is_meta and isinstance(unnamed, tuple) and unnamed[0].is_meta
+
+
+# --- folded files -----------------------------------------------------------------------------------------------------
+
+
+class OfChannels(nn.Module):
+    """What a norm that runs on fixed statistics is, in plain torch."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.empty(channels)), nn.Parameter(torch.empty(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+class RootMeanSquare(OfChannels):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x / (x.square().mean((1, 2, 3), keepdim=True) + 1e-5).sqrt())
+
+
+Plain = Callable[[int], nn.Module]
+BESIDE: dict[str, Plain] = {  # what each norm that no layer took in is in the plain network
+    **dict.fromkeys(("l1", "linf", "topk:3", "range", "renorm", "frozen", "none"), OfChannels),
+    **dict.fromkeys(("bwn", "bwn:strict", "bwn:mean-bn", "wn", "wn:mean-bn"), OfChannels),
+    "group:4": lambda channels: nn.GroupNorm(4, channels),
+    "layer": lambda channels: nn.GroupNorm(1, channels),
+    "instance": lambda channels: nn.GroupNorm(channels, channels),
+    "rms": RootMeanSquare,
+}
+
+
+@pytest.mark.parametrize("to", BESIDE)
+def test_folded_file_of_every_target_is_a_plain_networks(run: Command, folder: Path, to: str) -> None:
+    """Keys and function: two norms behind convolutions, and one that no layer can take in."""
+    (folder / "plain.py").write_text(
+        "from torch import nn\ndef net(): return nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), "
+        "nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.BatchNorm2d(8))\n"
+    )
+    net = _import(folder / "plain.py", "plain").net
+    model = randomise(net()).eval()
+    x = torch.randn(4, 1, 8, 8)
+    torch.save(model.state_dict(), folder / "w.pt")
+    outcome = run(f"convert w.pt --arch plain.py:net --to {to} --folded -o folded.pt")
+    assert outcome.code == 0, outcome.err
+    measuring = to.partition(":")[0] in ("group", "layer", "instance", "rms")
+    folded: Any = net()
+    for place in ("1", "4", "6"):
+        folded[int(place)] = BESIDE[to](8) if measuring or place == "6" else nn.Identity()
+    folded.load_state_dict(torch.load(folder / "folded.pt", weights_only=True))
+    wanted = nr.convert(model, to)(x)
+    torch.testing.assert_close(folded.eval()(x), wanted, rtol=0, atol=1e-4)
+    assert not torch.allclose(folded(1.01 * x), wanted, rtol=0, atol=1e-4) or measuring

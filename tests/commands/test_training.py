@@ -19,6 +19,7 @@ from PIL import Image
 
 import normrewrite as nr
 from normrewrite.cli import console
+from normrewrite.training import checkpoints
 from normrewrite.training.loop import Step
 from tests.conftest import ROOT, Command
 from tests.ranks import start
@@ -269,6 +270,84 @@ def test_the_bar_says_loss_accuracy_and_speed() -> None:
     assert console.told(step) == "loss 0.1235, 97.1 %, 512 inputs/s"
     with console.training(quiet=True) as each:
         each(step)
+
+
+# --- what stands stays ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", ["--val few.npz", "--val-split 0.5"])
+def test_weights_of_the_last_epoch_replace_nothing(option: str, run: Command, folder: Path) -> None:
+    Path("tuned.last.pt").write_text("precious")
+    line = f"finetune twin.pt {ARCH} --data few.npz {option} --epochs 1 -o tuned.pt"
+    done = run(line)
+    assert done.code == 2 and "output tuned.last.pt exists already" in done.err
+    assert Path("tuned.last.pt").read_text() == "precious" and not Path("tuned.checkpoints").exists()
+    assert run(line.replace(option, "")).code == 0 and Path("tuned.last.pt").read_text() == "precious"
+
+
+@pytest.mark.parametrize("option", ["--log out", "--val out", "--teacher out", "--data out"])
+def test_the_output_is_no_other_file_of_the_command(option: str, run: Command, folder: Path) -> None:
+    if "log" not in option:
+        shutil.copy("few.npz", "out")
+    before = _names(folder)
+    done = run(f"finetune twin.pt {ARCH} --data few.npz {option} -o ./out --force")
+    assert done.code == 2 and f"{option.split()[0]} is the same file" in done.err and _names(folder) == before
+
+
+def test_the_second_of_two_at_once_says_so(run: Command, folder: Path) -> None:
+    """Claimed by this process, as by one that trains; a killed one's claim is the system's to end."""
+    line = f"finetune twin.pt {ARCH} --data few.npz --steps 1 -o tuned.pt"
+    with checkpoints.claimed(Path("tuned.checkpoints"), Path("tuned.pt")):
+        for option in ("", " --force", " --resume"):
+            second = run(line + option)
+            assert second.code == 2 and "another finetune is at work on it" in second.err
+        assert not list(Path("tuned.checkpoints").iterdir())
+    assert not Path("tuned.checkpoints").exists() and run(line).code == 0
+
+
+def test_another_s_output_that_came_meanwhile_is_kept(
+    run: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def appear(step: Step) -> None:
+        Path("tuned.pt").write_text("precious")
+
+    monkeypatch.setattr(console, "training", lambda quiet: nullcontext(appear))
+    done = run(f"finetune twin.pt {ARCH} --data few.npz --steps 1 -o tuned.pt")
+    assert done.code == 2 and "exists already" in done.err and Path("tuned.pt").read_text() == "precious"
+    assert list(Path("tuned.checkpoints").glob("step-*"))  # nothing of the training is lost
+
+
+def test_where_a_twin_comes_from_stays_known(run: Command, folder: Path) -> None:
+    assert run(f"convert digits.pt {ARCH} --to l1 -o l1.pt").code == 0
+    line = f"finetune l1.pt {ARCH} --data few.npz --labels --steps 2 --lr 0.01 --seed 5 --val-split 0.2 -o tuned.pt"
+    assert run(line).code == 0
+    before, after = (torch.load(name, weights_only=True)["normrewrite"] for name in ("l1.pt", "tuned.pt"))
+    assert all(after[name] == before[name] for name in ("original", "arch", "report"))
+    assert after["steps"][:-1] == before["steps"]
+    told = after["steps"][-1]
+    words = f"finetune l1.pt {ARCH} --data few.npz --labels --steps 2 --lr 0.01 --val-split 0.2 --seed 5".split()
+    assert sorted(told["command"]) == sorted(words) and told["seed"] == 5 and told["files"]["data"]["file"] == "few.npz"
+    for options in ("", ARCH):
+        audit = run(f"verify --manifest tuned.pt --original digits.pt {options}")
+        assert audit.code == 0, audit.out
+    assert run(f"verify --manifest tuned.pt --original l1.pt {ARCH}").code == 1
+
+
+def test_report_of_a_trained_twin_is_against_the_original_or_says_that_it_is_not(run: Command, folder: Path) -> None:
+    """Never against the nearest norms, which are the trained ones: that would always be the same function."""
+    assert run(f"convert digits.pt {ARCH} --to l1 -o l1.pt").code == 0
+    assert run(f"finetune l1.pt {ARCH} --data few.npz --labels --steps 2 --lr 0.05 -o tuned.pt").code == 0
+    beside = run(f"report tuned.pt {ARCH} --data few.npz --json").json
+    assert beside["original"] == "given" and beside["files"]["original"]["file"] == "digits.pt"
+    assert not beside["network"]["ok"] and beside["network"]["outputs"][0]["max_abs"] > 0.1
+    same = run(f"report tuned.pt {ARCH} --data few.npz --original digits.pt --json").json
+    assert same["network"] == beside["network"]
+    shutil.move("digits.pt", "elsewhere.pt")
+    shutil.copy("l1.pt", "digits.pt")  # of that name, and not the original
+    for options in ("", "-o page.html --text"):
+        alone = run(f"report tuned.pt {ARCH} --data few.npz {options}")
+        assert alone.code == 0 and "same function" not in alone.out and "give it as --original" in alone.out
+    assert run(f"report tuned.pt {ARCH} --json").json["original"] == ""
 
 
 # --- resumed ----------------------------------------------------------------------------------------------------------

@@ -146,6 +146,7 @@ def test_trained_since(original: nn.Module) -> None:
     twin = nr.convert(original)
     twin.norm.running_scale *= 1.5  # type: ignore[union-attr, operator]
     alone, beside = gather(twin), gather(twin, original)
-    assert "Trained since the rewrite: 1 of the sites; " in alone.notes[0]
+    assert "Trained since the rewrite: 1 of the sites, so the original is not in it any more" in alone.notes[0]
+    assert (alone.came, beside.came) == ("", "given")
     assert alone.rows[0].difference is None and "trained" in alone.rows[0].note
     assert beside.rows[0].difference is not None and beside.rows[0].difference > 0.1 and len(beside.exact) == 8

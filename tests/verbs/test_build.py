@@ -178,6 +178,39 @@ def test_another_precision_than_the_files_fails(files: dict[str, Path]) -> None:
     assert caught.value.exit_code == 1
 
 
+def test_nodes_without_a_name_go_by_their_outputs(files: dict[str, Path], tmp_path: Path) -> None:
+    """As TensorRT's parser calls them; none stands for another."""
+    proto = onnx.load(files["fp32"])
+    for node in proto.graph.node:
+        node.name = ""
+    names = [f"node_of_{node.output[0]}" for node in proto.graph.node if node.op_type in ("Conv", "Gemm")]
+    assert len(set(names)) == 2 and check_precision(proto, "") == (0, names)
+    for node in proto.graph.node:
+        node.op_type = "BatchNormalization" if node.op_type == "Relu" else node.op_type
+    with pytest.raises(nr.NormRewriteError, match=r"1 batch norms are left .*\(node_of_\w+\)"):
+        module._check_nodes(proto, tmp_path, {})
+
+
+@rtx
+def test_the_builder_calls_nameless_nodes_so(files: dict[str, Path], tmp_path: Path) -> None:
+    proto = onnx.load(files["fp32"])
+    for node in proto.graph.node:
+        node.name = ""
+    onnx.save(proto, tmp_path / "nameless.onnx")
+    built = build(tmp_path / "nameless.onnx", tmp_path / "model.engine", gpus=["sm89"])
+    assert (built.honoured, built.unchecked) == (2, [])
+
+
+@pytest.mark.parametrize("same", ["output", "model"])
+def test_the_engine_replaces_no_other_file_of_the_command(files: dict[str, Path], tmp_path: Path, same: str) -> None:
+    model = tmp_path / "model.onnx"
+    model.write_bytes(files["fp32"].read_bytes())
+    engine, cache = (tmp_path / "x", tmp_path / "x") if same == "output" else (model, None)
+    with pytest.raises(nr.NormRewriteError, match="is the same file"):
+        build(model, engine, runtime="tensorrt", timing_cache=cache, force=True)
+    assert model.read_bytes() == files["fp32"].read_bytes()
+
+
 # --- profiles --------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,66 @@
+"""Signals that end a command as Ctrl-C does: by an exception, so that temporary files are cleared away.
+
+>>> with as_exceptions():
+...     app()
+"""
+
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+# What docker, Slurm, a lost terminal, Ctrl-\\ and a limit on the time of a process send.
+_NAMES = ("SIGTERM", "SIGHUP", "SIGQUIT", "SIGXCPU")
+
+_GRACE = 5.0  # seconds to clear away in: torchrun, and a terminal that is closed, send the same signal twice
+
+
+class Terminated(KeyboardInterrupt):
+    """Raised where the command is, by one of these signals."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+@contextmanager
+def as_exceptions() -> Iterator[None]:
+    """Inside, each of these signals raises Terminated. One that is ignored (nohup) or handled already stays so.
+
+    Of several processes of one training only the first writes files that would be left; the others end at once, as a process
+    that waits for a lost one could not look at its signals.
+    """
+    taken: list[signal.Signals] = []
+    if threading.current_thread() is threading.main_thread() and os.environ.get("RANK", "0") == "0":
+        found = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
+        taken = [each for each in found if signal.getsignal(each) is signal.SIG_DFL]
+    owner, raised = os.getpid(), -math.inf
+
+    def end(number: int, _frame: Any) -> None:
+        nonlocal raised
+        if os.getpid() != owner:  # a forked one has files of its own, if any
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        # A second one is let pass, but not for good: the exception may have been lost in somebody's `except`.
+        if time.monotonic() - raised > _GRACE:
+            raised = time.monotonic()
+            raise Terminated(number)
+
+    for each in taken:
+        signal.signal(each, end)
+    try:
+        yield
+    finally:
+        for each in taken:
+            signal.signal(each, signal.SIG_DFL)
+
+
+def outcome(error: BaseException) -> tuple[str, int]:
+    """What is said of a command that was broken off, and its exit code: 128 and the signal's number."""
+    number = error.number if isinstance(error, Terminated) else int(signal.SIGINT)
+    word = f"terminated by {signal.Signals(number).name}" if isinstance(error, Terminated) else "interrupted"
+    return ": ".join(filter(None, (word, str(error)))), 128 + number
