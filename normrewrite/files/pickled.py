@@ -48,12 +48,10 @@ def fault(path: Path, free: Collection[str] = ()) -> str | None:
     """What a torch file does that torch.save never writes, in words; None where there is no such thing.
 
     Both formats of torch are read, that of before 1.6 too. free: dotted names of globals that may be called with anything.
-    Raises Unknown for what torch's reader does not know either, and whatever comes of damage.
+    Raises Wrong for what nobody should even look at again, Unknown for what torch's reader does not know either, and whatever
+    comes of damage.
     """
-    try:
-        return _wrong_in_archive(path, free) if is_archive(path) else _wrong_in_pickles(path, free)
-    except Wrong as wrong:
-        return str(wrong)
+    return _wrong_in_archive(path, free) if is_archive(path) else _wrong_in_pickles(path, free)
 
 
 def is_archive(path: Path) -> bool:
@@ -326,7 +324,9 @@ _CALLS: dict[str, _Call] = {
     "collections.Counter": lambda reader, *rest: len(rest) < 2,
     "builtins.set": lambda reader, items: isinstance(items, Made) and items.hashed,
     "builtins.complex": lambda reader, *rest: _plain(*rest),
-    "builtins.bytearray": lambda reader, *rest: not rest or (len(rest) == 2 and _text(reader, *rest)),
+    "builtins.bytearray": lambda reader, *rest: all(
+        isinstance(each, Made) and each.by == "_codecs.encode" for each in rest
+    ),
     "_codecs.encode": _text,
 }
 # Instructions: what each does, and its argument: so many bytes, or one of _ARGUMENTS.
