@@ -269,7 +269,11 @@ def _plain(*arguments: Any) -> bool:
     return all(isinstance(each, str | int | float | bytes | None) for each in arguments)
 
 
-def _text(reader: Reader, text: Any, encoding: Any) -> bool:
+def _encoded(value: object) -> bool:
+    return isinstance(value, Made) and value.by == "_codecs.encode"
+
+
+def _text(reader: Reader, text: Any, encoding: Any = None) -> bool:
     return isinstance(text, str) and encoding in ("latin1", "latin-1")
 
 
@@ -324,9 +328,7 @@ _CALLS: dict[str, _Call] = {
     "collections.Counter": lambda reader, *rest: len(rest) < 2,
     "builtins.set": lambda reader, items: isinstance(items, Made) and items.hashed,
     "builtins.complex": lambda reader, *rest: _plain(*rest),
-    "builtins.bytearray": lambda reader, *rest: all(
-        isinstance(each, Made) and each.by == "_codecs.encode" for each in rest
-    ),
+    "builtins.bytearray": lambda reader, *rest: all(map(_encoded, rest)) or _text(reader, *rest),
     "_codecs.encode": _text,
 }
 # Instructions: what each does, and its argument: so many bytes, or one of _ARGUMENTS.
