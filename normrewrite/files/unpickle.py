@@ -30,7 +30,7 @@ from normrewrite.files.pickled import PACKAGES
 
 _OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # torch's magic number, pickled
 _PROTOCOL = re.compile(r"pickle protocol (\d)")
-# Plain functions that layers of torch.nn keep as attributes: calling them with anything is harmless.
+# Plain functions that layers of torch.nn keep as attributes; a file may name them, and not call them.
 FUNCTIONS = {
     "torch.nn.functional.relu": torch.nn.functional.relu,
     "torch.nn.functional.silu": torch.nn.functional.silu,

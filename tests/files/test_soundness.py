@@ -86,5 +86,5 @@ def test_what_is_nested_without_end_is_told() -> None:
         nest, shared = [nest, nest], nn.Sequential(shared, shared)
     model = network()
     vars(model[0])["nest"] = {"a": nest}
-    assert check(model) == "0 has nest nested without end"
+    assert check(model) == "Sequential has attributes nested without end"
     assert "nested without end" in str(check(shared))
