@@ -129,7 +129,7 @@ class Reader:
         self.memo: dict[int, Any] = {}
         while (code := content[at]) != _STOP:
             if code not in _STEPS:
-                raise Unknown
+                raise self._unknown()
             (step, width), at = _STEPS[code], at + 1
             if isinstance(width, str):
                 argument, at = _ARGUMENTS[width](content, at)
@@ -207,10 +207,14 @@ class Reader:
         """Kept, and the reading goes on: a name that is not allowed is told before a call of it."""
         self.wrong = self.wrong or wrong
 
+    def _unknown(self) -> Exception:
+        """What ends the reading here: torch's reader would do all that stands before."""
+        return Unknown() if self.wrong is None else Wrong(self.wrong)
+
     def _storage(self, _: bytes) -> None:
         identity = self.stack.pop()
         if not isinstance(identity, Tuple) or identity[0] not in ("storage", b"storage"):
-            raise Unknown  # a module, of the format before torch 1.6
+            raise self._unknown()  # a module, of the format before torch 1.6
         of, key, _, numel = identity[1:5]
         if not isinstance(key, str):
             raise ValueError("a storage in it has no name")

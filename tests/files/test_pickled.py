@@ -107,6 +107,10 @@ HOSTILE: dict[str, tuple[Any, str]] = {
     "storage": (Call(torch.UntypedStorage, 1 << 40), "calls torch.storage.UntypedStorage"),
     "a function of ours": (Call(nn.functional.gelu, 1), "calls torch._C._nn.gelu"),
     "attributes of a set": (b"c__builtin__\nset\n]\x85R}b.", "gives attributes to what builtins.set made"),
+    "and then what torch does not know": (
+        b"c__builtin__\nbytearray\nJ\xff\xff\xff\x7f\x85R\x94.",
+        "calls builtins.bytearray",
+    ),
     "nested tuples": (knot(60) + b".", "nested without end"),
     "nested keys": (b"}" + knot(10) + b"Ns.", "a key that no checkpoint has"),
     "nested members": (b"c__builtin__\nset\n]" + knot(10) + b"a\x85R.", "calls builtins.set"),
