@@ -339,7 +339,9 @@ def _unpacked(path: Path) -> int:
     """Bytes of an image as pixels, by its head alone."""
     with _image(path) as image:
         if image.width * image.height > _MOST_PIXELS:
-            raise _Damaged(f"--data {path}: an image of {image.width} x {image.height} pixels. Give smaller ones.")
+            raise _Damaged(
+                f"--data {path}: can't be read as an image (of {image.width} x {image.height} pixels). Give smaller ones."
+            )
         return 3 * int(image.width * image.height)
 
 
@@ -350,7 +352,7 @@ def _image(path: Path) -> Iterator[Any]:
     except ImportError as error:
         raise NormRewriteError("a folder of images needs Pillow: pip install normrewrite[images]") from error
     if not path.is_file():
-        raise _Damaged(f"--data {path}: is no file.")
+        raise _Damaged(f"--data {path}: can't be read as an image (it is no file).")
     try:
         with Image.open(path) as image:
             yield image

@@ -1,5 +1,6 @@
 """Data from .npz files, folders of images and code: what comes out, and what is said of the rest."""
 
+import os
 import sys
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from normrewrite import NormRewriteError
+from normrewrite import NormRewriteError, outside
 from normrewrite.data import Batch, Data, argument_names, as_data, example, open_data
 
 Arrays = dict[str, Any]
@@ -563,5 +564,56 @@ def test_bad_shape(shape: str) -> None:
 
 @pytest.mark.parametrize("shape", ["1000000000000,3", "9" * 30, "99999999999,99999999999,99999999999"])
 def test_shape_beyond_memory(shape: str) -> None:
+    with pytest.raises(NormRewriteError, match="--input-shape"):
+        example(shape)
+
+
+# --- what would not end -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["pipe.npz", "/dev/zero"])
+def test_pipes_and_devices_are_refused(folder: Path, name: str) -> None:
+    os.mkfifo("pipe.npz")
+    with pytest.raises(NormRewriteError, match=f"--data {name} is a pipe, a socket or a device"):
+        open_data(name, ["x"])
+
+
+def test_a_pipe_among_images_is_damage(folder: Path) -> None:
+    draw("images/a.png")
+    os.mkfifo("images/b.png")
+    with pytest.raises(NormRewriteError, match=r"images/b\.png: can't be read as an image \(it is no file"):
+        opened()
+    data = open_data("images", ["x"], mean=MEAN, std=STD, strict=False)
+    assert data.skipped == ("images/b.png",) and len(only(data)) == 1
+
+
+def test_an_archive_that_unpacks_without_bound_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outside, "UNPACKED", 1 << 20)
+    for values, fine in ((np.zeros((300, 3, 32, 32), np.float32), False), (np.zeros((9, 3, 32, 32), np.float32), True)):
+        np.savez_compressed("a.npz", x=values)
+        if fine:
+            assert len(open_data("a.npz", ["x"]).first(99)) == 9
+        else:
+            with pytest.raises(NormRewriteError, match=r"a\.npz: [\d,]+ bytes that unpack to 3,68[\d,]+\."):
+                open_data("a.npz", ["x"])
+            np.savez("a.npz", x=values)  # as large on the disk
+            assert len(open_data("a.npz", ["x"]).first(999)) == 300
+
+
+def test_images_that_unpack_without_bound_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("images").mkdir()
+    for name in "abc":
+        Image.new("L", (600, 600)).save(f"images/{name}.png")
+    assert len(opened()) == 3
+    monkeypatch.setattr(outside, "UNPACKED", 1 << 21)
+    with pytest.raises(NormRewriteError, match=r"images/b\.png: [\d,]+ bytes that unpack to 2,160,000"):
+        opened()
+    monkeypatch.setattr("normrewrite.data._MOST_PIXELS", 600 * 599)
+    with pytest.raises(NormRewriteError, match=r"images/a\.png: can't be read as an image \(of 600 x 600 pixels\)"):
+        opened()
+
+
+@pytest.mark.parametrize("shape", ["9" * 5000, "1,3," + "9" * 30, "1,,2", "1e3"])
+def test_shapes_without_bound(shape: str) -> None:
     with pytest.raises(NormRewriteError, match="--input-shape"):
         example(shape)

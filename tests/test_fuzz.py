@@ -1,5 +1,6 @@
 """Bad input in number: a sample of benchmarks/fuzz, and what its judge must not let pass."""
 
+import os
 import subprocess
 import sys
 import time
@@ -46,6 +47,17 @@ def says_nothing() -> None:
     sys.exit(2)
 
 
+def prints_an_escape() -> None:
+    os.write(2, b"error: norm\x1b[2J\n")
+    sys.exit(2)
+
+
+def leaves_a_temporary_file() -> None:
+    Path(".out.pt.x.tmp").touch()
+    print("interrupted", file=sys.stderr)
+    sys.exit(130)
+
+
 def runs_code() -> None:
     Path("pwned").touch()
 
@@ -58,6 +70,8 @@ def runs_code() -> None:
         (leaves_something, "left behind: left.pt"),
         (changes_something, "changed: sound.txt"),
         (says_nothing, "no message"),
+        (prints_an_escape, r"'\x1b' reached the terminal"),
+        (leaves_a_temporary_file, "a temporary file was left"),
         (runs_code, "code out of a file was run"),
     ],
 )

@@ -81,8 +81,12 @@ def _run(seed: int, folder: Path, log: Path) -> None:
         code = 0
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(bool(stop.code))
-    except BaseException:
-        traceback.print_exc()
+    except BaseException as error:
+        outside = not any("/cli/" in frame.filename for frame in traceback.extract_tb(error.__traceback__))
+        if isinstance(error, KeyboardInterrupt) and outside:  # before the command line began, or when it was through
+            code = 130
+        else:
+            traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

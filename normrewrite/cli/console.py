@@ -55,7 +55,7 @@ def _console(*, stderr: bool = False) -> Any:
     return Console(file=stream, highlight=False)
 
 
-class _Shown:
+class Shown:
     """What Rich draws, with the control characters of its texts written out."""
 
     def __init__(self, drawn: Any) -> None:
@@ -80,7 +80,7 @@ def show(result: Result, *, as_json: bool = False, quiet: bool = False) -> None:
         if not sys.stdout.isatty():
             print(result)
         elif hasattr(result, "rich"):  # it draws its own tables
-            _console().print(_Shown(result.rich()))
+            _console().print(Shown(result.rich()))
         else:
             _coloured(str(result))
 

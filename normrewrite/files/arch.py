@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from normrewrite.errors import NormRewriteError, first_line, nearest
+from normrewrite.errors import NormRewriteError, nearest
 from normrewrite.nn.parts import deepcopy
 
 Factory = Callable[..., nn.Module]
@@ -40,7 +40,7 @@ def build(arch: str | Factory | nn.Module, arguments: Mapping[str, Any] | None =
         except NormRewriteError:  # ours, of a library that isn't there
             raise
         except (Exception, SystemExit) as error:  # the user's code runs here, and may raise anything
-            raise NormRewriteError(f"--arch {arch}: the factory raised {first_line(error)}") from error
+            raise NormRewriteError(f"--arch {arch}: the factory raised {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise NormRewriteError(f"--arch {arch}: the factory gave a {type(model).__name__}, not a torch.nn.Module.")
     return model
@@ -93,7 +93,7 @@ def _module(name: str, where: str, forms: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except (Exception, SystemExit) as error:  # an import runs the user's code
-        raise NormRewriteError(f"{where}: can't import {name}: {first_line(error)}. {forms}") from error
+        raise NormRewriteError(f"{where}: can't import {name}: {type(error).__name__}: {error}. {forms}") from error
 
 
 def _file(source: str, where: str, forms: str) -> ModuleType:
@@ -109,7 +109,7 @@ def _file(source: str, where: str, forms: str) -> ModuleType:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # the user's code runs here
         del sys.modules[name]
-        raise NormRewriteError(f"{where}: {source} raised {first_line(error)}") from error
+        raise NormRewriteError(f"{where}: {source} raised {type(error).__name__}: {error}") from error
     return module
 
 

@@ -48,12 +48,10 @@ def fault(path: Path, free: Collection[str] = ()) -> str | None:
     """What a torch file does that torch.save never writes, in words; None where there is no such thing.
 
     Both formats of torch are read, that of before 1.6 too. free: dotted names of globals that may be called with anything.
-    Raises Unknown for what torch's reader does not know either, and whatever comes of damage.
+    Raises Wrong for what nobody should even look at again, Unknown for what torch's reader does not know either, and whatever
+    comes of damage.
     """
-    try:
-        return _wrong_in_archive(path, free) if is_archive(path) else _wrong_in_pickles(path, free)
-    except Wrong as wrong:
-        return str(wrong)
+    return _wrong_in_archive(path, free) if is_archive(path) else _wrong_in_pickles(path, free)
 
 
 def is_archive(path: Path) -> bool:
@@ -131,7 +129,7 @@ class Reader:
         self.memo: dict[int, Any] = {}
         while (code := content[at]) != _STOP:
             if code not in _STEPS:
-                raise Unknown
+                raise self._unknown()
             (step, width), at = _STEPS[code], at + 1
             if isinstance(width, str):
                 argument, at = _ARGUMENTS[width](content, at)
@@ -209,10 +207,14 @@ class Reader:
         """Kept, and the reading goes on: a name that is not allowed is told before a call of it."""
         self.wrong = self.wrong or wrong
 
+    def _unknown(self) -> Exception:
+        """What ends the reading here: torch's reader would do all that stands before."""
+        return Unknown() if self.wrong is None else Wrong(self.wrong)
+
     def _storage(self, _: bytes) -> None:
         identity = self.stack.pop()
         if not isinstance(identity, Tuple) or identity[0] not in ("storage", b"storage"):
-            raise Unknown  # a module, of the format before torch 1.6
+            raise self._unknown()  # a module, of the format before torch 1.6
         of, key, _, numel = identity[1:5]
         if not isinstance(key, str):
             raise ValueError("a storage in it has no name")
@@ -271,7 +273,11 @@ def _plain(*arguments: Any) -> bool:
     return all(isinstance(each, str | int | float | bytes | None) for each in arguments)
 
 
-def _text(reader: Reader, text: Any, encoding: Any) -> bool:
+def _encoded(value: object) -> bool:
+    return isinstance(value, Made) and value.by == "_codecs.encode"
+
+
+def _text(reader: Reader, text: Any, encoding: Any = None) -> bool:
     return isinstance(text, str) and encoding in ("latin1", "latin-1")
 
 
@@ -326,7 +332,7 @@ _CALLS: dict[str, _Call] = {
     "collections.Counter": lambda reader, *rest: len(rest) < 2,
     "builtins.set": lambda reader, items: isinstance(items, Made) and items.hashed,
     "builtins.complex": lambda reader, *rest: _plain(*rest),
-    "builtins.bytearray": lambda reader, *rest: not rest or (len(rest) == 2 and _text(reader, *rest)),
+    "builtins.bytearray": lambda reader, *rest: all(map(_encoded, rest)) or _text(reader, *rest),
     "_codecs.encode": _text,
 }
 # Instructions: what each does, and its argument: so many bytes, or one of _ARGUMENTS.

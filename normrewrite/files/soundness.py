@@ -14,6 +14,7 @@ from normrewrite.outside import CODE, endless, is_name
 _TABLES = {"_parameters": Tensor, "_buffers": Tensor, "_modules": nn.Module}
 _OWN = {"training": bool, "_non_persistent_buffers_set": set}
 _DEEPEST = 200
+_HELD = 10_000_000  # things in all attributes, counted at each place where they stand
 _PLACES = 100_000  # where modules may stand in a network; one that is shared stands at several
 # Methods of every module that nobody calls on a part of a network: it may keep something else under their names, as YOLO's do.
 _UNCALLED = frozenset(
@@ -23,7 +24,7 @@ _UNCALLED = frozenset(
 
 def check(model: nn.Module) -> str | None:
     """What is wrong with the first damaged module of a network, in words; None where all are sound."""
-    waiting, seen, places = [("", model, 0)], set(), 0
+    waiting, seen, places = [("", model, 0)], dict[int, nn.Module](), 0
     while waiting:
         name, module, depth = waiting.pop()
         places += 1
@@ -32,10 +33,11 @@ def check(model: nn.Module) -> str | None:
             wrong = "is nested without end"
         if wrong is not None:
             return f"{name or type(module).__name__} {wrong}"
-        seen.add(id(module))
+        seen[id(module)] = module
         parts = module._modules.items()
         waiting += [(f"{name}.{key}" if name else key, part, depth + 1) for key, part in parts if part is not None]
-    return None
+    held = [[_settings(value) for value in vars(module).values()] for module in seen.values()]
+    return f"{type(model).__name__} has attributes nested without end" if endless(held, _HELD) else None
 
 
 def fault(module: nn.Module) -> str | None:
@@ -50,8 +52,6 @@ def fault(module: nn.Module) -> str | None:
     if unfit := [name for name in names if not is_name(name)]:
         return f"has a part called {unfit[0]!r}: {CODE}"
     for name, value in attributes.items():
-        if endless(vars(value) if _keeps_settings(value) else value):
-            return f"has {name} nested without end"
         if name.endswith("_hooks") and not (isinstance(value, dict) and all(map(callable, value.values()))):
             return f"has no {name} as modules have"
         if name not in _UNCALLED and callable(getattr(type(module), name, None)) and not callable(value):
@@ -70,11 +70,12 @@ def _holds(table: object, kind: type) -> bool:
     )
 
 
-def _keeps_settings(value: object) -> bool:
+def _settings(value: object) -> object:
+    """What a record of transformers' holds; any other value as it is."""
     return (
-        type(value).__module__.startswith("transformers.")
-        and not isinstance(value, nn.Module)
-        and hasattr(value, "__dict__")
+        vars(value)
+        if type(value).__module__.startswith("transformers.") and not isinstance(value, nn.Module)
+        else value
     )
 
 

@@ -30,7 +30,7 @@ from normrewrite.files.pickled import PACKAGES
 
 _OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # torch's magic number, pickled
 _PROTOCOL = re.compile(r"pickle protocol (\d)")
-# Plain functions that layers of torch.nn keep as attributes: calling them with anything is harmless.
+# Plain functions that layers of torch.nn keep as attributes; a file may name them, and not call them.
 FUNCTIONS = {
     "torch.nn.functional.relu": torch.nn.functional.relu,
     "torch.nn.functional.silu": torch.nn.functional.silu,
@@ -56,6 +56,8 @@ def load(path: Path, allow: Sequence[str] = (), trust: bool = False) -> Any:
 def _load_safely(path: Path, allow: Sequence[str]) -> Any:
     try:
         wrong = pickled.fault(path, {name.replace(":", ".") for name in allow})
+    except pickled.Wrong as found:
+        raise _never_written(path, str(found)) from found
     except pickled.Unknown:
         return _read(path)  # torch knows no more of it, and says what it is
     wanted = torch.serialization.get_unsafe_globals_in_checkpoint(path) if pickled.is_archive(path) else []
@@ -64,12 +66,15 @@ def _load_safely(path: Path, allow: Sequence[str]) -> Any:
     if refused:
         raise NormRewriteError(_refusal(path, refused))
     if wrong is not None:
-        raise NormRewriteError(
-            f"{path}: {wrong}, which torch.save never writes; nothing of it was run. Save a state_dict, and name its code "
-            "with --arch."
-        )
+        raise _never_written(path, wrong)
     with torch.serialization.safe_globals([(obj, name) for obj, name in allowed if obj is not None]):
         return _read(path)
+
+
+def _never_written(path: Path, what: str) -> NormRewriteError:
+    return NormRewriteError(
+        f"{path}: {what}, which torch.save never writes; nothing of it was run. Save a state_dict, and name its code with --arch."
+    )
 
 
 def _read(path: Path) -> Any:

@@ -1048,3 +1048,53 @@ def test_folded_file_of_every_target_is_a_plain_networks(run: Command, folder: P
     wanted = nr.convert(model, to)(x)
     torch.testing.assert_close(folded.eval()(x), wanted, rtol=0, atol=1e-4)
     assert not torch.allclose(folded(1.01 * x), wanted, rtol=0, atol=1e-4) or measuring
+
+
+# --- from outside -----------------------------------------------------------------------------------------------------
+
+
+def test_control_characters_of_a_file_are_not_printed(run: Command, folder: Path) -> None:
+    model = torch.nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+    model.add_module("norm\x1b[2Jsame function", nn.ReLU())
+    torch.save(model, "named.pt")
+    torch.save({"norm\r\x9b2J.weight": torch.ones(1)}, "state.pt")
+    torch.save({"a\x1b[2J": {"b": torch.ones(1)}}, "key.pt")
+    for name in ("named.pt", "state.pt", "key.pt"):
+        outcome = run(f"inspect {name}")
+        assert outcome.code == 2 and re.search(r"\\x1b|\\\\x1b|\\r", outcome.err), outcome
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", outcome.out + outcome.err)
+
+
+@pytest.mark.parametrize("options", ["--expect", "--to topk:", "--to group:", "--to l1 --input-shape 1,1,"])
+@pytest.mark.parametrize("digits", [30, 5000])
+def test_numbers_without_bound_are_faults_of_the_request(run: Command, folder: Path, options: str, digits: int) -> None:
+    target = "" if "--to" in options else "--to l1"
+    space = " " if options == "--expect" else ""
+    outcome = run(f"convert digits.pt {DIGITS} {target} -o out.pt {options}{space}{'9' * digits}")
+    assert outcome.code == 2 and "there is no" not in outcome.err and not Path("out.pt").exists(), outcome
+
+
+def test_numbers_that_are_none_are_faults_of_the_request(run: Command, folder: Path) -> None:
+    for options in ("--tolerance inf", "--tolerance nan", "--mean 1e999 --std 1"):
+        outcome = run(f"verify digits.pt digits.pt {DIGITS} --input-shape 2,1,8,8 {options}")
+        assert outcome.code == 2 and re.search("finite number|write numbers", outcome.err), outcome
+
+
+@pytest.mark.parametrize("place", ["/dev/null", "pipe.pt"])
+def test_pipes_and_devices_are_refused(run: Command, folder: Path, place: str) -> None:
+    os.mkfifo("pipe.pt")
+    for line in (
+        f"inspect {place}",
+        f"convert digits.pt {DIGITS} --to l1 -o {place} --force",
+        f"diff digits.pt {place}",
+    ):
+        outcome = run(line)
+        assert outcome.code == 2 and "is a pipe, a socket or a device. Give a file." in outcome.err, outcome
+    assert not Path("/dev/null").is_file() and Path("pipe.pt").is_fifo()
+
+
+def test_suggested_options_are_quoted(run: Command, folder: Path) -> None:
+    with zipfile.ZipFile("odd.pt", "w") as archive:
+        archive.writestr("odd/data.pkl", b"\x80\x02cmodels\nNet;touch x\n.")
+        archive.writestr("odd/version", "3\n")
+    assert "--allow 'models:Net;touch x'" in run("inspect odd.pt").err

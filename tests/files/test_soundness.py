@@ -59,3 +59,32 @@ def test_another_class_and_no_end_are_told() -> None:
         inner = nn.Sequential(inner)
     ring.append(inner)
     assert "nested without end" in str(check(ring))
+
+
+@pytest.mark.parametrize("name", ["type", "half", "cuda"])
+def test_a_network_may_keep_something_under_a_name_that_nobody_calls(name: str) -> None:
+    """YOLO's modules keep their `type`, a text."""
+    model = network()
+    vars(model[1])[name] = "models.block.Norm"
+    model.add_module("last", nn.Identity())
+    model._modules[name] = model._modules.pop("last")  # as a ModuleDict's key
+    assert check(model) is None
+
+
+@pytest.mark.parametrize("name", ['c"', "c'", "c\\", "c\r", "c\x1b[2J", "c\u2028", "\ud800"])
+@pytest.mark.parametrize("table", ["_modules", "_parameters", "_buffers", "__dict__"])
+def test_names_that_could_be_code_are_told(name: str, table: str) -> None:
+    model = network()
+    getattr(model[1], table)[name] = nn.ReLU() if table == "_modules" else nn.Parameter(torch.ones(1))
+    assert "1 has a part called" in str(check(model)) and "could be read as code" in str(check(model))
+
+
+def test_what_is_nested_without_end_is_told() -> None:
+    nest: list[object] = []
+    shared: nn.Module = nn.ReLU()
+    for _ in range(40):
+        nest, shared = [nest, nest], nn.Sequential(shared, shared)
+    model = network()
+    vars(model[0])["nest"] = {"a": nest}
+    assert check(model) == "Sequential has attributes nested without end"
+    assert "nested without end" in str(check(shared))

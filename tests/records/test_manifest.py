@@ -110,6 +110,19 @@ def test_check_refuses(record: object, said: str) -> None:
         manifest.check(record, "here")
 
 
+def test_nests_without_end_and_names_that_are_code_are_refused() -> None:
+    nest: list[object] = []
+    for _ in range(40):
+        nest = [nest, nest]
+    for record, said in (
+        (record_of(entry(), further=nest), "nested without end"),
+        (record_of({**entry(), "was": nest}), "nested without end"),
+        (record_of(entry('c"); pass\r')), "could be read as code"),
+    ):
+        with pytest.raises(nr.NormRewriteError, match=f"^here: its manifest .*{said}"):
+            manifest.check(record, "here")
+
+
 @pytest.mark.parametrize(
     ("entries", "said"),
     [
