@@ -1,6 +1,6 @@
 """What is left when a command is broken off: full disk, no permission, a signal, at any moment.
 
-    python -m benchmarks.faults                   # about fifteen minutes on two cores; writes results/faults.json
+    python -m benchmarks.faults                   # about a quarter of an hour on two cores; writes results/faults.json
 
 Every command writes over a file that was there before. Afterwards that file is whole, the old or the new one; of a file that was
 not there before, nothing or all of it. A full disk is a tmpfs of a few kilobytes (needs the right to mount one; a limit on the

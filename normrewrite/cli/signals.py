@@ -29,34 +29,42 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def as_exceptions() -> Iterator[None]:
-    """Inside, each of these signals raises Terminated. One that is ignored (nohup) or handled already stays so.
+    """Inside, each of these signals raises Terminated, and Ctrl-C KeyboardInterrupt. One that is ignored (nohup) or handled
+    already stays so.
 
-    Of several processes of one training only the first writes files that would be left; the others end at once, as a process
-    that waits for a lost one could not look at its signals.
+    An error after one of them is its consequence, as where a library was broken off in the middle of an import. Of several
+    processes of one training only the first writes files that would be left; the others end at once, as a process that waits
+    for a lost one could not look at its signals.
     """
-    taken: list[signal.Signals] = []
+    taken: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread() and os.environ.get("RANK", "0") == "0":
-        found = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
-        taken = [each for each in found if signal.getsignal(each) is signal.SIG_DFL]
-    owner, raised = os.getpid(), -math.inf
+        found = [getattr(signal, name) for name in ("SIGINT", *_NAMES) if hasattr(signal, name)]
+        taken = {each: signal.getsignal(each) for each in found}
+        taken = {each: now for each, now in taken.items() if now in (signal.SIG_DFL, signal.default_int_handler)}
+    owner, ended, stopped = os.getpid(), -math.inf, None
 
     def end(number: int, _frame: Any) -> None:
-        nonlocal raised
+        nonlocal ended, stopped
         if os.getpid() != owner:  # a forked one has files of its own, if any
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         # A second one is let pass, but not for good: the exception may have been lost in somebody's `except`.
-        if time.monotonic() - raised > _GRACE:
-            raised = time.monotonic()
-            raise Terminated(number)
+        if number == signal.SIGINT or time.monotonic() - ended > _GRACE:
+            ended = time.monotonic()
+            stopped = KeyboardInterrupt() if number == signal.SIGINT else Terminated(number)
+            raise stopped
 
     for each in taken:
         signal.signal(each, end)
     try:
         yield
+    except Exception:
+        if stopped is not None:
+            raise stopped from None
+        raise
     finally:
-        for each in taken:
-            signal.signal(each, signal.SIG_DFL)
+        for each, before in taken.items():
+            signal.signal(each, before)
 
 
 def outcome(error: BaseException) -> tuple[str, int]:

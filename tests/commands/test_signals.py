@@ -110,6 +110,13 @@ def test_handlers_are_only_the_command_line_s(monkeypatch: pytest.MonkeyPatch) -
             signal.raise_signal(signal.SIGHUP)  # a second one, while all is cleared away
             cleared = True
     assert cleared
+    with pytest.raises(signals.Terminated), signals.as_exceptions():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except BaseException:  # somebody's library, in the middle of an import
+            raise AttributeError("partially initialised module") from None
+    with pytest.raises(KeyError), signals.as_exceptions():
+        raise KeyError("no signal, so an error of its own")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     seen: list[object] = []
 
