@@ -67,7 +67,8 @@ class Pieces:
     def each(self, of_channels: Tensor) -> Iterable[Tensor]:
         """What of (C,) goes with each piece."""
         if self.planes:
-            parts: tuple[Tensor, ...] = of_channels.repeat_interleave(self.fold).repeat(self.samples).split(self.step)
+            of_planes = of_channels.view(1, -1, 1).expand(self.samples, -1, self.fold)
+            parts: tuple[Tensor, ...] = of_planes.reshape(-1).split(self.step)
             return parts
         if not self.rows:
             return (of_channels,)
