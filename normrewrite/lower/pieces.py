@@ -20,10 +20,8 @@ from normrewrite.lower.families import mean_dtype, wide_dtype
 
 # Of fp32 a thread: two megabytes, few of which fit into a shared cache; smaller ones cost more to start.
 _ELEMENTS = 1 << 19
-_STRETCH, _SIDE_BY_SIDE = (
-    8192,
-    4096,
-)  # elements that a kernel adds up one after the other, and in a row of memory at once
+# Elements that a kernel adds up one after the other, and, of rows, numbers that it adds up side by side.
+_STRETCH, _SIDE_BY_SIDE = 8192, 256
 _LONGEST, _SHORTEST = 256, 7  # elements of a cell
 FEW, _ACROSS = 512, 16  # positions of a sample: then a cell lies across so many samples, in whole vectors, ...
 _PLANE = 128  # ... unless a sample's positions are one good cell
@@ -69,7 +67,8 @@ class Pieces:
     def each(self, of_channels: Tensor) -> Iterable[Tensor]:
         """What of (C,) goes with each piece."""
         if self.planes:
-            parts: tuple[Tensor, ...] = of_channels.repeat_interleave(self.fold).repeat(self.samples).split(self.step)
+            of_planes = of_channels.view(1, -1, 1).expand(self.samples, -1, self.fold)
+            parts: tuple[Tensor, ...] = of_planes.reshape(-1).split(self.step)
             return parts
         if not self.rows:
             return (of_channels,)
