@@ -14,7 +14,7 @@ from normrewrite.outside import CODE, endless, is_name
 _TABLES = {"_parameters": Tensor, "_buffers": Tensor, "_modules": nn.Module}
 _OWN = {"training": bool, "_non_persistent_buffers_set": set}
 _DEEPEST = 200
-_HELD = 10_000_000  # things in all attributes, counted at each place where they stand
+_HELD = 3_000_000  # things in all attributes, counted at each place where they stand
 _PLACES = 100_000  # where modules may stand in a network; one that is shared stands at several
 # Methods of every module that nobody calls on a part of a network: it may keep something else under their names, as YOLO's do.
 _UNCALLED = frozenset(

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import normrewrite as nr
+from normrewrite.files import soundness
 from normrewrite.files.soundness import check, fault
 from tests.forms import FORMS, FROM_OURS
 
@@ -79,7 +80,8 @@ def test_names_that_could_be_code_are_told(name: str, table: str) -> None:
     assert "1 has a part called" in str(check(model)) and "could be read as code" in str(check(model))
 
 
-def test_what_is_nested_without_end_is_told() -> None:
+def test_what_is_nested_without_end_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(soundness, "_HELD", 10_000)
     nest: list[object] = []
     shared: nn.Module = nn.ReLU()
     for _ in range(40):
