@@ -232,8 +232,9 @@ def shrinkage(lr: float, weight_decay: float, momentum: float = 0.0) -> float:
             f"lr * weight_decay is {decay:g}, and the schedule needs less than (1 - sqrt(momentum))^2 = {largest:.3g}. "
             "Lower one of the three."
         )
-    b = 1 + momentum - decay
-    return (b + math.sqrt(b * b - 4 * momentum)) / 2
+    # the discriminant in the terms that cancel: (1 + m - d)^2 - 4m would be rounded where it is small
+    discriminant = (1 - momentum) ** 2 - decay * (2 * (1 + momentum) - decay)
+    return min((1 + momentum - decay + math.sqrt(max(discriminant, 0.0))) / 2, 1.0)
 
 
 def _require_undecayed(optimizer: Optimizer, weights: Sequence[InvariantWeight]) -> None:

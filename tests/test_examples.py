@@ -76,7 +76,7 @@ def test_its_blocks_run() -> None:
     namespace: dict[str, object] = {}
     for block in blocks:
         exec(block, namespace)
-    assert len(blocks) == 4 and not namespace["twin"][1].training and namespace["twin"].training  # type: ignore[index, attr-defined]
+    assert len(blocks) == 5 and not namespace["twin"][1].training and namespace["twin"].training  # type: ignore[index, attr-defined]
 
 
 @pytest.mark.parametrize("to", ["l1", "topk:10", "group:4", "bwn", "renorm", "frozen"])

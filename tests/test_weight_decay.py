@@ -218,7 +218,7 @@ def test_shrinkage_is_the_larger_root(lr: float, weight_decay: float, momentum: 
         return
     a = shrinkage(lr, weight_decay, momentum)
     assert abs(a * a - (1 + momentum - lr * weight_decay) * a + momentum) < 1e-12
-    assert momentum**0.5 <= a <= 1 + 1e-15
+    assert momentum**0.5 - 1e-15 <= a <= 1
     assert shrinkage(lr, weight_decay) == pytest.approx(1 - lr * weight_decay)
 
 

@@ -36,12 +36,12 @@ def check_outputs(outputs: Mapping[str, Path | None], force: bool, inputs: Mappi
 def check_writable(path: str | Path, force: bool) -> None:
     """Raises early, before any work, where the output can't be written. A link stands for the file that it leads to."""
     path = Path(path)
-    possible(path, "output ")
     kind = _kind(path)
     if kind == "folder":
         raise NormRewriteError(f"output {path} is a folder. Name a file with -o.")
     if kind not in ("", "file"):
         raise NormRewriteError(f"output {path} is a {kind}, which is never replaced. Name a file with -o.")
+    possible(path, "output ")
     if kind and not force:
         raise _exists(path)
     parent = _place(path).parent if path.is_symlink() else path.parent

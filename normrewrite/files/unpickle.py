@@ -17,6 +17,7 @@ import shlex
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,9 +110,15 @@ def _allowed(name: str, allow: Sequence[str]) -> Any:
 
 def _is_made_plainly(cls: type) -> bool:
     """A layer, or a record of settings, that runs no code but torch's when it is made empty and given its attributes."""
-    steps = (getattr(cls, name, None) for name in ("__new__", "__setstate__"))
-    of_torch = all((getattr(step, "__module__", None) or "torch.nn.").startswith("torch.nn.") for step in steps)
+    of_torch = all(map(partial(_is_of_torch, cls), ("__new__", "__setstate__")))
     return of_torch and (issubclass(cls, nn.Module) or _is_config(cls))
+
+
+def _is_of_torch(cls: type, step: str) -> bool:
+    """torch.compile, once it was used, puts a `__setstate__` of its own into nn.Module."""
+    found = getattr(cls, step, None)
+    module = getattr(found, "__module__", None) or "torch.nn."
+    return found is getattr(nn.Module, step, None) or module.startswith("torch.nn.")
 
 
 def _is_config(cls: type) -> bool:

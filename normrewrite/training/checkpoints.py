@@ -7,7 +7,6 @@
     FOLDER/finished.json     the result, once the output is written: no state is left then
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -136,7 +135,7 @@ def claimed(folder: Path, output: Path) -> Iterator[None]:
 
     Of several processes of one training the first one claims. Raises NormRewriteError where another training is at work.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if os.environ.get("RANK", "0") != "0" or os.name == "nt":  # Windows has no such locks
         yield
         return
     files.check_writable(output, force=True)
@@ -156,6 +155,8 @@ def claimed(folder: Path, output: Path) -> Iterator[None]:
 
 def _locked(folder: Path) -> int | None:
     """A handle on the folder, made where it is not there, that holds its lock; None where another process holds it."""
+    import fcntl
+
     while True:
         make_folder(folder)
         with suppress(FileNotFoundError):  # whoever made it has taken it away

@@ -401,7 +401,7 @@ BAD: dict[str, tuple[str, str]] = {
     "no input, export": (f"export digits.pt {DIGITS} -o x.onnx", "what goes in\\? Give --input-shape"),
     "no input, verify": (VERIFY, "compared on what\\? Give --data FILE"),
     "onnx, missing": (f"verify digits.pt nosuch.onnx {DIGITS} --data digits.npz", "nosuch.onnx: there is no such file"),
-    "onnx, text": (f"verify digits.pt net.onnx {DIGITS} --data digits.npz", "net.onnx: onnxruntime can't load it"),
+    "onnx, text": (f"verify digits.pt net.onnx {DIGITS} --data digits.npz", "net.onnx: can't be read as ONNX"),
     "data, missing": (f"{VERIFY} --data nosuch.npz", "--data nosuch.npz: "),
     "data, text": (f"{VERIFY} --data text.npz", "--data text.npz: can't be read as .npz"),
     "data, model": (f"{VERIFY} --data digits.pt", "--data digits.pt: not such data. Give a .npz"),
@@ -1058,7 +1058,7 @@ def test_control_characters_of_a_file_are_not_printed(run: Command, folder: Path
     model.add_module("norm\x1b[2Jsame function", nn.ReLU())
     torch.save(model, "named.pt")
     torch.save({"norm\r\x9b2J.weight": torch.ones(1)}, "state.pt")
-    torch.save({"a\x1b[2J": {"b": torch.ones(1)}}, "key.pt")
+    torch.save({"a\x1b[2J": {"b": torch.ones(1)}, "c": {"d": torch.ones(1)}}, "key.pt")
     for name in ("named.pt", "state.pt", "key.pt"):
         outcome = run(f"inspect {name}")
         assert outcome.code == 2 and re.search(r"\\x1b|\\\\x1b|\\r", outcome.err), outcome
@@ -1089,7 +1089,7 @@ def test_pipes_and_devices_are_refused(run: Command, folder: Path, place: str) -
         f"diff digits.pt {place}",
     ):
         outcome = run(line)
-        assert outcome.code == 2 and "is a pipe, a socket or a device. Give a file." in outcome.err, outcome
+        assert outcome.code == 2 and re.search("is a (pipe|device)", outcome.err), outcome
     assert not Path("/dev/null").is_file() and Path("pipe.pt").is_fifo()
 
 

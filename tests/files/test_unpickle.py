@@ -35,6 +35,16 @@ def test_every_layer_of_torch_is_allowed_under_its_own_name(cls: type) -> None:
     assert unpickle._allowed(full_name(cls), ()) is cls
 
 
+def test_layers_are_allowed_after_torch_compile_has_changed_how_they_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch._dynamo.mutation_guard does, for good, in a process that compiles."""
+
+    def patched(self: nn.Module, state: dict[str, Any]) -> None: ...
+
+    patched.__module__ = "torch._dynamo.mutation_guard"
+    monkeypatch.setattr(nn.Module, "__setstate__", patched)
+    assert unpickle._allowed(full_name(nn.BatchNorm2d), ()) is nn.BatchNorm2d
+
+
 def test_layers_are_all_there() -> None:
     assert len(LAYERS) > 150 and {nn.Linear, nn.BatchNorm2d, nn.Transformer} <= set(LAYERS)
 
