@@ -30,6 +30,7 @@ from normrewrite import sites
 from normrewrite.nn.affine import ChannelAffine
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.mean_only import MeanOnlyBatchNorm
+from normrewrite.nn.parts import learns
 from normrewrite.nn.stand_in import StandIn
 from normrewrite.passes.base import Rewrite, own_parents
 from normrewrite.passes.lift_functional import LiftFunctional, free_name
@@ -75,7 +76,7 @@ class FoldAffine(Rewrite):
             return "has no running statistics, so nothing is fixed that could be folded"
         if site.module.running_mean.is_meta:
             return "its statistics are on the meta device, and have no values yet"
-        return None
+        return why_not_fixed(site.module)
 
     def rewrite(self, site: Site) -> nn.Module:
         (self.outcome.to_affine if site.before is None else self.outcome.into_neighbour).append(site.name)
@@ -88,7 +89,7 @@ class FoldAffine(Rewrite):
         return new
 
     def rewrite_before(self, site: Site) -> nn.Module | None:
-        return None if site.before is None else into_previous(site.before.module, affine_of(site.module))
+        return None if site.before is None else into_previous(site.before.module, affine_of(site.module), site.module)
 
     def __call__(self, graph_module: GraphModule) -> PassResult:
         self.outcome = Outcome([], [])
@@ -117,7 +118,7 @@ class FoldAffine(Rewrite):
         call, fold = taker
         layer = str(call.target)
         taken = graph_module.get_submodule(layer)
-        graph_module.set_submodule(layer, fold(taken, affine_of(norm)))
+        graph_module.set_submodule(layer, fold(taken, affine_of(norm), norm))
         self.outcome.into_neighbour.append(str(node.target))
         if not tail_names(norm) and not _may_be_unbatched(norm, taken):
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
@@ -129,7 +130,7 @@ class FoldAffine(Rewrite):
 
     def _taker(
         self, graph_module: GraphModule, node: Node, norm: nn.Module, ranks: dict[Node, int]
-    ) -> tuple[Node, Callable[[nn.Module, Affine], nn.Module]] | None:
+    ) -> tuple[Node, Callable[[nn.Module, Affine, nn.Module], nn.Module]] | None:
         """The call of a layer beside the norm's that can take its affine, in front or else behind, and how it does."""
         if neighbours.has_hooks(norm):
             return None
@@ -186,7 +187,10 @@ def as_affine(norm: Any) -> ChannelAffine:
     """The norm's affine, without its tail, as a module of the norm's dtype."""
     a, b = affine_of(norm)
     like = next(t for t in (norm.weight, norm.bias, norm.running_mean) if t is not None)
-    return ChannelAffine(a.to(like.dtype), b.to(like.dtype))
+    new = ChannelAffine(a.to(like.dtype), b.to(like.dtype))
+    for name, parameter in new.named_parameters():
+        parameter.requires_grad_(learns(getattr(norm, name)))
+    return new
 
 
 def affine_of(norm: Any) -> Affine:
@@ -202,6 +206,13 @@ def affine_of(norm: Any) -> Affine:
     return a, bias - norm.running_mean.double() * a
 
 
+def why_not_fixed(norm: Any) -> str | None:
+    """Why no layer should take in a norm's affine: one channel's NaN would be there for good."""
+    if all(values.isfinite().all() for values in affine_of(norm)):
+        return None
+    return "its statistics, weight or bias are not finite, and what it computes in eval is not either"
+
+
 def scale_of(norm: Any) -> Tensor | None:
     """What a batch norm divides by in eval, (C,) float64; None where it keeps no statistics, or is no batch norm."""
     if getattr(norm, "running_mean", None) is None:
@@ -212,26 +223,26 @@ def scale_of(norm: Any) -> Tensor | None:
     return None if isinstance(kind, str) else (norm.running_var.double() + kind.eps).sqrt()
 
 
-def into_previous(layer: nn.Module, affine: Affine) -> nn.Module:
-    """A copy of conv, transposed conv or linear with the affine on its output folded in."""
+def into_previous(layer: nn.Module, affine: Affine, norm: nn.Module | None = None) -> nn.Module:
+    """A copy of conv, transposed conv or linear with the affine on its output folded in; norm: whose it is, if a norm's."""
     a, b = affine
     weight, bias = _parts(layer)
     if isinstance(layer, _ConvTransposeNd):  # (in, out/groups, *kernel): group g owns rows of in and columns of out
         grouped = weight.unflatten(0, (layer.groups, -1))
         folded = grouped * a.view(layer.groups, 1, -1, *(1,) * (weight.dim() - 2))
-        return _with(layer, folded.flatten(0, 1), bias * a + b)
-    return _with(layer, weight * a.view(-1, *(1,) * (weight.dim() - 1)), bias * a + b)
+        return _with(layer, folded.flatten(0, 1), bias * a + b, norm)
+    return _with(layer, weight * a.view(-1, *(1,) * (weight.dim() - 1)), bias * a + b, norm)
 
 
-def into_next(layer: nn.Module, affine: Affine) -> nn.Module:
-    """A copy of conv or linear with the affine on its input folded in."""
+def into_next(layer: nn.Module, affine: Affine, norm: nn.Module | None = None) -> nn.Module:
+    """A copy of conv or linear with the affine on its input folded in; norm: whose it is, if a norm's."""
     a, b = affine
     weight, bias = _parts(layer)
     groups = layer.groups if isinstance(layer, _ConvNd) else 1
     grouped = weight.unflatten(0, (groups, -1))  # (groups, out/groups, in/groups, *kernel)
     shape = (groups, 1, -1, *(1,) * (weight.dim() - 2))
     scaled, shifted = grouped * a.view(shape), grouped * b.view(shape)
-    return _with(layer, scaled.flatten(0, 1), bias + shifted.flatten(2).sum(2).flatten())
+    return _with(layer, scaled.flatten(0, 1), bias + shifted.flatten(2).sum(2).flatten(), norm)
 
 
 def _parts(layer: nn.Module) -> tuple[Tensor, Tensor]:
@@ -242,12 +253,13 @@ def _parts(layer: nn.Module) -> tuple[Tensor, Tensor]:
     return weight, layer.bias.detach().double()  # type: ignore[operator]
 
 
-def _with(layer: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
+def _with(layer: nn.Module, weight: Tensor, bias: Tensor, norm: nn.Module | None) -> nn.Module:
+    """The layer with these; each learns where the layer's own or the norm's did."""
     new = copy.copy(layer)
     new._parameters = dict(layer._parameters)
-    dtype = layer.weight.dtype
-    new.weight = nn.Parameter(weight.to(dtype))  # type: ignore[arg-type]
-    new.bias = nn.Parameter(bias.to(dtype))  # type: ignore[arg-type]
+    for name, value in (("weight", weight), ("bias", bias)):
+        learning = any(learns(getattr(module, name, None)) for module in (layer, norm))
+        new._parameters[name] = nn.Parameter(value.to(layer.weight.dtype), learning)  # type: ignore[arg-type]
     return new
 
 

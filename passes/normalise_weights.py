@@ -27,10 +27,11 @@ from normrewrite import sites
 from normrewrite.lower.families import statistics_dtype
 from normrewrite.nn.mean_only import MeanOnlyBatchNorm
 from normrewrite.nn.origin import Origin
+from normrewrite.nn.parts import learns
 from normrewrite.nn.stand_in import StandIn
 from normrewrite.nn.weights import normalise_weight, remember
 from normrewrite.passes.base import Rewrite
-from normrewrite.passes.fold_affine import affine_of, as_affine, into_previous
+from normrewrite.passes.fold_affine import affine_of, as_affine, into_previous, why_not_fixed
 from normrewrite.sites import Site, neighbours
 from normrewrite.sites.calls import why_computed
 from normrewrite.sites.kinds import Kind, native
@@ -79,7 +80,8 @@ class NormaliseWeights(Rewrite):
         kind = native(site.module, tracked=True)
         if isinstance(kind, str):
             return kind
-        return None if site.before is None else self._unfit(site.before.module)
+        fixed = None if site.module.running_mean.is_meta else why_not_fixed(site.module)
+        return fixed or (None if site.before is None else self._unfit(site.before.module))
 
     def _unfit(self, layer: nn.Module) -> str | None:
         """One norm for a layer can't hold a weight without a norm, nor keep one bad channel to itself."""
@@ -118,10 +120,11 @@ class NormaliseWeights(Rewrite):
         if site.before is None:
             return None
         a, b = affine_of(site.module)
-        layer = into_previous(site.before.module, (a, torch.zeros_like(b) if self.form.mean_bn else b))
-        if self.form.mean_bn and site.before.module.bias is None:
-            layer.bias = None
-        return self._normalised(layer, site.before.module)
+        was = site.before.module
+        layer = into_previous(was, (a, torch.zeros_like(b) if self.form.mean_bn else b), site.module)
+        if self.form.mean_bn:  # its bias stays with the means
+            layer.bias = None if was.bias is None else layer.bias.requires_grad_(was.bias.requires_grad)  # type: ignore[operator,union-attr,assignment]
+        return self._normalised(layer, was)
 
     def _normalised(self, layer: nn.Module, was: nn.Module) -> nn.Module:
         form = self.form
@@ -144,6 +147,7 @@ def _mean_only(old: Any) -> MeanOnlyBatchNorm:
     new.synchronised, new.process_group = isinstance(old, nn.SyncBatchNorm), getattr(old, "process_group", None)
     new.track_running_stats = getattr(old, "track_running_stats", True)
     new.running_mean.copy_(old.running_mean.double() * a).to(statistics_dtype(like.dtype))
+    new.bias.requires_grad_(learns(old.bias))
     if old.bias is not None:
-        new.bias = old.bias if isinstance(old.bias, nn.Parameter) else nn.Parameter(old.bias.clone())
+        new.bias = old.bias if isinstance(old.bias, nn.Parameter) else nn.Parameter(old.bias.clone(), False)
     return new

@@ -30,7 +30,7 @@ class Renormalise(ChangeClass):
     def finish(self, old: Any, new: BatchNorm) -> None:
         assert isinstance(new, BatchRenorm)
         new.r_max, new.d_max, new.schedule = 3.0, 5.0, SCHEDULE
-        new._buffers["trained"] = torch.tensor(not is_fresh(old))
+        new._buffers["trained"] = torch.tensor(not is_fresh(old), device="cpu")
 
 
 def is_fresh(norm: nn.Module) -> bool:

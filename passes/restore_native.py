@@ -22,7 +22,7 @@ from normrewrite import sites
 from normrewrite.nn import batch
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.mean_only import MeanOnlyBatchNorm
-from normrewrite.nn.parts import assemble, shallow
+from normrewrite.nn.parts import assemble, learns, shallow
 from normrewrite.nn.rows import RowNorm
 from normrewrite.nn.weights import original, unchanged, weight_norm_of
 from normrewrite.passes import restore_rows
@@ -87,16 +87,18 @@ class RestoreNative(Rewrite):
         return (layer, site.module), (None if layer is None else _layer(layer)[0], new)
 
     def rewrite(self, site: Site) -> nn.Module:
-        old = site.module
-        if not isinstance(old, BatchNorm):
-            return self._given_back(site)
+        new = self._batch_norm(site.name, site.module) if isinstance(site.module, BatchNorm) else self._given_back(site)
+        _learn_as_before(site.module, new)
+        return new
+
+    def _batch_norm(self, name: str, old: BatchNorm) -> nn.Module:
         children = {name: child for name, child in old._modules.items() if name != "origin"}
         if old.origin is not None and issubclass(old.origin.kind, BatchNorm):  # it was ours already, of another metric
             new = assemble(old.origin.kind, old.origin.attributes, old._parameters, old._buffers)
         else:
             tensors, exact = _tensors(old)
             if not exact:
-                self.trained.append(site.name)
+                self.trained.append(name)
             parameters: dict[str, Any] = {name: tensors.pop(name) for name in ("weight", "bias") if name in tensors}
             frozen = {name: parameters.pop(name) for name in _frozen(old) if name in parameters}
             parameters = {name: _parameter(value) for name, value in parameters.items()}
@@ -117,6 +119,16 @@ class RestoreNative(Rewrite):
         if not exact:
             self.trained.append(site.name)
         return new
+
+
+def _learn_as_before(old: Any, new: nn.Module) -> None:
+    """The parameters that the way back made learn where the original's did, and none where nothing learns by now."""
+    origin = sites.origin_of(old)
+    now = [value for module in (old, *getattr(old, "layer", ())) for value in module.parameters()]
+    learning, fixed = not now or any(map(learns, now)), () if origin is None else origin.fixed
+    for name, value in new._parameters.items():
+        if value is not None and all(value is not live for live in now):
+            value.requires_grad_(learning and name not in fixed)
 
 
 def _layer(old: Any) -> tuple[nn.Module, bool]:
@@ -148,8 +160,7 @@ def _nearest_row_norm(old: Any) -> Any:
 def _nearest_batch_norm(old: Any) -> nn.Module:
     """The batch norm that does in eval what an affine, a mean-only norm or nothing does here."""
     new = old.origin.module()
-    channels = len(new.running_mean)
-    ones, zeros = torch.ones(channels).to(new.running_mean), torch.zeros(channels).to(new.running_mean)
+    ones, zeros = torch.ones_like(new.running_mean), torch.zeros_like(new.running_mean)
     tensors = {name: getattr(old, name, None) for name in ("weight", "bias")}
     new.weight = nn.Parameter(ones if tensors["weight"] is None else tensors["weight"].detach().clone())
     new.bias = nn.Parameter(zeros if tensors["bias"] is None else tensors["bias"].detach().clone())

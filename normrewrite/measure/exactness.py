@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from normrewrite.lower.families import statistics_dtype
 from normrewrite.nn.batch import BatchNorm
+from normrewrite.nn.mean_only import MeanOnlyBatchNorm
 from normrewrite.nn.parts import deepcopy
 from normrewrite.passes.base import Pair
 from normrewrite.passes.fold_affine import affine_of, tail_of
@@ -27,24 +28,31 @@ class Probe:
     """Random input for any site, drawn once; torch's global random state stays as it is."""
 
     def __init__(self) -> None:
-        self._generator = torch.Generator().manual_seed(0)
-        self._noise = torch.empty(0)
+        self._generator = torch.Generator("cpu").manual_seed(0)
+        self._noise = torch.empty(0, device="cpu")
 
     def input(self, norm: Any) -> Tensor:
         """(4, C, 1...) around the norm's running mean, in its dtype and on its device."""
         mean: Tensor = norm.running_mean
         need = 4 * mean.numel()
         if self._noise.numel() < need:
-            self._noise = torch.randn(need, generator=self._generator, dtype=torch.float64)
+            self._noise = torch.randn(need, generator=self._generator, dtype=torch.float64, device="cpu")
         dtype = mean.dtype if norm.weight is None else norm.weight.dtype
-        spread: Any = getattr(norm, "running_scale", None)
-        spread = norm.running_var.sqrt() if spread is None else spread
         noise = self._noise[:need].view(4, -1).to(mean.device, mean.dtype)
-        x: Tensor = (mean.detach() + spread * noise).to(dtype)
+        x: Tensor = (mean.detach() + _spread(norm) * noise).to(dtype)
         return x.view(4, -1, *(1,) * (_rank(norm) - 2))
 
 
+def _spread(norm: Any) -> Any:
+    if isinstance(norm, MeanOnlyBatchNorm):  # the weight in front has its scale
+        return 1.0
+    scale = getattr(norm, "running_scale", None)
+    return norm.running_var.sqrt() if scale is None else scale
+
+
 def _rank(norm: nn.Module) -> int:
+    if isinstance(norm, MeanOnlyBatchNorm):
+        return norm.rank or 4
     if isinstance(norm, BatchNorm):
         return min(norm.ranks) if norm.ranks else 4
     return next((rank for cls, rank in _RANKS.items() if isinstance(norm, cls)), 4)
@@ -121,11 +129,11 @@ def _in_turn(pair: tuple[nn.Module, nn.Module], x: Tensor) -> Tensor:
 
 
 def _layer_input(layer: Any) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     if isinstance(layer, nn.Linear):
-        return torch.randn(4, layer.in_features, generator=generator, dtype=torch.float64)
+        return torch.randn(4, layer.in_features, generator=generator, dtype=torch.float64, device="cpu")
     sizes = [(size - 1) * dilation + 1 for size, dilation in zip(layer.kernel_size, layer.dilation, strict=True)]
-    return torch.randn(4, layer.in_channels, *sizes, generator=generator, dtype=torch.float64)
+    return torch.randn(4, layer.in_channels, *sizes, generator=generator, dtype=torch.float64, device="cpu")
 
 
 def _offset(norm: Any) -> float:

@@ -20,6 +20,7 @@ class Origin(nn.Module):
     """
 
     trained: Tensor
+    fixed: tuple[str, ...] = ()  # parameters that did not train
     error: float | None = None  # of the site in eval against float64, as `difference`; older files have none
 
     def __init__(self, old: nn.Module, pairs: Mapping[str, tuple[Tensor | None, Tensor]]) -> None:
@@ -27,12 +28,13 @@ class Origin(nn.Module):
         self.kind = type(old)
         self.attributes = parts.attributes(old)
         self.slots = tuple(old._parameters), tuple(old._buffers)
+        self.fixed = tuple(name for name, value in old._parameters.items() if not parts.learns(value))
         self.target = ""  # what it became, as people write it
         self.gain = "exact"
         self.inexact = ""  # why eval can't be the same function, where it can't
         self.difference: float | None = None  # of the site in eval, as measured when it was rewritten
         self.training = old.training  # it has no mode, but some count the modules that are in eval
-        self._buffers["trained"] = torch.zeros((), dtype=torch.bool)  # before its last calibration
+        self._buffers["trained"] = torch.zeros((), dtype=torch.bool, device="cpu")  # before its last calibration
         for name, (original, converted) in pairs.items():
             self.converted(name, converted, original)
 
@@ -75,7 +77,10 @@ class Origin(nn.Module):
     def module(self) -> Any:
         """The original, put together from what was kept of it; its children are the caller's to add."""
         parameters = {name: self._buffers.get(name) for name in self.slots[0]}
-        learned = {name: None if value is None else nn.Parameter(value) for name, value in parameters.items()}
+        learned = {
+            name: None if value is None else nn.Parameter(value, name not in self.fixed)
+            for name, value in parameters.items()
+        }
         buffers = {name: self._buffers.get(name) for name in self.slots[1]}
         return parts.assemble(self.kind, self.attributes, learned, buffers)
 

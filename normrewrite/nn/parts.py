@@ -27,6 +27,11 @@ def assemble(
     return module
 
 
+def learns(value: Tensor | None) -> bool:
+    """Whether it is a tensor that an optimiser is to step."""
+    return value is not None and value.requires_grad
+
+
 INTERNAL = frozenset(vars(nn.Module()))
 
 

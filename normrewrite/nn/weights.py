@@ -190,14 +190,14 @@ def remember(layer: nn.Module) -> Origin:
 def original(layer: nn.Module) -> nn.Module | None:
     """The layer that `remember` saw, to the bit, with parameters of its own; None where no origin was kept.
 
-    It is what the layer was, not what it has learned since: ask `unchanged` first, and bake it otherwise.
+    Where the layer learns nothing by now, nor does that. It is what the layer was, not what it has learned since: ask `unchanged` first, and bake it otherwise.
     """
     norm = weight_norm_of(layer)
     if norm is None or norm.origin is None:
         return None
     learning = any(parameter.requires_grad for parameter in layer.parameters())
     parameters = {
-        name: None if value is None else nn.Parameter(value.clone(), learning)
+        name: None if value is None else nn.Parameter(value.clone(), learning and name not in norm.origin.fixed)
         for name, value in norm.origin._buffers.items()
         if name != "trained"
     }

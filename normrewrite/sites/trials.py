@@ -32,11 +32,11 @@ def subject_of(module: nn.Module) -> Any:
     for name in ("weight", "bias", "running_mean", "running_var"):
         tensor = getattr(subject, name, None)
         if isinstance(tensor, Tensor):
-            size = 0.5 + torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
+            size = 0.5 + torch.rand(tensor.shape, generator=generator, dtype=torch.float64, device="cpu")
             if name == "running_var":
                 tensor.data = 10 ** (4 * size - 6)  # 1e-4 to 1: eps shows, and so does a clamp
             else:
-                tensor.data = size * (-1) ** torch.arange(size.numel()).view_as(size)
+                tensor.data = size * (-1) ** torch.arange(size.numel(), device="cpu").view_as(size)
     return subject
 
 
@@ -53,14 +53,14 @@ def trials(width: int, rank: int, axis: int) -> Iterator[Tensor]:
 
     def noise(sizes: list[int]) -> Tensor:
         shape = (*sizes[:axis], width, *sizes[axis:])
-        return 0.5 + torch.randn(shape, generator=generator, dtype=torch.float64)
+        return 0.5 + torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
 
     base = noise([size for size in (5, 3, 2, 4, 7) if size != width][: rank - 1])
     yield from (scale * base for scale in _SCALES)
     if axis == 0:
         return
     yield torch.full_like(base, 2.0)
-    yield base.masked_fill(torch.arange(base.numel()).view_as(base) == 0, torch.nan)
+    yield base.masked_fill(torch.arange(base.numel(), device="cpu").view_as(base) == 0, torch.nan)
     yield from (base[:batch] for batch in (0, 1, 2))
     yield from (noise([batch, *[1] * (rank - 2)]) for batch in _BATCHES)
 
