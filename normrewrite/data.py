@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import IO, Any
 
@@ -85,7 +86,7 @@ class Data:
     skipped: tuple[str, ...] = ()
 
     def batches(self, size: int = 250) -> Iterator[Batch]:
-        if size < 1:
+        if not isinstance(size, Integral) or size < 1:
             raise NormRewriteError(f"batch size {size}: give a whole number from 1.")
         if self.whole is None:
             yield from map(sound, self.stream or ())

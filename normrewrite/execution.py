@@ -5,6 +5,7 @@ torch.Size([8, 10])
 """
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,14 @@ def flat(outputs: object) -> Outputs:
 
 
 # --- what runs it -----------------------------------------------------------------------------------------------------
+
+
+def require_network(network: object) -> None:
+    """Raises where a function is given something else for a network."""
+    if not isinstance(network, nn.Module | str | os.PathLike):
+        raise NormRewriteError(
+            f"the network is a {type(network).__name__}; needed is a torch.nn.Module, or the path of an ONNX file or an engine."
+        )
 
 
 def runner(network: Network, of: Callable[[object], dict[str, Any]] = flat) -> Callable[[Batch], dict[str, Any]]:

@@ -249,6 +249,10 @@ def metric(spec: str) -> Metric:
 
     Raises NormRewriteError with the nearest name where there is no such row, and for a count below one.
     """
+    if not isinstance(spec, str):
+        raise NormRewriteError(
+            f"the metric is a {type(spec).__name__}; needed is a text. Known: {', '.join(spellings())}."
+        )
     name, colon, argument = spec.strip().lower().partition(":")
     if name not in METRICS:
         raise NormRewriteError(

@@ -33,7 +33,12 @@ def rebind(optimizers: Iterable[Optimizer], new: Mapping[int, Sequence[Parameter
     Raises NormRewriteError, with nothing changed, where an optimiser holds none of the model's parameters: it would go on
     stepping a model that is not trained.
     """
-    optimizers = list(optimizers)
+    optimizers = list(optimizers) if isinstance(optimizers, Iterable) else [optimizers]
+    for each in optimizers:
+        if not hasattr(each, "param_groups"):
+            raise NormRewriteError(
+                f"optimizers: found a {type(each).__name__}; needed is a list of torch optimisers, as in [optimizer]."
+            )
     for optimizer in optimizers:
         if not any(id(parameter) in new for group in optimizer.param_groups for parameter in group["params"]):
             raise NormRewriteError(

@@ -1,8 +1,9 @@
 """Rules: which site gets which target, by name. First match wins."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 from normrewrite.errors import NormRewriteError
 from normrewrite.sites import Site
@@ -27,12 +28,26 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 def as_rules(rules: Mapping[str, str | None] | Rules | None) -> list[tuple[str, str]]:
     """`{"layer1.*": "linf", "stem.bn": None}` or pairs -> pairs; None means keep."""
-    if isinstance(rules, str):
+    pairs = list(rules.items()) if isinstance(rules, Mapping) else [] if rules is None else rules
+    if isinstance(pairs, str) or not isinstance(pairs, Sequence) or not all(map(_is_rule, pairs)):
         raise NormRewriteError(
-            f"rules is the text {rules!r}; write a mapping, as in {{'layer1.*': 'linf', 'stem.bn': None}}."
+            f"rules is {rules!r}; write a mapping of patterns to targets, as in {{'layer1.*': 'linf', 'stem.bn': None}}."
         )
-    pairs = rules.items() if isinstance(rules, Mapping) else rules or ()
     return [(pattern, KEEP if target is None else target) for pattern, target in pairs]
+
+
+def _is_rule(pair: Any) -> bool:
+    """(pattern, target); whether there is such a target is for others to say."""
+    whole = isinstance(pair, tuple | list) and len(pair) == 2
+    return whole and isinstance(pair[0], str) and isinstance(pair[1], str | None)
+
+
+def as_names(given: Any, option: str) -> list[str]:
+    """A text, or several."""
+    names = [given] if isinstance(given, str) else given
+    if not isinstance(names, Collection) or not all(isinstance(name, str) for name in names):
+        raise NormRewriteError(f"{option} is {given!r}; needed is a text or a sequence of them.")
+    return list(names)
 
 
 def parse_rule(text: str) -> tuple[str, str]:

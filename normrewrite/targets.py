@@ -176,6 +176,14 @@ def measures(spec: str) -> bool:
     return row is not None and not row.native
 
 
+def require_text(spec: object) -> None:
+    """Raises where a target is no text."""
+    if not isinstance(spec, str):
+        raise NormRewriteError(
+            f"the target is a {type(spec).__name__}; needed is a text. Known: {', '.join(spellings())}."
+        )
+
+
 def rewrite(
     spec: str, gain: Gain = "exact", scopes: Sequence[str] = ("batch",), example_inputs: Inputs = None
 ) -> Rewrite:
@@ -184,10 +192,7 @@ def rewrite(
     gain, scopes: of metric targets; other targets say themselves what they normalise over. example_inputs: forward's
     arguments, which tell targets that fold norms away the rank of linear layers' outputs.
     """
-    if not isinstance(spec, str):
-        raise NormRewriteError(
-            f"the target is a {type(spec).__name__}; needed is a text. Known: {', '.join(spellings())}."
-        )
+    require_text(spec)
     name, _, argument = spec.strip().lower().partition(":")
     if name not in TARGETS:
         raise NormRewriteError(

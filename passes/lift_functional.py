@@ -154,7 +154,7 @@ def candidates(model: nn.Module) -> list[Site]:
         if id(module) in found:
             old = found[id(module)]
             found[id(module)] = Site((*old.names, name), module, (*old.homes, *home))
-        elif _calls_batch_norm(type(module).forward) and not _inside(name, found) and not _is_whole(module):
+        elif _runs_batch_norm(module) and not _inside(name, found) and not _is_whole(module):
             found[id(module)] = Site((name,), module, tuple(home))
     return list(found.values())
 
@@ -165,6 +165,10 @@ def _inside(name: str, found: dict[int, Site]) -> bool:
 
 def _is_whole(module: nn.Module) -> bool:
     return sites.is_norm(module) and (isinstance(module, BatchNorm) or isinstance(kinds.recognise(module), kinds.Kind))
+
+
+def _runs_batch_norm(module: nn.Module) -> bool:
+    return _calls_batch_norm(getattr(type(module), "forward", None))  # TorchScript's modules have none
 
 
 @lru_cache(maxsize=4096)

@@ -120,10 +120,10 @@ class NormaliseWeights(Rewrite):
         if site.before is None:
             return None
         a, b = affine_of(site.module)
-        was = site.before.module
-        layer = into_previous(was, (a, torch.zeros_like(b) if self.form.mean_bn else b), site.module)
-        if self.form.mean_bn:  # its bias stays with the means
-            layer.bias = None if was.bias is None else layer.bias.requires_grad_(was.bias.requires_grad)  # type: ignore[operator,union-attr,assignment]
+        was: Any = site.before.module
+        layer: Any = into_previous(was, (a, torch.zeros_like(b) if self.form.mean_bn else b), site.module)
+        if self.form.mean_bn:  # the norm's bias stays with the means
+            layer.bias = None if was.bias is None else layer.bias.requires_grad_(was.bias.requires_grad)
         return self._normalised(layer, was)
 
     def _normalised(self, layer: nn.Module, was: nn.Module) -> nn.Module:

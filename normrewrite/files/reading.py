@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -84,6 +85,8 @@ def read(
     trust: bool = False,
 ) -> ModelFile:
     """`load`, with the form of the file and its manifest; tensors stay mapped from the file, which nobody may change."""
+    if not isinstance(path, str | os.PathLike):
+        raise NormRewriteError(f"the file is a {type(path).__name__}; needed is its path.")
     path = Path(path)
     content = look(path, key=key, allow=allow, trust=trust)
     if isinstance(content.found, nn.Module):

@@ -1,13 +1,14 @@
 """Modules taken apart and put together again, without running a constructor."""
 
 import copy
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from normrewrite.errors import NormRewriteError
+from normrewrite.errors import NormRewriteError, first_line
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -47,12 +48,67 @@ def shallow(module: nn.Module) -> Any:
     return new
 
 
+class _Computed(TorchFunctionMode):
+    """Tensors that were computed by a network (features that it keeps as attributes) are copied without their graph."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not Tensor.__deepcopy__ or args[0].is_leaf:
+            return func(*args, **(kwargs or {}))
+        tensor, memo = args
+        return memo.setdefault(id(tensor), tensor.detach().clone())
+
+
+def require_module(model: object) -> None:
+    """Raises where a function is given something else for its model."""
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise NormRewriteError(
+            f"the model is a {type(model).__name__}; needed is a torch.nn.Module in Python. Of a state_dict or compiled code, "
+            "make the module and load the weights into it."
+        )
+
+
 def deepcopy(model: Model, memo: dict[int, Any] | None = None) -> Model:
-    """A deep copy; process groups, which can't be copied, stay the same ones."""
+    """A deep copy; process groups, which can't be copied, stay the same ones, and what was computed leaves its graph.
+
+    Raises NormRewriteError where an attribute can't be copied: a lock, a generator, an open file.
+    """
     memo = {} if memo is None else memo
     groups = [getattr(module, "process_group", None) for module in model.modules()]
     memo.update({id(group): group for group in groups if group is not None})
-    return copy.deepcopy(model, memo)
+    try:
+        with _Computed():
+            return copy.deepcopy(model, memo)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a foreign __deepcopy__ raises
+        _refuse(model, error)
+
+
+def _refuse(model: nn.Module, error: Exception) -> NoReturn:
+    where = next(_uncopied(model), type(model).__name__)
+    raise NormRewriteError(
+        f"{where} can't be copied ({first_line(error)}), and so neither can the model. Take it off, or work in place: convert_, "
+        "and the other functions with an underscore at their end, need no copy."
+    ) from error
+
+
+def _uncopied(model: nn.Module) -> Iterator[str]:
+    """The attributes, and the modules with a __deepcopy__ of their own, that can't be copied; innermost first."""
+    for name, module in reversed(list(model.named_modules())):
+        own = {key: value for key, value in vars(module).items() if key != "_modules"}
+        place = name or type(model).__name__
+        yield from (f"{place}.{key}" for key, value in own.items() if not _copies(value))
+        if hasattr(module, "__deepcopy__") and not _copies(module):
+            yield f"{name or 'the model itself'} ({type(module).__name__})"
+
+
+def _copies(value: object) -> bool:
+    try:
+        with _Computed():
+            copy.deepcopy(value)
+    except Exception:
+        return False
+    return True
 
 
 def keep_wide(module: nn.Module, names: list[str], apply: Callable[[], object]) -> Any:

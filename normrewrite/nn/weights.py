@@ -190,7 +190,8 @@ def remember(layer: nn.Module) -> Origin:
 def original(layer: nn.Module) -> nn.Module | None:
     """The layer that `remember` saw, to the bit, with parameters of its own; None where no origin was kept.
 
-    Where the layer learns nothing by now, nor does that. It is what the layer was, not what it has learned since: ask `unchanged` first, and bake it otherwise.
+    It learns what that layer did, and nothing where this one doesn't. It is what the layer was, not what it has learned since:
+    ask `unchanged` first, and bake it otherwise.
     """
     norm = weight_norm_of(layer)
     if norm is None or norm.origin is None:

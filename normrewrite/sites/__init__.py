@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
@@ -59,7 +60,7 @@ def is_norm(module: nn.Module) -> bool:
     """A batch norm of torch's, of ours, or anything else that keeps running statistics (a pass may refuse it by name)."""
     if isinstance(module, _BatchNorm | BatchNorm):
         return True
-    if isinstance(module, Origin):  # it keeps their tensors
+    if isinstance(module, Origin | ScriptModule):  # it keeps their tensors; compiled code is refused as a whole
         return False
     statistics = module._buffers.get("running_mean"), module._buffers.get("running_var")
     return all(isinstance(tensor, Tensor) for tensor in statistics) and not isinstance(
@@ -69,7 +70,7 @@ def is_norm(module: nn.Module) -> bool:
 
 def origin_of(module: nn.Module) -> Origin | None:
     """What the module was before a rewrite, if it was one: of a weight norm, the layer itself."""
-    if isinstance(module, WeightNorm):  # a part of its layer
+    if isinstance(module, WeightNorm | ScriptModule):  # a part of its layer; compiled code
         return None
     norm = weight_norm_of(module)
     origin = module._modules.get("origin") if norm is None else norm.origin
@@ -91,10 +92,24 @@ def is_row_norm(module: nn.Module) -> bool:
     """
     if isinstance(module, _ROW_NORMS):
         return True
+    if isinstance(module, ScriptModule):
+        return False
     tensors = {name: value for name, value in module._parameters.items() if value is not None}
     held = [*module._modules.values(), *module._buffers.values()]
     named = "norm" in type(module).__name__.lower() and tensors.keys() <= {"weight", "bias"} and "weight" in tensors
     return named and not is_norm(module) and tensors["weight"].dim() == 1 and all(value is None for value in held)
+
+
+def compiled(model: nn.Module) -> list[Site]:
+    """The TorchScript modules in which a batch norm is at work: nothing can be replaced there."""
+    found = find(model, lambda module: isinstance(module, ScriptModule) and _holds_statistics(module))
+    inner = {id(child) for site in found for child in site.module.modules() if child is not site.module}
+    return [site for site in found if id(site.module) not in inner]
+
+
+def _holds_statistics(module: nn.Module) -> bool:
+    held = {name.rpartition(".")[2] for name, _ in module.named_buffers()}
+    return {"running_mean", "running_var"} <= held
 
 
 def find(model: nn.Module, wanted: Callable[[nn.Module], bool] = is_norm) -> list[Site]:

@@ -24,6 +24,7 @@ from normrewrite import sites
 from normrewrite.lower.families import wide
 from normrewrite.nn import GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from normrewrite.nn.batch import BatchNorm, FrozenBatchNorm
+from normrewrite.nn.parts import require_module
 from normrewrite.nn.renorm import BatchRenorm
 from normrewrite.nn.rows import RowNorm
 from normrewrite.sites import graph
@@ -86,6 +87,7 @@ def scale_invariant(model: nn.Module) -> Invariance:
     in front of Batch Renorm or a frozen norm, which measure by fixed statistics; parametrised and shared weights; layers
     with a bias that the norm doesn't subtract. Nothing is changed, and nothing raised: a model that can't be traced has none.
     """
+    require_module(model)
     layers = sites.find(model, is_layer)
     try:
         with evaluating(model):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from normrewrite.errors import NormRewriteError
-from normrewrite.nn.parts import deepcopy
+from normrewrite.nn.parts import deepcopy, require_module
 from normrewrite.nn.weights import weight_norm_of
 
 
@@ -23,11 +23,13 @@ def bake(model: nn.Module) -> nn.Module:
     Each layer gets the class it had, and as its weight the very bits that it computed; everything else stays as it is.
     Raises NormRewriteError where the model holds no weight norm of normrewrite's.
     """
+    require_module(model)
     return bake_(deepcopy(model))
 
 
 def bake_(model: nn.Module) -> nn.Module:
     """`bake` in place: layers stay the same objects, their weights are new parameters."""
+    require_module(model)
     layers = [module for module in model.modules() if weight_norm_of(module) is not None]
     if not layers:
         raise NormRewriteError(

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict, Unpack
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
@@ -17,7 +16,7 @@ from normrewrite import rules as rules_
 from normrewrite import sites
 from normrewrite.errors import NormRewriteError
 from normrewrite.measure.exactness import Probe, measured, tolerance
-from normrewrite.nn.parts import deepcopy
+from normrewrite.nn.parts import deepcopy, require_module
 from normrewrite.norms import Gain
 from normrewrite.optimizers import inherited, parameters_of, rebind
 from normrewrite.passes import Rewrite
@@ -28,7 +27,7 @@ from normrewrite.records.report import Report, SiteResult, table
 from normrewrite.rules import KEEP, Rules
 from normrewrite.sites import Site
 from normrewrite.sites.undo import undone_on_error
-from normrewrite.targets import rewrite
+from normrewrite.targets import require_text, rewrite
 from normrewrite.verbs import trial
 
 Names = str | Sequence[str]
@@ -87,12 +86,12 @@ class Plan:
         optimizers: made for the model; they step the copy from now on, with the state they have.
         """
         self.require()
-        copies: dict[int, Any] = {}
-        twin, report, heirs = self._carry_out(deepcopy(self.model, copies))
+        twin = deepcopy(self.model)
+        copies = dict(twin.named_parameters())
+        twin, report, heirs = self._carry_out(twin)
         if report.ok:  # else the copy is not for use
-            copied = {id(parameter): [copies[id(parameter)]] for parameter in self.model.parameters()}
-            born = {key: heirs.get(id(new), [new]) for key, [new] in copied.items()}
-            rebind(optimizers, born)
+            copied = {id(old): copies[name] for name, old in self.model.named_parameters()}
+            rebind(optimizers, {key: heirs.get(id(new), [new]) for key, new in copied.items()})
         return twin, report
 
     def apply_(self, optimizers: Iterable[Optimizer] = ()) -> tuple[nn.Module, Report]:
@@ -171,21 +170,19 @@ def plan(
     include, exclude: globs or `re:` patterns of dotted names; each must match a site.
     Raises NormRewriteError for an unknown target or pattern, or a model wrapped for data-parallel training.
     """
-    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
-        raise NormRewriteError(
-            f"the model is a {type(model).__name__}; needed is a torch.nn.Module in Python. Of a state_dict or compiled code, "
-            "make the module and load the weights into it."
-        )
+    require_module(model)
     if isinstance(model, DistributedDataParallel | DataParallel):
         raise NormRewriteError(
             f"the model is wrapped in {type(model).__name__}. Convert model.module, then wrap the result again."
         )
     scopes = as_scopes(scope)
     pairs = rules_.as_rules(rules)
+    require_text(to)
+    _require_tensors(example_inputs)
     asked = dict.fromkeys([to, *(target for _, target in pairs if target != KEEP)])
     passes = {target: rewrite(target, gain, scopes, example_inputs) for target in asked}
     found, lifts, refused = _find(model, list(passes.values()))
-    include, exclude = _as_list(include), _as_list(exclude)
+    include, exclude = rules_.as_names(include, "include"), rules_.as_names(exclude, "exclude")
     if found:
         for option, patterns in (("--include", include), ("--exclude", exclude), ("--rule", [p for p, _ in pairs])):
             rules_.must_match(patterns, found, option)
@@ -225,9 +222,22 @@ _OUT_OF_SIGHT = (
 )
 
 
+def _require_tensors(inputs: Any) -> None:
+    each = isinstance(inputs, Sequence) and all(isinstance(value, Tensor) for value in inputs)
+    if inputs is not None and not each:
+        raise NormRewriteError(
+            "example_inputs: needed are forward's arguments as a sequence of tensors, as in (torch.zeros(1, 3, 32, 32),)."
+        )
+
+
+_COMPILED = "is compiled by TorchScript, with a batch norm inside. Convert the network before it is compiled"
+
+
 def as_scopes(scope: Names) -> tuple[str, ...]:
     """`all`, a name, several with commas, or a sequence of names."""
-    names = tuple(name.strip() for name in (scope.split(",") if isinstance(scope, str) else scope))
+    names = tuple(
+        name.strip() for name in rules_.as_names(scope.split(",") if isinstance(scope, str) else scope, "scope")
+    )
     return SCOPES if "all" in names else names
 
 
@@ -238,7 +248,7 @@ def _within(name: str, module: str) -> bool:
 def _find(model: nn.Module, passes: list[Rewrite]) -> tuple[list[Site], list[str], list[tuple[Site, str]]]:
     """Sites that are modules, or will be once their F.batch_norm is lifted; the modules to lift; and those that can't be."""
     found = sites.find(model, _wanted_by(passes))
-    lifts, refused = [], []
+    lifts, refused = [], [(site, _COMPILED) for site in sites.compiled(model)]
     for candidate in candidates(model):
         new = lifted(deepcopy(candidate.module))  # a trace runs the module's own code
         found = [site for site in found if site.module is not candidate.module]
@@ -259,10 +269,6 @@ def _wanted_by(passes: Iterable[Rewrite]) -> Callable[[nn.Module], bool]:
     """Whether any of the passes has a module for a site."""
     each = list(passes)
     return lambda module: any(rewrite.wants(module) for rewrite in each)
-
-
-def _as_list(names: Names) -> list[str]:
-    return [names] if isinstance(names, str) else list(names)
 
 
 def _choose(

@@ -5,7 +5,7 @@ from torch import nn
 from normrewrite import sites
 from normrewrite.errors import NormRewriteError
 from normrewrite.nn.batch import BatchNorm
-from normrewrite.nn.parts import deepcopy
+from normrewrite.nn.parts import deepcopy, require_module
 from normrewrite.passes import RestoreNative
 from normrewrite.sites.undo import undone_on_error
 
@@ -18,11 +18,13 @@ def revert(twin: nn.Module) -> nn.Module:
     After training the nearest native norm comes back: the same function in eval. Raises NormRewriteError where the model
     holds none of normrewrite's norms.
     """
+    require_module(twin)
     return revert_(deepcopy(twin))
 
 
 def revert_(twin: nn.Module) -> nn.Module:
     """`revert` in place. Returns the model, or the new root where the model itself is a norm. On an error it is as it was."""
+    require_module(twin)
     with undone_on_error(twin):
         return reverted(twin)[0]
 

@@ -64,7 +64,7 @@ def update_norms(
 
 
 def _batches(data: Tensor | Data | Iterable[Any], names: list[str], size: int) -> Iterator[Batch]:
-    if isinstance(data, Tensor | Data):
+    if isinstance(data, Tensor | Data) or not isinstance(data, Iterable):
         yield from as_data(data, names).batches(size)
     else:
         for item in data:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from normrewrite.data import Batch, Data, argument_names, as_data, check_finite
 from normrewrite.deployment import onnx_file, precision
 from normrewrite.errors import NormRewriteError
-from normrewrite.execution import Network, leaves, runner
+from normrewrite.execution import Network, leaves, require_network, runner
 from normrewrite.lower.onnx import is_fitted
 from normrewrite.measure.comparison import Comparison, OutputDifference, check_labels, matched
 from normrewrite.tolerances import FITTED, LIMITS, Limit
@@ -48,6 +48,8 @@ def verify(
     compared exactly. each: called with the number of inputs after every batch. Raises NormRewriteError where outputs can't be
     compared.
     """
+    for network in (a, b):
+        require_network(network)
     data = _data(inputs, labels, a, b)
     kind, usual = _limit(a, b)
     limit = _asked(usual, tolerance, min_snr, min_agreement)
