@@ -1,7 +1,7 @@
 """Rules: which site gets which target, by name. First match wins."""
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -28,8 +28,9 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 def as_rules(rules: Mapping[str, str | None] | Rules | None) -> list[tuple[str, str]]:
     """`{"layer1.*": "linf", "stem.bn": None}` or pairs -> pairs; None means keep."""
-    pairs = list(rules.items()) if isinstance(rules, Mapping) else [] if rules is None else rules
-    if isinstance(pairs, str) or not isinstance(pairs, Sequence) or not all(map(_is_rule, pairs)):
+    given: Any = rules.items() if isinstance(rules, Mapping) else () if rules is None else rules
+    pairs = list(given) if isinstance(given, Iterable) else [given]
+    if not all(map(_is_rule, pairs)) or rules == "":
         raise NormRewriteError(
             f"rules is {rules!r}; write a mapping of patterns to targets, as in {{'layer1.*': 'linf', 'stem.bn': None}}."
         )
@@ -44,10 +45,10 @@ def _is_rule(pair: Any) -> bool:
 
 def as_names(given: Any, option: str) -> list[str]:
     """A text, or several."""
-    names = [given] if isinstance(given, str) else given
-    if not isinstance(names, Collection) or not all(isinstance(name, str) for name in names):
+    names = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+    if not all(isinstance(name, str) for name in names):
         raise NormRewriteError(f"{option} is {given!r}; needed is a text or a sequence of them.")
-    return list(names)
+    return names
 
 
 def parse_rule(text: str) -> tuple[str, str]:

@@ -90,7 +90,7 @@ class Plan:
         copies = dict(twin.named_parameters())
         twin, report, heirs = self._carry_out(twin)
         if report.ok:  # else the copy is not for use
-            copied = {id(old): copies[name] for name, old in self.model.named_parameters()}
+            copied = {id(old): copies[name] for name, old in self.model.named_parameters() if name in copies}
             rebind(optimizers, {key: heirs.get(id(new), [new]) for key, new in copied.items()})
         return twin, report
 
