@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from normrewrite.sites import Site, code
-from normrewrite.sites.code import Frame, Function
+from normrewrite.sites.code import Function
+from normrewrite.sites.expressions import Frame
 
 _STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked", "track_running_stats"})
 _OF_A_NORM = frozenset(dir(nn.BatchNorm1d(1))) | frozenset(dir(nn.GroupNorm(1, 1)))
@@ -67,7 +68,7 @@ def found(
     silent = {id(module) for module in [*apart, *(site.module for site in sites)]}
     first: dict[str, Look] = {}
     for module in model.modules():
-        own = set() if id(module) in silent else {*running.of(module)}
+        own = set() if id(module) in silent else set(running.of(module))
         for look, frame in _looks(module, own | {*code.hooks(module)}):
             subjects = frame.values(look.subject)
             known = subjects is not None
@@ -81,13 +82,6 @@ def found(
                 if had and _differs(look, frame, site.module, renewed(site, look.by_class), known=known):
                     first[site.name] = look
     return first
-
-
-def asks(model: nn.Module, entries: frozenset[str]) -> bool:
-    """Whether anything at all is asked in the code that begins at methods of these names."""
-    running = code.running(model, entries)
-    functions = {function for module in model.modules() for function in running.of(module)}
-    return any(map(_may_ask, functions))
 
 
 def _may_ask(function: Function) -> bool:
