@@ -59,7 +59,8 @@ class Running:
 def running(model: nn.Module) -> Running:
     """What runs when a network runs; a method counts that any code which runs names, whatever object it names it of."""
     modules = [module for module in model.modules() if not isinstance(module, GraphModule)]
-    classes: set[Any] = {cls for cls in {type(module) for module in modules} if _methods(cls)}
+    every_class: set[Any] = {type(module) for module in modules}
+    classes = {cls for cls in every_class if _methods(cls)}
     values = {(name, id(value)): value for module in modules for name, value in attributes(module).items()}
     carried = {key: found for key, value in values.items() if (found := tuple(_carried(value)))}
     names = ENTRIES
