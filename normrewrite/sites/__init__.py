@@ -155,8 +155,14 @@ def out_of_sight(model: nn.Module, wanted: Callable[[nn.Module], bool] = is_norm
 
 
 def held_fast(model: nn.Module) -> dict[int, str]:
-    """By id, the place of every module that a tuple or set holds too, in which nothing can be replaced."""
-    return {id(place.module): place.path for place in hidden(model) if place.fixed}
+    """By id, the place of every module that something holds too in which nothing can be replaced: a tuple, a bound method. What
+    copies share with the original, as closures and weak references, holds all below it."""
+    places = [place for place in hidden(model) if place.fixed]
+    return {
+        id(module): place.path
+        for place in places
+        for module in ([place.module] if place.copied else place.module.modules())
+    }
 
 
 def registrations(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[tuple[nn.Module, str]]]]:

@@ -1,11 +1,10 @@
-"""What runs when a network runs: the functions that forward leads to, and what an expression in them stands for.
+"""What runs when a network runs: the functions that forward leads to.
 
 >>> running(model).by_class[Block]          # forward, the methods it calls, and the helpers that those call
->>> Frame(function, block).values(ast.parse("self.norm", mode="eval").body)
-[BatchNorm2d(64)]
 
 Nothing is run. Code of torch, of the standard library and of normrewrite is taken as known; a constructor and what only it calls
-is no part of what runs. Functions are found by the names that their code objects hold, so that most are never parsed.
+is no part of what runs. Followed are functions that code names, alone or of a module, in a table, as a default, and as methods of
+plain objects and classes. Functions are found by the names that their code objects hold, so that most are never parsed.
 """
 
 import ast
@@ -13,7 +12,6 @@ import builtins
 import dis
 import functools
 import inspect
-import sys
 import textwrap
 import tokenize
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,8 +24,8 @@ from torch import nn
 from torch.fx import GraphModule
 
 from normrewrite.nn.parts import attributes
+from normrewrite.sites.known import is_known
 
-_KNOWN = frozenset(sys.stdlib_module_names) | {"torch", "normrewrite", "numpy"}
 ENTRIES = frozenset({"forward", "__call__"})
 _APART = frozenset({"__init__", "train", "eval"})  # training flags are compared by themselves
 
@@ -48,30 +46,42 @@ class Function:
 
 @dataclass(frozen=True)
 class Running:
-    """by_class: what runs of each class's code; names: every name of a variable or attribute in it."""
+    """by_class: what runs of each class's code; held: by module's id, the same of the functions and objects that it holds."""
 
     by_class: Mapping[type[nn.Module], frozenset[Function]]
-    names: frozenset[str]
+    held: Mapping[int, frozenset[Function]]
 
-    def of(self, module: nn.Module) -> Iterator[Function]:
-        """What runs of a module's code: its class's, and the functions it holds whose names are read."""
-        yield from self.by_class.get(type(module), ())
-        for name, value in attributes(module).items():
-            if name in self.names:
-                yield from _as_function(value, receives=False)
+    def of(self, module: nn.Module) -> frozenset[Function]:
+        """What runs of a module's code: its class's, and that of the functions and objects it holds whose names are read."""
+        return self.by_class.get(type(module), frozenset()) | self.held.get(id(module), frozenset())
 
 
-def running(model: nn.Module, entries: frozenset[str] = ENTRIES) -> Running:
+def running(model: nn.Module) -> Running:
     """What runs when a network runs; a method counts that any code which runs names, whatever object it names it of."""
-    classes: set[Any] = {type(module) for module in model.modules() if not isinstance(module, GraphModule)}
-    classes = {cls for cls in classes if _methods(cls)}
-    names = entries
+    modules = [module for module in model.modules() if not isinstance(module, GraphModule)]
+    every_class: set[Any] = {type(module) for module in modules}
+    classes = {cls for cls in every_class if _methods(cls)}
+    values = {(name, id(value)): value for module in modules for name, value in attributes(module).items()}
+    carried = {key: found for key, value in values.items() if (found := tuple(_carried(value)))}
+    names = ENTRIES
     while True:
-        found = {cls: _reached(cls, names.intersection(_methods(cls))) for cls in classes}
-        every = names.union(*(_names(each.call.__code__) for functions in found.values() for each in functions))
-        if every - _APART <= names:
-            return Running(found, names)
-        names |= every - _APART
+        by_class = {cls: _reached(_methods(cls), names) for cls in classes}
+        held = {key: _followed(_called(each, names), {}) for key, each in carried.items() if key[0] in names}
+        functions = frozenset().union(*by_class.values(), *held.values())
+        every = names.union(*(_names(each.call.__code__) for each in functions)) - _APART
+        if every <= names:
+            return Running(by_class, _by_module(modules, held))
+        names |= every
+
+
+def _by_module(
+    modules: Iterable[nn.Module], held: Mapping[tuple[str, int], frozenset[Function]]
+) -> dict[int, frozenset[Function]]:
+    found = {}
+    for module in modules if held else ():
+        keys = [(name, id(value)) for name, value in attributes(module).items()]
+        found[id(module)] = frozenset().union(*(held[key] for key in keys if key in held))
+    return found
 
 
 def hooks(module: nn.Module) -> Iterator[Function]:
@@ -82,24 +92,45 @@ def hooks(module: nn.Module) -> Iterator[Function]:
 
 def _as_function(value: Any, *, receives: bool) -> Iterator[Function]:
     call = _function(value)
-    if call is not None and _is_open(call):
+    if call is not None and not is_known(call):
         arguments = call.__code__.co_varnames[isinstance(value, MethodType) : call.__code__.co_argcount]
         yield Function(call, arguments[0] if receives and arguments else "")
 
 
-def _is_open(thing: Any) -> bool:
-    """Whether the code of a class or function may do anything: it is a user's, or a library's."""
-    return (getattr(thing, "__module__", None) or "torch").partition(".")[0] not in _KNOWN
+_TABLES = (dict, list, tuple, set, frozenset)
+_PLAIN = frozenset({bool, int, float, str, bytes, type(None)})
+
+
+def _carried(value: Any, depth: int = 2) -> Iterator[tuple[str, Function]]:
+    """The functions that a value is or holds, in a table or as methods of a plain object or class: each by the name that it is
+    called by, `__call__` where it needs none."""
+    if type(value) in _PLAIN or isinstance(value, nn.Module | ModuleType):
+        return
+    registered = getattr(value, "registry", None) if isinstance(value, FunctionType) else None  # of singledispatch
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, _TABLES) else ()
+    for each in (*inside, *(registered.values() if isinstance(registered, Mapping) else ())) if depth else ():
+        yield from _carried(each, depth - 1)
+    if _function(value) is not None:
+        yield from (("__call__", function) for function in _as_function(value, receives=False))
+        return
+    cls: Any = value if isinstance(value, type) else type(value)
+    for name, functions in {} if issubclass(cls, nn.Module) else _methods(cls).items():
+        yield from ((name, Function(each.call, "")) for each in functions)
+
+
+def _called(carried: Iterable[tuple[str, Function]], names: frozenset[str]) -> set[Function]:
+    wanted = (names | {"__call__"}) - _APART
+    return {function for name, function in carried if name in wanted}
 
 
 @lru_cache(maxsize=4096)
 def _methods(cls: Any) -> Mapping[str, tuple[Function, ...]]:
-    """By name, every definition of a method that the class or an open base of it has, the first of them first."""
+    """By name, every definition of a method that the class or a base of it has in code that is not known, the first first."""
     found: dict[str, tuple[Function, ...]] = {}
-    for base in filter(_is_open, cls.__mro__):
+    for base in cls.__mro__:
         for name, value in vars(base).items():
             call = _function(value)
-            if call is not None:
+            if call is not None and not is_known(call):
                 given = call.__code__.co_varnames[: call.__code__.co_argcount]
                 receiver = "" if isinstance(value, staticmethod | classmethod) or not given else given[0]
                 found[name] = (*found.get(name, ()), Function(call, receiver))
@@ -120,10 +151,13 @@ def _function(value: Any) -> FunctionType | None:
     return inner if isinstance(inner, FunctionType) else None
 
 
-def _reached(cls: type, entries: Iterable[str]) -> frozenset[Function]:
-    own = _methods(cls)
-    todo = [function for name in entries for function in own[name]]
-    found = set(todo)
+def _reached(own: Mapping[str, tuple[Function, ...]], entries: frozenset[str]) -> frozenset[Function]:
+    return _followed({function for name in entries & own.keys() for function in own[name]}, own)
+
+
+def _followed(start: set[Function], own: Mapping[str, tuple[Function, ...]]) -> frozenset[Function]:
+    """These, and what they lead to: own methods, and helpers."""
+    todo, found = list(start), set(start)
     while todo:
         function = todo.pop()
         called = [each for name in _names(function.call.__code__) - _APART for each in own.get(name, ())]
@@ -142,17 +176,16 @@ def _names(code: CodeType) -> frozenset[str]:
 
 
 @lru_cache(maxsize=4096)
-def _helpers(call: FunctionType) -> tuple[Function, ...]:
-    """The functions that the code names, alone or of a module that it names."""
+def _helpers(call: FunctionType) -> frozenset[Function]:
+    """The functions that the code names, alone or of a module that it names, and what of objects and tables that it names."""
     names = _names(call.__code__)
-    found = [named(call, name) for name in names]
-    others = [each for each in found if isinstance(each, ModuleType) and each.__name__.partition(".")[0] not in _KNOWN]
+    found = [named(call, name) for name in names] + [*defaults(call).values()]
+    others = [each for each in found if isinstance(each, ModuleType)]
     found += [vars(other).get(name) for other in others for name in names]
-    calls = [_function(each) for each in found]
-    return tuple(Function(each, "") for each in calls if each is not None and _is_open(each))
+    return frozenset(function for each in found for function in _called(_carried(each), names))
 
 
-_NOTHING = object()
+NOTHING = object()
 
 
 def named(call: FunctionType, name: str) -> Any:
@@ -162,8 +195,14 @@ def named(call: FunctionType, name: str) -> Any:
         try:
             return cells[name].cell_contents
         except ValueError:  # not filled yet
-            return _NOTHING
-    return call.__globals__.get(name, vars(builtins).get(name, _NOTHING))
+            return NOTHING
+    return call.__globals__.get(name, vars(builtins).get(name, NOTHING))
+
+
+def defaults(call: FunctionType) -> dict[str, Any]:
+    """What arguments stand for where they are not given."""
+    given, values = call.__code__.co_varnames[: call.__code__.co_argcount], call.__defaults__ or ()
+    return dict(zip(given[len(given) - len(values) :], values, strict=True)) | (call.__kwdefaults__ or {})
 
 
 def names(function: Function) -> frozenset[str]:
@@ -172,23 +211,25 @@ def names(function: Function) -> frozenset[str]:
 
 @lru_cache(maxsize=4096)
 def classes(function: Function) -> frozenset[type]:
-    """Every class that the code names, alone, of a module that it names, or in a table that it names."""
+    """Every class that the code names, alone, of a module that it names, in a table that it names, or by a word."""
     free = _names(function.call.__code__)
-    values = [named(function.call, name) for name in free]
+    values = [named(function.call, name) for name in free] + [*defaults(function.call).values()]
     others = [vars(value) for value in values if isinstance(value, ModuleType)]
-    values += [other[name] for other in others for name in free if name in other]
+    values += [other[name] for other in others for name in free | constants(function) if name in other]
     return frozenset(flat(values))
 
 
 def flat(values: Iterable[Any]) -> Iterator[type]:
-    """The classes among values, and in tables and unions of them."""
+    """The classes among values, in tables and unions of them, and those that a function of singledispatch is there for."""
     for value in values:
         if isinstance(value, type):
             yield value
-        elif isinstance(value, dict | list | tuple | set | frozenset):
-            yield from flat(list(value))
+        elif isinstance(value, _TABLES):
+            yield from flat([*value, *(value.values() if isinstance(value, dict) else ())])
         elif isinstance(value, UnionType):
             yield from flat(value.__args__)
+        elif isinstance(value, FunctionType) and isinstance(getattr(value, "registry", None), Mapping):
+            yield from flat(cls for cls in value.registry if cls is not object)  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=4096)
@@ -233,135 +274,3 @@ def _is_of(text: str, code: CodeType) -> bool:
     names = _names(code)
     added = any(name.startswith("@py") for name in names)
     return head in text and (added or all(name in text or name.rpartition("__")[2] in text for name in names))
-
-
-# --- expressions -----------------------------------------------------------------------------------------------------
-
-_LISTS = frozenset({"enumerate", "zip", "reversed", "list", "tuple", "iter", "sorted"})
-_BELOW = {"modules": True, "named_modules": True, "children": False, "named_children": False}
-_HELD = frozenset({"values", "items"})
-
-
-class Frame:
-    """A function at one module: what its expressions may stand for there."""
-
-    def __init__(self, function: Function, module: nn.Module) -> None:
-        self.function, self.module = function, module
-        self._bound = _bindings(function.call)
-
-    def values(self, expression: ast.expr | None) -> list[Any] | None:
-        """Every object that the expression may be, or None where that can't be told."""
-        return self._values(expression, frozenset())
-
-    def _values(self, expression: ast.expr | None, open_: frozenset[str]) -> list[Any] | None:
-        match expression:
-            case ast.Constant(value=value):
-                return [value]
-            case ast.Name(id=name):
-                return self._name(name, open_)
-            case ast.Attribute(value=owner, attr=name):
-                return _each(self._values(owner, open_), lambda value: _held(value, name))
-            case ast.Subscript(value=owner):
-                return _each(self._values(owner, open_), _elements)
-            case ast.Tuple(elts=parts) | ast.List(elts=parts) | ast.Set(elts=parts):
-                found = _joined(self._values(part, open_) for part in parts)
-                return None if found is None else [found]
-            case ast.BinOp(left=left, op=ast.BitOr() | ast.Add(), right=right):
-                return _joined((self._values(left, open_), self._values(right, open_)))
-            case ast.IfExp(body=left, orelse=right):
-                return _joined((self._values(left, open_), self._values(right, open_)))
-            case ast.NamedExpr(value=value):
-                return self._values(value, open_)
-            case ast.Call(func=ast.Name(id=name), args=parts) if name in _LISTS:
-                return _joined(self._values(part, open_) for part in parts)
-            case ast.Call(func=ast.Attribute(value=owner, attr=name), args=[]) if name in _BELOW:
-                return _each(self._values(owner, open_), lambda value: _below(value, deep=_BELOW[name]))
-            case ast.Call(func=ast.Attribute(value=owner, attr=name), args=[]) if name in _HELD:
-                return self._values(owner, open_)
-        return None
-
-    def _name(self, name: str, open_: frozenset[str]) -> list[Any] | None:
-        if name == self.function.receiver and name not in self._bound:
-            return [self.module]
-        if name in self._bound:
-            if name in open_:  # x = x.norm
-                return None
-            return _joined(
-                _each(self._values(value, open_ | {name}), _elements) if within else self._values(value, open_ | {name})
-                for value, within in self._bound[name]
-            )
-        if name in self.function.call.__code__.co_varnames:
-            return None
-        value = named(self.function.call, name)
-        return None if value is _NOTHING else [value]
-
-
-def _each(owners: list[Any] | None, of: Any) -> list[Any] | None:
-    return None if owners is None else _joined(of(owner) for owner in owners)
-
-
-def _joined(parts: Iterable[list[Any] | None]) -> list[Any] | None:
-    found: list[Any] = []
-    for part in parts:
-        if part is None:
-            return None
-        found += part
-    return found
-
-
-def _held(owner: Any, name: str) -> list[Any] | None:
-    """An attribute of a module, a class or a namespace, without running code."""
-    if isinstance(owner, nn.Module):
-        for holder in (owner._modules, owner._parameters, owner._buffers, vars(owner)):
-            if name in holder:
-                return [holder[name]]
-    if isinstance(owner, ModuleType | type):
-        value = inspect.getattr_static(owner, name, _NOTHING)
-        if value is _NOTHING and isinstance(owner, ModuleType):  # one that imports on first use
-            value = getattr(owner, name, _NOTHING)
-        return None if value is _NOTHING or isinstance(value, property) else [value]
-    value = inspect.getattr_static(type(owner), name, _NOTHING)
-    return [value] if isinstance(value, type | tuple) else None
-
-
-def _elements(owner: Any) -> list[Any] | None:
-    """What iterating or subscripting the object may give."""
-    if isinstance(owner, nn.Module):
-        return list(owner._modules.values())
-    if isinstance(owner, Mapping):
-        return list(owner.values())
-    return list(owner) if isinstance(owner, list | tuple | set | frozenset) else None
-
-
-def _below(owner: Any, *, deep: bool) -> list[Any] | None:
-    if not isinstance(owner, nn.Module):
-        return None
-    return [list(owner.modules() if deep else owner.children())]  # one list, whose elements a loop takes
-
-
-@lru_cache(maxsize=4096)
-def _bindings(call: FunctionType) -> dict[str, list[tuple[ast.expr | None, bool]]]:
-    """By local variable, what it is set to, and whether it takes the elements of that."""
-    found: dict[str, list[tuple[ast.expr | None, bool]]] = {}
-
-    def bind(target: ast.expr, value: ast.expr | None, within: bool) -> None:
-        for part in ast.walk(target):
-            if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
-                plain = target is part or within
-                found.setdefault(part.id, []).append((value if plain else None, within))
-
-    tree = source(call)
-    for node in () if tree is None else ast.walk(tree):
-        match node:
-            case ast.Assign(targets=targets, value=value):
-                for target in targets:
-                    bind(target, value, within=False)
-            case ast.AnnAssign(target=target, value=value) | ast.NamedExpr(target=target, value=value):
-                bind(target, value, within=False)
-            case ast.For(target=target, iter=value) | ast.comprehension(target=target, iter=value):
-                bind(target, value, within=True)
-            case ast.AugAssign(target=target):
-                bind(target, None, within=False)
-            case ast.withitem(optional_vars=ast.expr() as target):
-                bind(target, None, within=False)
-    return found

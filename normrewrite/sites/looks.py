@@ -10,9 +10,7 @@ site inside the module that runs it.
 
 import ast
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from types import ModuleType
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,13 +18,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from normrewrite.sites import Site, code
-from normrewrite.sites.code import Frame, Function
-
-_STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked", "track_running_stats"})
-_OF_A_NORM = frozenset(dir(nn.BatchNorm1d(1))) | frozenset(dir(nn.GroupNorm(1, 1)))
-_OF_ANY = frozenset(dir(nn.Module())) - {"__class__"}
-_ASKING = frozenset({"isinstance", "issubclass", "type", "__class__", "hasattr", "getattr", "_get_name", "str", "repr"})
-_SPELT = frozenset({"__name__", "__qualname__", "__module__", "_get_name", "str", "repr"})
+from normrewrite.sites.code import Function
+from normrewrite.sites.expressions import Frame
+from normrewrite.sites.questions import STATISTICS, Look, questions
 
 
 @dataclass(frozen=True)
@@ -35,27 +29,6 @@ class Renewed:
 
     module: nn.Module
     exact: bool
-
-
-@dataclass(frozen=True)
-class Look:
-    """kind: `instance`, `class`, `name`, `print`, `attribute` or `write`; subject: what is asked; against: the classes, an
-    attribute's name, or the words that a class's name is compared with."""
-
-    function: Function
-    kind: str
-    subject: ast.expr | None
-    against: ast.expr | str | tuple[str, ...] | None
-    text: str
-    line: int = 1
-    literal: bool = False  # the attribute is asked for by hasattr or getattr, which raise nothing where it is missing
-
-    @property
-    def by_class(self) -> bool:
-        return self.kind in ("instance", "class", "name")
-
-    def __str__(self) -> str:
-        return f"{self.function.where(self.line)} {'sets' if self.kind == 'write' else 'asks'} {self.text}"
 
 
 def found(
@@ -67,15 +40,19 @@ def found(
     silent = {id(module) for module in [*apart, *(site.module for site in sites)]}
     first: dict[str, Look] = {}
     for module in model.modules():
-        own = set() if id(module) in silent else {*running.of(module)}
+        own = set() if id(module) in silent else set(running.of(module))
         for look, frame in _looks(module, own | {*code.hooks(module)}):
             subjects = frame.values(look.subject)
             known = subjects is not None
             if not _may_matter(look, frame, known):
                 continue
-            asked = {id(value) for value in (module.modules() if subjects is None else subjects)}
+            asked = _asked_of(look, module, subjects)
             for site in sites:
-                if id(site.module) not in asked or site.name in first:
+                changed = look.kind == "list" and site.before is not None and id(site.before.module) in asked
+                if site.name in first or not (changed or id(site.module) in asked):
+                    continue
+                if changed:
+                    first[site.name] = look
                     continue
                 had = known or look.kind != "attribute" or hasattr(site.module, str(look.against))
                 if had and _differs(look, frame, site.module, renewed(site, look.by_class), known=known):
@@ -83,143 +60,22 @@ def found(
     return first
 
 
-def asks(model: nn.Module, entries: frozenset[str]) -> bool:
-    """Whether anything at all is asked in the code that begins at methods of these names."""
-    running = code.running(model, entries)
-    functions = {function for module in model.modules() for function in running.of(module)}
-    return any(map(_may_ask, functions))
-
-
-def _may_ask(function: Function) -> bool:
-    return bool(code.names(function) & (_ASKING | _OF_A_NORM - _OF_ANY)) or code.matches_classes(function)
+def _asked_of(look: Look, module: nn.Module, subjects: Sequence[Any] | None) -> set[int]:
+    values = [module] if subjects is None else subjects
+    deep = subjects is None or (look.kind == "list" and "children" not in str(look.against))
+    return {
+        id(each) for value in values for each in (value.modules() if deep and isinstance(value, nn.Module) else [value])
+    }
 
 
 def _looks(module: nn.Module, functions: Iterable[Function]) -> Iterator[tuple[Look, Frame]]:
     if not isinstance(module, GraphModule):
         for function in sorted(functions, key=lambda each: each.where()):
-            looks = _in_function(function)
+            looks = questions(function)
             frame = Frame(function, module) if looks else None
             for look in looks:
                 assert frame is not None
                 yield look, frame
-
-
-@lru_cache(maxsize=4096)
-def _in_function(function: Function) -> tuple[Look, ...]:
-    names = code.names(function)
-    if not _may_ask(function):
-        return ()
-    tree = code.source(function.call)
-    if tree is None:
-        return tuple(_from_names(function, names))
-    visitor = _Visitor(function)
-    visitor.visit(tree)
-    return tuple(visitor.looks())
-
-
-def _from_names(function: Function, names: frozenset[str]) -> Iterator[Look]:
-    """Without source: every class, word and attribute that the code names, asked of it knows not what."""
-    words = tuple(code.constants(function))
-    if names & {"isinstance", "issubclass"} or code.matches_classes(function):
-        yield Look(function, "instance", None, None, "isinstance(...)")
-    if names & {"type", "__class__"}:
-        yield Look(function, "class", None, None, "type(...)")
-    if names & _SPELT:
-        yield Look(function, "name", None, words, "for a class's name")
-    for name in sorted((names & _STATISTICS) | (set(words) if names & {"hasattr", "getattr"} else set())):
-        yield Look(function, "attribute", None, name, f"for .{name}", literal=True)
-
-
-class _Visitor(ast.NodeVisitor):
-    """Gathers looks; what only words an error is passed by."""
-
-    def __init__(self, function: Function) -> None:
-        self.function = function
-        self._found: list[Look] = []
-        self._words: list[str] = []
-        self._spells = bool(code.names(function) & _SPELT)
-
-    def looks(self) -> Iterator[Look]:
-        for look in self._found:
-            yield replace(look, against=tuple(self._words)) if look.kind in ("name", "print") else look
-
-    def _add(
-        self, kind: str, subject: ast.expr, against: ast.expr | str | None, node: ast.expr, *, literal: bool = False
-    ) -> None:
-        text = " ".join(ast.unparse(node).split())
-        text = text if len(text) <= 80 else f"{text[:77]}..."
-        self._found.append(Look(self.function, kind, subject, against, text, node.lineno, literal))
-
-    def _add_class(self, subject: ast.expr, node: ast.expr) -> None:
-        self._add("class", subject, None, node)
-        if self._spells:
-            self._add("name", subject, None, node)
-
-    def visit_Raise(self, node: ast.Raise) -> None:
-        pass
-
-    def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
-        pass
-
-    def visit_Assert(self, node: ast.Assert) -> None:
-        self.visit(node.test)
-
-    def visit_Expr(self, node: ast.Expr) -> None:
-        if not isinstance(node.value, ast.Constant):  # a docstring
-            self.visit(node.value)
-
-    def visit_Constant(self, node: ast.Constant) -> None:
-        if isinstance(node.value, str):
-            self._words.append(node.value)
-
-    def visit_Call(self, node: ast.Call) -> None:
-        match node:
-            case ast.Call(func=ast.Name(id="isinstance"), args=[subject, against]):
-                self._add("instance", subject, against, node)
-            case ast.Call(func=ast.Name(id="issubclass"), args=[subject, against]):
-                self._add("instance", _typed(subject) or subject, against, node)
-            case ast.Call(func=ast.Name(id="type"), args=[subject]):
-                self._add_class(subject, node)
-            case ast.Call(func=ast.Name(id="str" | "repr"), args=[subject]):
-                self._add("print", subject, None, node)
-            case ast.Call(func=ast.Attribute(value=subject, attr="_get_name")):
-                self._add("name", subject, None, node)
-            case ast.Call(func=ast.Name(id="hasattr" | "getattr"), args=[subject, ast.Constant(value=str(name)), *_]):
-                self._add("attribute", subject, name, node, literal=True)
-            case ast.Call(func=ast.Name(id="setattr"), args=[subject, ast.Constant(value=str(name)), *_]):
-                self._add("write", subject, name, node)
-            case ast.Call(func=ast.Attribute(value=ast.Attribute(value=subject, attr=name), attr=changed)):
-                if changed.endswith("_") and not changed.endswith("__"):
-                    self._add("write", subject, name, node)
-        self.generic_visit(node)
-
-    def visit_Attribute(self, node: ast.Attribute) -> None:
-        if node.attr == "__class__":
-            self._add_class(node.value, node)
-        elif node.attr not in _OF_ANY and not self._is_no_module(node.value):
-            self._add("attribute" if isinstance(node.ctx, ast.Load) else "write", node.value, node.attr, node)
-        self.generic_visit(node)
-
-    def _is_no_module(self, node: ast.expr) -> bool:
-        """The module that runs the code, which is no site, or a Python module's name."""
-        if not isinstance(node, ast.Name):
-            return False
-        return node.id == self.function.receiver or isinstance(code.named(self.function.call, node.id), ModuleType)
-
-    def visit_Match(self, node: ast.Match) -> None:
-        for case in node.cases:
-            for pattern in ast.walk(case.pattern):
-                if isinstance(pattern, ast.MatchClass):
-                    self._add("instance", node.subject, pattern.cls, node.subject)
-        self.generic_visit(node)
-
-
-def _typed(subject: ast.expr) -> ast.expr | None:
-    """x, of type(x) and x.__class__."""
-    match subject:
-        case ast.Call(func=ast.Name(id="type"), args=[inner]) | ast.Attribute(value=inner, attr="__class__"):
-            return inner
-    return None
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------
@@ -228,11 +84,18 @@ def _typed(subject: ast.expr) -> ast.expr | None:
 def _may_matter(look: Look, frame: Frame, known: bool) -> bool:
     """Whether any norm could answer it in two ways: most of what code asks, it asks of other things."""
     if look.kind in ("instance", "class"):
-        classes = _asked(look, frame) or code.classes(look.function)
+        classes = _asked(look, frame) or _classes(look, frame)
         return any(issubclass(cls, nn.Module) and cls is not nn.Module for cls in classes)
     if look.kind == "attribute":
-        return known or look.against in _STATISTICS or look.literal
-    return known or look.kind == "name"  # anything may be printed or written to
+        return known or look.against in STATISTICS or look.literal
+    return known or look.kind in ("name", "list")  # anything may be printed or written to
+
+
+def _classes(look: Look, frame: Frame) -> set[type]:
+    """The classes that the function names, and those that its module holds under a name in it."""
+    held = vars(frame.module)
+    own = code.flat(held[name] for name in code.names(look.function) & held.keys() if not name.startswith("_"))
+    return {*code.classes(look.function), *own}
 
 
 def _asked(look: Look, frame: Frame) -> tuple[type, ...] | None:
@@ -246,14 +109,39 @@ def _differs(look: Look, frame: Frame, old: nn.Module, new: Renewed, *, known: b
     pair = old, new.module
     if look.kind in ("instance", "class"):
         asked = _asked(look, frame)
-        ways = [asked] if asked is not None else [(cls,) for cls in code.classes(look.function)]
+        ways = [asked] if asked is not None else [(cls,) for cls in _classes(look, frame)]
         if look.kind == "class":
             return any(len({type(each) in way for each in pair}) > 1 for way in ways)
         return any(len({isinstance(each, way) for each in pair}) > 1 for way in ways)
+    if look.kind == "list":
+        return _listed_differs(look, old, new)
     if isinstance(look.against, tuple):
         names = [str(each) if look.kind == "print" else type(each).__name__ for each in pair]
         return any(len({_spelt(name, word) for name in names}) > 1 for word in look.against)
     return _attribute_differs(look, str(look.against), old, new, known=known)
+
+
+def _listed_differs(look: Look, old: nn.Module, new: Renewed) -> bool:
+    method = str(look.against)
+    first, second = (list(getattr(each, method)()) for each in (old, new.module))
+    if look.literal:
+        return len(first) != len(second)
+    if method == "state_dict":
+        return set(first) != set(second)
+    pairs = zip(_tensors_of(first), _tensors_of(second), strict=False)
+    return (
+        len(first) != len(second)
+        or (new.exact and not all(_same(a, b) for a, b in pairs))
+        or _named(first) != _named(second)
+    )
+
+
+def _named(listed: Sequence[Any]) -> list[str]:
+    return [each[0] for each in listed if isinstance(each, tuple)]
+
+
+def _tensors_of(listed: Sequence[Any]) -> list[Any]:
+    return [each[1] if isinstance(each, tuple) else each for each in listed]
 
 
 def _spelt(name: str, word: str) -> tuple[bool, ...]:

@@ -14,7 +14,7 @@ from normrewrite.sites.kinds import recognise
 def why_owned(site: Site) -> str | None:
     """The reason, where a module around the site is a norm that does more, or one of torch's for training in int8."""
     for outer in site.inside:
-        quantised = type(outer).__module__.startswith(_QUANTISED)
+        quantised = str(type(outer).__module__).startswith(_QUANTISED)
         if quantised and type(outer).forward is not nn.Sequential.forward:
             return f"is a part of {type(outer).__name__}, whose forward reads its tensors"
         if isinstance(outer, _BatchNorm) and isinstance(recognise(outer), str):

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from normrewrite.sites.hidden import hidden
+
 
 @contextmanager
 def undone_on_error(model: nn.Module) -> Iterator[None]:
@@ -20,7 +22,9 @@ def undone_on_error(model: nn.Module) -> Iterator[None]:
     """
     modules = [(module, type(module)) for module in model.modules()]
     tensors = [(tensor, tensor.data) for tensor in (*model.parameters(), *model.buffers())]
-    holders = [(holder, holder.copy()) for module, _ in modules for holder in _holders(vars(module))]
+    shelves = [place.shelf._modules for place in hidden(model) if not place.fixed]
+    held_in = [*shelves, *(holder for module, _ in modules for holder in _holders(vars(module)))]
+    holders = [(holder, holder.copy()) for holder in held_in]
     try:
         yield
     except BaseException:
@@ -28,7 +32,7 @@ def undone_on_error(model: nn.Module) -> Iterator[None]:
             module.__class__ = cls
         for holder, held in holders:
             holder.clear()
-            (holder.extend if isinstance(holder, list) else holder.update)(held)
+            (holder.update if isinstance(holder, dict) else holder.extend)(held)
         for tensor, data in tensors:
             tensor.data = data
         raise

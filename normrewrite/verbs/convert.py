@@ -287,7 +287,7 @@ def _choose(
         return Choice(site, KEEP, None, "kept by a rule")
     places = [fast[id(each.module)] for each in (site, site.before) if each is not None and id(each.module) in fast]
     held = (
-        f"a tuple holds it or its layer too ({places[0]}), and would keep the old one. Make that a list"
+        f"what can't be changed holds it or its layer too ({places[0]}), and would keep the old one. Make that a list"
         if places
         else None
     )

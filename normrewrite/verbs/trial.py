@@ -180,11 +180,10 @@ _MODES = frozenset({"train", "eval"})
 
 
 def _has_own_train(model: nn.Module) -> bool:
-    """Whether a module has a `.train()` or `.eval()` of its own, and that asks for anything."""
+    """Whether a module has a `.train()` or `.eval()` of its own: what that asks for is seen where it is run."""
     classes = {type(module) for module in model.modules()}
     own = any((cls.train, cls.eval) != (nn.Module.train, nn.Module.eval) for cls in classes)
-    single = any(_MODES & vars(module).keys() for module in model.modules())
-    return single or (own and looks.asks(model, _MODES))
+    return own or any(_MODES & vars(module).keys() for module in model.modules())
 
 
 def _flagged(plan: Plan, left: Sequence[Choice]) -> dict[str, str]:

@@ -1,5 +1,11 @@
 """Norms in plain Python containers, norms that nothing calls, and what a trace leaves behind."""
 
+import functools
+import weakref
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,6 +14,7 @@ from torch import Tensor, nn
 
 import normrewrite as nr
 from normrewrite.sites.traps import find_traps
+from normrewrite.sites.undo import undone_on_error
 from tests.conftest import randomise
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -126,3 +133,97 @@ def test_a_trace_leaves_nothing_in_the_model(to: str) -> None:
     plan = nr.plan(model, to=to)
     assert model.cache == {} and not hasattr(model, "last")
     assert torch.allclose(plan.apply()[0](X), model(X), 1e-4, 1e-5)
+
+
+class _Holding(nn.Module):
+    """A norm that forward takes from where else it is held."""
+
+    def __init__(self, hold: Callable[[nn.Module], Any], get: Callable[[Any], nn.Module]) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        object.__setattr__(self, "held", hold(self))
+        self.get = get
+        randomise(self)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.get(self.held)(self.conv(x))
+        return y
+
+
+@dataclass(frozen=True)
+class _Record:
+    norm: Any
+
+
+class _Slotted:
+    __slots__ = ("norm",)
+
+
+def _slotted(model: Any) -> _Slotted:
+    slotted = _Slotted()
+    slotted.norm = model.norm
+    return slotted
+
+
+def _made_by_exec(model: Any) -> Any:
+    namespace: dict[str, Any] = {}
+    exec("class Config: pass", namespace)
+    held = namespace["Config"]()
+    held.norm = model.norm
+    return held
+
+
+REPLACED: dict[str, tuple[Any, Any]] = {
+    "exec": (_made_by_exec, lambda held: held.norm),
+    "record": (lambda model: _Record(model.norm), lambda held: held.norm),
+    "namespace": (lambda model: SimpleNamespace(norms=[{"a": model.norm}]), lambda held: held.norms[0]["a"]),
+    "deque": (lambda model: deque([model.norm]), lambda held: held[0]),
+}
+FIXED: dict[str, tuple[Any, Any]] = {
+    "slots": (_slotted, lambda held: held.norm),
+    "key": (lambda model: {model.norm: 1}, lambda held: next(iter(held))),
+    "partial": (lambda model: functools.partial(model.norm.__call__), lambda held: held),
+    "method": (lambda model: model.norm.forward, lambda held: held),
+    "closure": (lambda model: lambda x: model.norm(x), lambda held: held),
+    "weak": (lambda model: weakref.ref(model.norm), lambda held: held()),
+    "weak parent": (weakref.ref, lambda held: held().norm),
+    "weak proxy": (weakref.proxy, lambda held: held.norm),
+}
+
+
+@pytest.mark.parametrize("to", ["l1", "none", "wn"])
+@pytest.mark.parametrize("how", REPLACED)
+def test_a_norm_that_an_object_holds_too_is_rewritten_there(how: str, to: str) -> None:
+    model = _Holding(*REPLACED[how])
+    twin: Any = nr.convert(model, to=to)
+    assert twin.get(twin.held) is twin.norm and type(twin.norm) is not nn.BatchNorm2d
+    assert type(model.get(model.held)) is nn.BatchNorm2d and torch.allclose(twin(X), model(X), 1e-4, 1e-5)
+
+
+@pytest.mark.parametrize("to", ["l1", "none"])
+@pytest.mark.parametrize("how", FIXED)
+def test_where_it_cannot_be_replaced_it_is_refused_by_name(how: str, to: str) -> None:
+    plan = nr.plan(_Holding(*FIXED[how]), to=to)
+    assert not plan.rewritten and "held" in str(plan.kept[0].reason) and "keep the old one" in str(plan.kept[0].reason)
+
+
+def test_what_objects_hold_comes_back_on_an_error() -> None:
+    model = _Holding(*REPLACED["namespace"])
+    with pytest.raises(ZeroDivisionError), undone_on_error(model):
+        nr.convert_(model, to="l1")
+        assert type(model.held.norms[0]["a"]) is not nn.BatchNorm2d
+        raise ZeroDivisionError
+    assert model.held.norms[0]["a"] is model.norm and type(model.norm) is nn.BatchNorm2d
+
+
+def test_a_bound_method_of_a_parent_is_copied_with_it() -> None:
+    model = _Holding(lambda model: model.named_children, lambda held: dict(held())["norm"])
+    assert torch.allclose(nr.convert(model, to="none")(X), model(X), 1e-4, 1e-5)
+
+
+def test_a_class_may_have_no_module() -> None:
+    model = randomise(_Dead())
+    cls = type("Homeless", (_Dead,), {"__module__": None})
+    model.__class__ = cls
+    assert torch.allclose(nr.convert(model, to="none")(X), model(X), 1e-4, 1e-5)

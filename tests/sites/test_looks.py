@@ -13,8 +13,8 @@ from torch.nn import BatchNorm1d as Aliased
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import normrewrite as nr
-from normrewrite.sites import looks
 from normrewrite.sites.code import Function
+from normrewrite.sites.questions import questions
 from normrewrite.verbs.verify import verify
 from tests.conftest import randomise
 
@@ -434,6 +434,6 @@ def test_targets_without_statistics_that_move_need_no_flag(to: str) -> None:
 
 
 def test_a_look_tells_its_line() -> None:
-    [look] = looks._in_function(Function(Isinstance.asks, "self"))
+    [look] = questions(Function(Isinstance.asks, "self"))
     line = Path(__file__).read_text().splitlines().index("        return isinstance(self.norm, nn.BatchNorm1d)") + 1
     assert str(look) == f"Isinstance.asks (test_looks.py:{line}) asks isinstance(self.norm, nn.BatchNorm1d)"
