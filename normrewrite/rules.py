@@ -29,8 +29,8 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 def as_rules(rules: Mapping[str, str | None] | Rules | None) -> list[tuple[str, str]]:
     """`{"layer1.*": "linf", "stem.bn": None}` or pairs -> pairs; None means keep."""
     given: Any = rules.items() if isinstance(rules, Mapping) else () if rules is None else rules
-    pairs = list(given) if isinstance(given, Iterable) else [given]
-    if not all(map(_is_rule, pairs)) or rules == "":
+    pairs = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+    if not all(map(_is_rule, pairs)):
         raise NormRewriteError(
             f"rules is {rules!r}; write a mapping of patterns to targets, as in {{'layer1.*': 'linf', 'stem.bn': None}}."
         )
