@@ -9,6 +9,7 @@ plain objects and classes. Functions are found by the names that their code obje
 
 import ast
 import builtins
+import copy
 import dis
 import functools
 import inspect
@@ -233,14 +234,23 @@ def flat(values: Iterable[Any]) -> Iterator[type]:
 
 
 @lru_cache(maxsize=4096)
-def _matches(code: CodeType) -> bool:
-    inner = any(_matches(each) for each in code.co_consts if isinstance(each, CodeType))
-    return inner or dis.opmap["MATCH_CLASS"] in code.co_code[::2]
+def _has(code: CodeType, operations: frozenset[int]) -> bool:
+    inner = any(_has(each, operations) for each in code.co_consts if isinstance(each, CodeType))
+    return inner or not operations.isdisjoint(code.co_code[::2])
+
+
+_MATCH = frozenset({dis.opmap["MATCH_CLASS"]})
+_FORMAT = frozenset(number for name, number in dis.opmap.items() if name.startswith("FORMAT_"))  # by Python's version
 
 
 def matches_classes(function: Function) -> bool:
     """Whether the code holds a match on classes."""
-    return _matches(function.call.__code__)
+    return _has(function.call.__code__, _MATCH)
+
+
+def formats(function: Function) -> bool:
+    """Whether the code makes text of values, in an f-string or by `%`."""
+    return _has(function.call.__code__, _FORMAT) or any("%" in word for word in constants(function))
 
 
 def constants(function: Function) -> frozenset[str]:
@@ -264,8 +274,27 @@ def source(call: FunctionType) -> ast.Module | None:
     try:
         text = textwrap.dedent(inspect.getsource(call))
         return ast.parse(text) if _is_of(text, call.__code__) else None
-    except (OSError, TypeError, SyntaxError, tokenize.TokenError):
+    except SyntaxError:
+        return _part_of_a_line(call)
+    except (OSError, TypeError, tokenize.TokenError):
         return None
+
+
+def _part_of_a_line(call: FunctionType) -> ast.Module | None:
+    """A lambda whose lines are no statement, where it is the only one that begins there."""
+    try:
+        tree, first = _parsed("".join(inspect.findsource(call)[0])), call.__code__.co_firstlineno
+    except (OSError, SyntaxError):
+        return None
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.Lambda) and node.lineno == first]
+    if len(found) != 1 or not _is_of(ast.unparse(found[0]), call.__code__):
+        return None
+    alone = ast.Module([ast.Expr(copy.deepcopy(found[0]))], [])
+    ast.increment_lineno(alone, 1 - first)
+    return alone
+
+
+_parsed = lru_cache(maxsize=8)(ast.parse)
 
 
 def _is_of(text: str, code: CodeType) -> bool:

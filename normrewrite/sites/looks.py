@@ -54,7 +54,7 @@ def found(
                 if changed:
                     first[site.name] = look
                     continue
-                had = known or look.kind != "attribute" or hasattr(site.module, str(look.against))
+                had = known or look.kind not in ("attribute", "key") or hasattr(site.module, str(look.against))
                 if had and _differs(look, frame, site.module, renewed(site, look.by_class), known=known):
                     first[site.name] = look
     return first
@@ -86,7 +86,7 @@ def _may_matter(look: Look, frame: Frame, known: bool) -> bool:
     if look.kind in ("instance", "class"):
         classes = _asked(look, frame) or _classes(look, frame)
         return any(issubclass(cls, nn.Module) and cls is not nn.Module for cls in classes)
-    if look.kind == "attribute":
+    if look.kind in ("attribute", "key"):
         return known or look.against in STATISTICS or look.literal
     return known or look.kind in ("name", "list")  # anything may be printed or written to
 
@@ -151,6 +151,8 @@ def _spelt(name: str, word: str) -> tuple[bool, ...]:
 
 
 def _attribute_differs(look: Look, name: str, old: Any, new: Renewed, *, known: bool) -> bool:
+    if look.kind == "key" and _stored(old, name) and not _stored(new.module, name):
+        return True
     here, there = hasattr(old, name), hasattr(new.module, name)
     if not known:  # anything has attributes, so what counts is one that is lost
         return here and not there

@@ -23,15 +23,31 @@ from normrewrite.sites.listings import is_counted, is_innocent
 STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked", "track_running_stats"})
 _OF_A_NORM = frozenset(dir(nn.BatchNorm1d(1))) | frozenset(dir(nn.GroupNorm(1, 1)))
 _OF_ANY = frozenset(dir(nn.Module())) - {"__class__"}
-_ASKING = frozenset({"isinstance", "issubclass", "type", "__class__", "hasattr", "getattr", "_get_name", "str", "repr"})
+_ASKING = frozenset(
+    {
+        "vars",
+        "__dict__",
+        "_buffers",
+        "_parameters",
+        "isinstance",
+        "issubclass",
+        "type",
+        "__class__",
+        "hasattr",
+        "getattr",
+        "_get_name",
+        "str",
+        "repr",
+    }
+)
 _SPELT = frozenset({"__name__", "__qualname__", "__module__", "_get_name", "str", "repr"})
 
 
 @dataclass(frozen=True)
 class Look:
-    """kind: `instance`, `class`, `name`, `print`, `attribute`, `write` or `list`; subject: what is asked, None for it knows not
-    what; against: the classes, the name of an attribute or of a method that lists, or the words that a class's name is
-    compared with."""
+    """kind: `instance`, `class`, `name`, `print`, `attribute`, `key`, `write` or `list`; subject: what is asked, None for it
+    knows not what; against: the classes, the name of an attribute, of a key of its dictionaries or of a method that lists, or
+    the words that a class's name is compared with."""
 
     function: Function
     kind: str
@@ -63,9 +79,15 @@ def _may_ask(function: Function) -> bool:
     names = code.names(function)
     if names & (_ASKING | _LISTS_TENSORS | _LISTS_MODULES | _OF_A_NORM - _OF_ANY) or code.matches_classes(function):
         return True
-    values = [code.named(function.call, name) for name in names] + [*code.defaults(function.call).values()]
+    if code.formats(function):
+        return True
     words = (word.rpartition(".")[2] for word in code.constants(function))
-    return any(map(_may_answer, (*values, *code.classes(function)))) or any(word in STATISTICS for word in words)
+    return any(map(_may_answer, _mentioned(function))) or any(word in STATISTICS for word in words)
+
+
+def _mentioned(function: Function) -> list[Any]:
+    values = [code.named(function.call, name) for name in code.names(function)]
+    return [*values, *code.defaults(function.call).values(), *code.classes(function)]
 
 
 def _may_answer(value: Any) -> bool:
@@ -96,16 +118,18 @@ def questions(function: Function) -> tuple[Look, ...]:
 def _from_names(function: Function, names: frozenset[str]) -> Iterator[Look]:
     """Without source: every class, word and attribute that the code names, asked of it knows not what."""
     words = tuple(code.constants(function))
-    if names & {"isinstance", "issubclass"} or code.matches_classes(function):
+    if code.matches_classes(function) or any(map(_may_answer, _mentioned(function))):
         yield Look(function, "instance", None, None, "isinstance(...)")
     if names & {"type", "__class__"}:
         yield Look(function, "class", None, None, "type(...)")
-    if names & _SPELT:
+    if names & _SPELT or code.formats(function):
         yield Look(function, "name", None, words, "for a class's name")
-    for name in sorted(names & _LISTS_TENSORS):
+    for name in sorted(names & _LISTS_TENSORS if "next" not in names else ()):  # next(self.parameters()).device
         yield Look(function, "list", None, name, f"{name}()")
     for name in sorted((names & STATISTICS) | (set(words) if names & {"hasattr", "getattr"} else set())):
         yield Look(function, "attribute", None, name, f"for .{name}", literal=True)
+    for name in sorted({word.rpartition(".")[2] for word in words} & STATISTICS):
+        yield Look(function, "key", None, name, f"for .{name}")
 
 
 class _Visitor(ast.NodeVisitor):
@@ -178,7 +202,7 @@ class _Visitor(ast.NodeVisitor):
         if isinstance(node.value, str):
             self._words.append(node.value)
             if node.value.rpartition(".")[2] in STATISTICS:
-                self._add("attribute", None, node.value.rpartition(".")[2], node, literal=True)
+                self._add("key", None, node.value.rpartition(".")[2], node)
 
     def visit_Call(self, node: ast.Call) -> None:
         before, self._speaks = self._speaks, self._speaks or _last(node.func) in _SPEAKS
@@ -209,6 +233,8 @@ class _Visitor(ast.NodeVisitor):
                 self._add("write", subject, name, node)
                 return [subject, *others]
         match node.func:
+            case ast.Attribute(value=holder, attr="get" | "pop") if node.args:
+                self._ask_for_key(node, holder, node.args[0])
             case ast.Attribute(value=subject, attr="_get_name"):
                 self._add("name", subject, None, node)
             case ast.Attribute(value=ast.Constant(value=str()), attr="format") if not self._speaks:
@@ -258,12 +284,13 @@ class _Visitor(ast.NodeVisitor):
             self._add_class(None, node)
 
     def visit_Subscript(self, node: ast.Subscript) -> None:
-        owner = _holder(node.value)
-        if owner is not None and isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, str):
-            self._add("attribute", owner, node.slice.value, node, literal=True)
-            self.visit(owner)
-        else:
-            self.generic_visit(node)
+        self._ask_for_key(node, node.value, node.slice)
+        self.generic_visit(node)
+
+    def _ask_for_key(self, node: ast.expr, holder: ast.expr, key: ast.expr) -> None:
+        owner = _holder(holder)
+        if owner is not None and isinstance(key, ast.Constant) and isinstance(key.value, str):
+            self._add("key", owner, key.value, node)
 
     def _is_class(self, node: ast.expr) -> bool:
         value = self._static(node)
