@@ -270,7 +270,8 @@ def fold(
         bake_(copied)
     rewrite = FoldAffine(example_inputs, forwards=forwards)
     try:
-        traced = graph.trace(copied)
+        given = None if example_inputs is None else len(example_inputs)
+        traced = graph.trace(copied, given=given)
     except graph.Untraceable as error:
         whole, _ = rewrite.apply(copied)
         return whole, rewrite.outcome, [f"norms are not folded into their neighbours: {error}"]
