@@ -96,10 +96,9 @@ def symbolic_trace(model: nn.Module, whole: Collection[int] = ()) -> GraphModule
     first, *others = _ways(model, whole)
     if others:
         names = [name for way, _ in others for name in way]
-        several = len(names) > 1
         raise Untraceable(
-            f"{type(model).__name__} does other things by its optional argument{'s' if several else ''} "
-            f"{', '.join(dict.fromkeys(names))}, which a trace would fix"
+            f"{type(model).__name__} does other things by its optional arguments {', '.join(dict.fromkeys(names))}, which a "
+            "trace would fix"
         )
     return first[1]
 
