@@ -88,7 +88,7 @@ def trace(model: nn.Module, whole: Collection[int] = (), given: int | None = Non
     if isinstance(model, GraphModule):
         check_names(model)
         return model
-    return symbolic_trace(model, whole) if given is None else _traced(model, whole, _left_out(model, given))
+    return symbolic_trace(model, whole) if given is None else _traced(model, whole, left_out(model, given))
 
 
 def symbolic_trace(model: nn.Module, whole: Collection[int] = ()) -> GraphModule:
@@ -116,7 +116,7 @@ def traces(model: nn.Module, whole: Collection[int] = ()) -> list[GraphModule]:
 def _ways(model: nn.Module, whole: Collection[int]) -> list[tuple[list[str], GraphModule]]:
     """The traces that differ: with all arguments given, and with some or all of the optional ones left out (those named)."""
     ways: list[tuple[list[str], GraphModule]] = [([], _traced(model, whole, {}))]
-    fixed = _left_out(model, 0)
+    fixed = left_out(model, 0)
     if not fixed:
         return ways
     known = shape(ways[0][1], fixed)
@@ -128,7 +128,7 @@ def _ways(model: nn.Module, whole: Collection[int]) -> list[tuple[list[str], Gra
     return [*ways, *differing, (list(fixed) if not differing else [], least)]
 
 
-def _left_out(model: nn.Module, given: int) -> dict[str, Any]:
+def left_out(model: nn.Module, given: int) -> dict[str, Any]:
     """The defaults of forward's optional arguments behind the first ones, by the names that torch.fx has for them."""
     fixed: dict[str, Any] = {}
     for place, (name, each) in enumerate(inspect.signature(model.forward).parameters.items()):

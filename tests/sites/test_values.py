@@ -133,6 +133,12 @@ def test_what_all_ways_have_in_common_is_folded(inputs: tuple[Tensor] | None) ->
     assert nr.advise(_Loss(), X).sites[0].folds_into == "conv"
 
 
+def test_weights_are_scale_invariant_where_they_are_whatever_is_given() -> None:
+    for kind, names in {_Loss: ["conv.weight"], _Behind: ["conv.weight"], _With: []}.items():
+        found = nr.scale_invariant(kind().requires_grad_(True))
+        assert [weight.name for weight in found.weights] == names and not found.untraceable
+
+
 def test_a_trace_that_would_fix_an_argument_is_refused_by_its_name() -> None:
     class Several(_With):
         def forward(self, x: Tensor, scale: float = 1.0, mask: Tensor | None = None) -> Tensor:
