@@ -10,21 +10,19 @@ bake them in.
 """
 
 import dis
-import inspect
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.operator_schemas import normalize_function
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn import functional as F
 
 from normrewrite import sites
-from normrewrite.errors import first_line
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.native import AnyBatchNorm
 from normrewrite.nn.parts import assemble, attributes
@@ -198,20 +196,18 @@ def lifted(module: nn.Module) -> GraphModule | str:
         return taken_over
     if getattr(module, "momentum", 0.0) is None:
         return f"{name} calls F.batch_norm with a cumulative average of its own"
-    traces, fixed = [], _defaults(module)
+    traces = []
     for training in (False, True):
         try:
             with _undisturbed(module, training):
                 traces.append(graph.symbolic_trace(module))
-                if fixed and _shape(graph.symbolic_trace(module, fixed)) != _shape(traces[-1], ignore=set(fixed)):
-                    return f"{name} does other things by its optional arguments {', '.join(fixed)}, which a trace would fix"
-        except Exception as error:  # the module's own forward runs here
-            return f"{name} calls F.batch_norm, and can't be traced: {first_line(error)}"
+        except graph.Untraceable as error:
+            return f"{name} calls F.batch_norm, and can't be traced: {error}"
     evaluated, trained = traces
     calls = list(zip(_calls(evaluated), _calls(trained), strict=False))
     if not calls:
         return f"{name} names batch_norm, but does not call torch.nn.functional.batch_norm on its input"
-    if _shape(evaluated) != _shape(trained):
+    if graph.shape(evaluated, {}, _untrained) != graph.shape(trained, {}, _untrained):
         return f"{name} does other things by training flag than F.batch_norm, which a trace would bake in"
     for old, new in calls:
         reason = _why_not(new) or _flag(_arguments(old)["training"], _arguments(new)["training"])
@@ -224,11 +220,6 @@ def lifted(module: nn.Module) -> GraphModule | str:
         if part is result or isinstance(part, AnyBatchNorm):
             part.training = module.training
     return result
-
-
-def _defaults(module: nn.Module) -> dict[str, Any]:
-    parameters = inspect.signature(module.forward).parameters
-    return {name: p.default for name, p in parameters.items() if p.default is not p.empty}
 
 
 def _flag(in_eval: bool, in_training: bool) -> str | None:
@@ -250,30 +241,10 @@ def _undisturbed(module: nn.Module, training: bool) -> Iterator[None]:
             buffer.copy_(before)
 
 
-def _shape(graph_module: GraphModule, ignore: Collection[str] = ()) -> list[tuple[Any, ...]]:
-    """The graph as data, without what F.batch_norm is told of training, and without the inputs named in `ignore`."""
-    nodes = [node for node in graph_module.graph.nodes if not _fixed(node, ignore)]
-    place = {node: i for i, node in enumerate(nodes)}
-
-    def plain(node: Node) -> Iterator[Any]:
-        arguments = _arguments(node) if node.target is F.batch_norm else {"args": node.args, "kwargs": node.kwargs}
-        for key, value in arguments.items():
-            if key not in ("training", "momentum"):
-                yield key, _named(value, place)
-
-    return [(node.op, str(node.target), *plain(node)) for node in nodes]
-
-
-def _fixed(node: Node, ignore: Collection[str]) -> bool:
-    """A placeholder with a default, and torch.fx's own check that a concrete argument keeps its value."""
-    own_check = node.op == "call_function" and getattr(node.target, "__name__", "") == "_assert_is_none"
-    return own_check or (node.op == "placeholder" and (str(node.target) in ignore or bool(node.args) or not node.users))
-
-
-def _named(value: Any, place: dict[Node, int]) -> str:
-    return repr(
-        fx.node.map_aggregate(value, lambda leaf: f"%{place.get(leaf, '?')}" if isinstance(leaf, Node) else leaf)
-    )
+def _untrained(node: Node) -> dict[str, Any]:
+    """What a node is told, but for what F.batch_norm is told of training."""
+    arguments = _arguments(node) if node.target is F.batch_norm else {"args": node.args, "kwargs": node.kwargs}
+    return {key: value for key, value in arguments.items() if key not in ("training", "momentum")}
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ from normrewrite.nn.rows import RowNorm
 from normrewrite.passes.fold_affine import as_affine
 from normrewrite.passes.lift_functional import lift_
 from normrewrite.sites import Site
-from normrewrite.sites.graph import CheckedTracer
+from normrewrite.sites.graph import CheckedTracer, left_out
 from normrewrite.sites.kinds import Kind, recognise
 from normrewrite.sites.modes import evaluating
 
@@ -128,7 +128,7 @@ def fit_(
         )
     runner(original)(batches[0])  # input that doesn't fit is told in plain words
     with evaluating(twin), evaluating(original):
-        traced = _traced(original, pairs)
+        traced = _traced(original, pairs, batches)
         fits = (
             _lockstep(traced, original, twin, pairs, batches)
             if traced
@@ -213,11 +213,14 @@ class _SiteTracer(CheckedTracer):
         return not inside and super().is_leaf_module(module, name)
 
 
-def _traced(original: nn.Module, pairs: list[_Pair]) -> Graph | None:
-    """The original's graph, if every site is called in it."""
+def _traced(original: nn.Module, pairs: list[_Pair], batches: Sequence[Batch]) -> Graph | None:
+    """The original's graph for what the batches give, if every site is called in it."""
     found = {id(pair.original) for pair in pairs}
     try:
-        traced = _SiteTracer(found).trace(original)
+        tracer = _SiteTracer(found)
+        given = {name for batch in batches for name in batch.inputs}
+        tracer.fixed = {name: value for name, value in left_out(original, 0).items() if name not in given}
+        traced = tracer.trace(original)
     except Exception:  # the model's own forward runs here, and may raise anything
         return None
     called = {id(original.get_submodule(str(node.target))) for node in traced.nodes if node.op == "call_module"}

@@ -81,7 +81,7 @@ def picture(model: nn.Module, names: set[str]) -> Picture:
     homes = _homes(modules, names)
     whole = {id(module) for name, module in modules.items() if name in names or _is_layer(module)}
     try:
-        traced = graph.trace(model, whole)
+        traced = graph.trace(model, whole, given=0)
     except graph.Untraceable as error:
         return Picture(_listed(modules, homes, names), str(error))
     return Picture(_Drawn(modules, homes, names).blocks(list(traced.graph.nodes)))

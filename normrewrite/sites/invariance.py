@@ -91,16 +91,16 @@ def scale_invariant(model: nn.Module) -> Invariance:
     layers = sites.find(model, is_layer)
     try:
         with evaluating(model):
-            graph_module = graph.trace(model)
+            ways = graph.traces(model)
     except graph.Untraceable as error:
         return Invariance(left={site.name: str(error) for site in layers}, untraceable=str(error))
     shared = sites.shared_parameters(model)
-    read = graph.read_past_modules(graph_module)
+    read = {key for way in ways for key in graph.read_past_modules(way)}
     weights, left = [], {}
     for site in layers:
         known = "shares its weight" if id(site.module.weight) in shared else None
         known = "its weight is read elsewhere too" if id(site.module.weight) in read else known
-        blocks = known or _blocks_of_layer(graph_module, site.module)
+        blocks = known or _agreed([_blocks_of_layer(way, site.module) for way in ways])
         if isinstance(blocks, str):
             left[site.name] = blocks
         else:
@@ -140,7 +140,11 @@ def _blocks_of_layer(graph_module: GraphModule, layer: nn.Module) -> int | str:
     if has_hooks(layer):
         return "has hooks"
     readers = [reader for call in calls for reader in call.users]
-    found = [_blocks_of_reader(graph_module, layer, reader) for reader in readers]
+    return _agreed([_blocks_of_reader(graph_module, layer, reader) for reader in readers])
+
+
+def _agreed(found: list[int | str]) -> int | str:
+    """What is so whichever arguments forward is given."""
     reasons = [blocks for blocks in found if isinstance(blocks, str)]
     return reasons[0] if reasons else math.gcd(*(blocks for blocks in found if isinstance(blocks, int)))
 

@@ -4,7 +4,7 @@
 ['conv1', 'layer1.0.conv1']
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -39,25 +39,45 @@ def attach(model: nn.Module, found: Sequence[Site], example_inputs: Sequence[Ten
     """
     try:
         with evaluating(model):
-            graph_module = graph.trace(model, {id(site.module) for site in found})
+            whole = {id(site.module) for site in found}
+            traced = graph.traces(model, whole)
+            run = traced[0] if example_inputs is None else graph.trace(model, whole, len(example_inputs))
     except graph.Untraceable as error:
         return [replace(site, alone=str(error)) for site in found]
-    ranks, shared = ranks_of(graph_module, example_inputs), sites.shared_parameters(model)
+    known = {str(node.target): rank for node, rank in ranks_of(run, example_inputs).items() if node.op == "call_module"}
+    ways, shared = [_Way(graph_module, known) for graph_module in traced], sites.shared_parameters(model)
     layers = {id(site.module): site for site in sites.find(model, is_layer)}
-    calls: dict[int, list[Node]] = {}
-    for node in graph_module.graph.nodes:
-        module = graph.module_of(graph_module, node)
-        if module is not None:
-            calls.setdefault(id(module), []).append(node)
     attached = []
     for site in found:
-        nodes = calls.get(id(site.module), [])
-        reason = _why_alone(graph_module, site, nodes, ranks)
-        before = None if reason else layers[id(graph.module_of(graph_module, nodes[0].args[0]))]
+        reason = next(filter(None, (way.why_alone(site) for way in ways)), None)
+        fronts = set() if reason else {id(way.in_front(site)) for way in ways}
+        before = layers[fronts.pop()] if len(fronts) == 1 else None
+        if fronts:
+            reason, before = "stands behind other layers by what forward is given", None
         if before is not None and any(id(parameter) in shared for parameter in before.module.parameters()):
             reason, before = f"{before.name} shares its weight with another layer", None
         attached.append(replace(site, before=before, alone=reason or ""))
     return attached
+
+
+class _Way:
+    """One trace of the model, with the calls of each module, by id. known: the ranks of modules' outputs, by name."""
+
+    def __init__(self, graph_module: GraphModule, known: Mapping[str, int]) -> None:
+        self.graph_module = graph_module
+        self.ranks: dict[Node, int] = {}
+        self.calls: dict[int, list[Node]] = {}
+        for node in graph_module.graph.nodes:
+            module = graph.module_of(graph_module, node)
+            if module is not None:
+                self.calls.setdefault(id(module), []).append(node)
+                self.ranks |= {node: known[str(node.target)]} if str(node.target) in known else {}
+
+    def why_alone(self, site: Site) -> str | None:
+        return _why_alone(self.graph_module, site, self.calls.get(id(site.module), []), self.ranks)
+
+    def in_front(self, site: Site) -> nn.Module | None:
+        return graph.module_of(self.graph_module, self.calls[id(site.module)][0].args[0])
 
 
 def _why_alone(graph_module: GraphModule, site: Site, calls: list[Node], ranks: dict[Node, int]) -> str | None:

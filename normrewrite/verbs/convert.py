@@ -29,6 +29,7 @@ from normrewrite.sites import Site
 from normrewrite.sites.undo import undone_on_error
 from normrewrite.targets import require_text, rewrite
 from normrewrite.verbs import trial
+from normrewrite.verbs.passage import Passage, limit, passage, why_apart
 
 Names = str | Sequence[str]
 
@@ -59,6 +60,7 @@ class Plan:
     lifts: list[str] = field(default_factory=list)  # modules whose own forward calls F.batch_norm, and will be traced
     passes: list[Rewrite] = field(default_factory=list)
     missing: str = "no batch norm"  # what it was looked through for in vain, where nothing was found
+    example_inputs: Sequence[Tensor] | None = None  # the whole network is compared on these
 
     @property
     def rewritten(self) -> list[Choice]:
@@ -108,6 +110,7 @@ class Plan:
         return model, report
 
     def _carry_out(self, model: nn.Module) -> tuple[nn.Module, Report, dict[int, list[nn.Parameter]]]:
+        original = self._passage(model)
         model = lift_(model, self.lifts) if self.lifts else model
         found = {
             (id(rewrite), site.name): site
@@ -124,7 +127,26 @@ class Plan:
             model, [(_, before, new)] = choice.rewrite.apply(model, [site])
             results.append(_measured(site, before, new, choice, probe))
             heirs |= inherited(parameters_of(site.before, site), parameters_of(before, new))
-        return model, Report(results), heirs
+        report = Report(results)
+        if original is not None and report.ok and not report.live:
+            self._compare(original, model)
+        return model, report, heirs
+
+    def _passage(self, model: nn.Module) -> Passage | None:
+        """What the model does on the example inputs, where there are any and the twin has to do the same."""
+        exact = all(choice.rewrite is None or not choice.rewrite.inexact(choice.site) for choice in self.choices)
+        names = [choice.site.name for choice in self.rewritten]
+        return passage(model, names, self.example_inputs) if exact and self.example_inputs is not None else None
+
+    def _compare(self, before: Passage, twin: nn.Module) -> None:
+        after = self._passage(twin)
+        apart = None if after is None else why_apart(before, after, limit(self.model))
+        if apart is not None:
+            raise NormRewriteError(
+                f"on the example inputs the twin computes another function: {apart}. Code of the network may look at what was "
+                "rewritten: find the site by --exclude, and leave it.",
+                exit_code=1,
+            )
 
     def require(self, expect: int | None = None) -> None:
         """Raises where no site, or not `expect` sites, would be rewritten; the message carries the reasons."""
@@ -165,7 +187,8 @@ def plan(
     to: a target of normrewrite.targets: `l1`, `topk:1%`, `group:4`, `wn`, ..., or `l2` for torch's own norms back from ours.
     scope: for metrics, which norms are meant: `batch`, `layer`, `group`, `instance`, `rms`, several of them, or `all`.
     example_inputs: forward's arguments. They tell which norms are never called, and what linear layers a norm can be folded
-    into; and where the network's code looks at its norms, the whole network is compared on them, or those norms are left.
+    into; and original and twin are compared on them as a whole. Where the network's code looks at its norms, those are left
+    without.
     rules: PATTERN -> target (None or `keep` leaves a site), first match wins, before `to`.
     include, exclude: globs or `re:` patterns of dotted names; each must match a site.
     Raises NormRewriteError for an unknown target or pattern, or a model wrapped for data-parallel training.
@@ -205,16 +228,17 @@ def plan(
 
 def _tried(draft: Plan, inputs: Sequence[Tensor] | None) -> Plan:
     """The plan without the rewrites that a look at the whole network forbids, and with what inputs show."""
-    refused = trial.refused(draft, inputs)
     names = [choice.site.name for choice in draft.choices]
-    unused = set() if inputs is None else trial.never_called(draft.model, names, inputs)
+    called = set(names) if inputs is None else passage(draft.model, names, inputs).called
+    unused = (set(names) & sites.by_name(draft.model).keys()) - called
+    refused = trial.refused(draft, inputs)
     choices = [
         replace(choice, target=KEEP, rewrite=None, reason=refused[choice.site.name])
         if choice.rewrite is not None and choice.site.name in refused
         else replace(choice, unused=choice.site.name in unused)
         for choice in draft.choices
     ]
-    return replace(draft, choices=choices)
+    return replace(draft, choices=choices, example_inputs=inputs)
 
 
 _OUT_OF_SIGHT = (

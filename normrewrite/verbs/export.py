@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from normrewrite import sites
-from normrewrite.data import Batch, Data, argument_names, as_data
+from normrewrite.data import Data, argument_names, as_data
 from normrewrite.deployment import onnx_file
 from normrewrite.deployment.onnx_ranges import tensors
 from normrewrite.deployment.precision import PRECISIONS, Precision, cast_model
 from normrewrite.deployment.precision import keep_io_types as cast_io
 from normrewrite.deployment.quantise import RANGES, Ranges, activations, quantise, unkept
 from normrewrite.errors import NormRewriteError, first_line, nearest
-from normrewrite.execution import runner
+from normrewrite.execution import device_of
 from normrewrite.files import check_writable
 from normrewrite.lower.onnx import add_bodies, as_nodes, fitted, inlined
 from normrewrite.nn.batch import BatchNorm
@@ -38,6 +38,7 @@ from normrewrite.records.ranges import LearnedRanges
 from normrewrite.sites import graph
 from normrewrite.sites.neighbours import has_hooks
 from normrewrite.verbs.bake import bake_
+from normrewrite.verbs.passage import Passage, limit, passage, why_apart
 
 Deploy = Literal["fold", "op"]
 DEPLOYS: tuple[Deploy, ...] = ("fold", "op")
@@ -111,6 +112,7 @@ def export(
     path = Path(path)
     check_writable(path, force)
     _check_request(opset, deploy, bodies, precision, ranges, calibrate, learned)
+    _check_dtype(model, opset, precision)
     if has_hooks(model):
         raise NormRewriteError(
             f"hooks on the whole {type(model).__name__}: torch's exporter leaves them out. Remove them, or export a module whose "
@@ -120,12 +122,14 @@ def export(
     inputs = _examples(example_inputs, argument_names(model))
     names = argument_names(model)[: len(inputs)]
     keys = names if len(names) == len(inputs) else [f"input_{i}" for i in range(len(inputs))]  # forward(*inputs)
-    runner(model)(Batch(dict(zip(keys, inputs, strict=True))))  # input that doesn't fit is told in plain words
+    before = passage(model, (), inputs)  # input that doesn't fit is told in plain words
     if live_stats and not any(isinstance(module, BatchNorm) for module in model.modules()):
         raise NormRewriteError("--live-stats: the model holds no batch norm of normrewrite's. Convert it first.")
     lowered, live = as_nodes(deepcopy(model).cpu().eval(), live_stats)
     folded, outcome, notes = fold(lowered, inputs, forwards=learned is None)
     _refuse_live(folded, live_stats)
+    plain = fold(model, inputs, forwards=learned is None)[0] if live else folded  # a node of its own has no numbers yet
+    _compare(before, model, plain, inputs)
     inputs = cast_model(folded, inputs, precision)
     _check_weights(folded, path)
     proto = _to_onnx(folded, inputs, names, opset, dynamic_batch, dynamic_size)
@@ -151,6 +155,19 @@ def export(
     onnx_file.write(proto, path, force)
     nodes = dict(Counter(node.op_type for node in proto.graph.node))
     return Exported(str(path), opset, outcome.into_neighbour, outcome.to_affine, notes, nodes, live, precision, deploy)
+
+
+def _compare(before: Passage, model: nn.Module, folded: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Raises where folding made another function of it; the model's own device tells, as it may have no half elsewhere."""
+    after = passage(folded.to(device_of(model)), (), inputs)
+    apart = why_apart(before, after, limit(model))
+    folded.cpu()
+    if apart is not None:
+        raise NormRewriteError(
+            f"folded, {type(model).__name__} computes another function on the example inputs: {apart}. No file was written. Its "
+            "forward may do what a trace can't tell: export a module that does one thing.",
+            exit_code=1,
+        )
 
 
 def _examples(given: Tensor | Sequence[Tensor] | Mapping[str, Tensor], names: list[str]) -> tuple[Tensor, ...]:
@@ -225,12 +242,17 @@ def _check_request(
         )
     if precision != "int8" and calibrate is not None:
         raise NormRewriteError(f"--calibrate goes with --precision int8: {precision} needs no data.")
-    if precision == "bf16" and opset < _BF16_OPSET:
-        raise NormRewriteError(
-            f"--opset {opset}: many operators take bf16 only from opset {_BF16_OPSET}. Ask for that."
-        )
     if deploy == "fold" and not bodies:
         raise NormRewriteError("--no-bodies goes with --deploy op: a folded file holds no functions.")
+
+
+def _check_dtype(model: nn.Module, opset: int, precision: Precision) -> None:
+    kept = precision != "fp16" and any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+    if (precision == "bf16" or kept) and opset < _BF16_OPSET:
+        what = "" if precision == "bf16" else f" The {type(model).__name__} is in bf16."
+        raise NormRewriteError(
+            f"--opset {opset}: many operators take bf16 only from opset {_BF16_OPSET}. Ask for that.{what}"
+        )
 
 
 def _check_weights(model: nn.Module, path: Path) -> None:
@@ -270,7 +292,8 @@ def fold(
         bake_(copied)
     rewrite = FoldAffine(example_inputs, forwards=forwards)
     try:
-        traced = graph.trace(copied)
+        given = None if example_inputs is None else len(example_inputs)
+        traced = graph.trace(copied, given=given)
     except graph.Untraceable as error:
         whole, _ = rewrite.apply(copied)
         return whole, rewrite.outcome, [f"norms are not folded into their neighbours: {error}"]

@@ -24,7 +24,6 @@ from normrewrite.nn.batch import BatchNorm, FrozenBatchNorm
 from normrewrite.nn.mean_only import MeanOnlyBatchNorm
 from normrewrite.nn.parts import deepcopy
 from normrewrite.sites import Site, looks
-from normrewrite.sites.modes import evaluating
 from normrewrite.tolerances import SAME_NETWORK, worst
 from normrewrite.verbs.verify import verify
 
@@ -217,16 +216,3 @@ def _moves(norm: nn.Module) -> bool:
 def _in_mode(model: nn.Module, training: bool) -> nn.Module:
     model.train() if training else model.eval()
     return model
-
-
-# --- which norms are called ----------------------------------------------------------------------------------------------
-
-
-def never_called(model: nn.Module, names: Sequence[str], inputs: Sequence[Tensor]) -> set[str]:
-    """The named modules of the model that forward does not call in eval; none where it can't run on the inputs by position."""
-    try:
-        with evaluating(model):
-            called = {call.name for call in _run(model, names, inputs).calls}
-    except Exception:  # the model's own code runs here; who compares or folds tells what is wrong
-        return set()
-    return (set(names) & sites.by_name(model).keys()) - called

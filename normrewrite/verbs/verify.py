@@ -132,10 +132,10 @@ _DTYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", 
 
 def _limit(*networks: Network) -> tuple[str, Limit]:
     """The limit of the coarser of two networks, and whose it is."""
-    return max((_own_limit(network) for network in networks), key=lambda found: found[1].tolerance)
+    return max((own_limit(network) for network in networks), key=lambda found: found[1].tolerance)
 
 
-def _own_limit(network: Network) -> tuple[str, Limit]:
+def own_limit(network: Network) -> tuple[str, Limit]:
     if isinstance(network, nn.Module):
         kinds = {_DTYPES[p.dtype] for p in network.parameters() if p.dtype in _DTYPES} or {"fp32"}
         kind = max(kinds, key=lambda kind: LIMITS[kind].tolerance)

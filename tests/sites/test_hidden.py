@@ -107,9 +107,14 @@ def test_a_norm_that_is_never_called_is_called_that(to: str) -> None:
     assert "never called" not in str(nr.plan(_Dead(), to="l1"))  # nothing was run
 
 
-def test_a_trace_tells_it_too_and_inputs_of_another_shape_nothing() -> None:
+def test_a_trace_tells_it_too() -> None:
     assert "is never called in eval" in str(nr.plan(_Dead(), to="none"))
-    assert "never called" not in str(nr.plan(_Dead(), to="l1", example_inputs=[X[:, :2]]))
+
+
+@pytest.mark.parametrize("to", ["l1", "none", "wn", "group:2"])
+def test_inputs_that_do_not_fit_are_told(to: str) -> None:
+    with pytest.raises(nr.NormRewriteError, match=r"can't run on .*\(\d, 2, .*to have 3 channels"):
+        nr.plan(_Dead(), to=to, example_inputs=[X[:, :2]])
 
 
 class _Caches(nn.Module):
