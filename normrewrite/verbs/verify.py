@@ -155,4 +155,5 @@ def _asked(usual: Limit, tolerance: float | None, min_snr: float | None, min_agr
             f"tolerance {tolerance}, min_snr {min_snr}, min_agreement {min_agreement}: needed are a tolerance from 0, decibels, "
             "and a share from 0 to 1."
         )
-    return replace(usual, **{name: value for name, value in asked.items() if value is not None})
+    small = usual.small if tolerance is None else 1.0  # what is asked is of the whole output's largest
+    return replace(usual, small=small, **{name: value for name, value in asked.items() if value is not None})
