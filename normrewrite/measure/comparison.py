@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.masked import MaskedTensor
 
 from normrewrite.errors import NormRewriteError
 from normrewrite.measure.sums import Columns, Rows, Slices, masked
@@ -250,13 +251,14 @@ class Comparison:
         if not self.ok:
             return "DIFFERENT"
         if self.exact:
-            return "same function"
+            return "same function in what was compared" if self.left else "same function"
         return "within the tolerance given" if self.given else f"within {self.precision}'s tolerance"
 
     @property
     def verdict(self) -> str:
         found = f"{self.word}: largest difference {self.max_abs:.2e} over {self.inputs} inputs"
-        return "; ".join([f"{found}, tolerance {self.tolerance:g} of the largest output", *self._floors()])
+        left = [f"not compared: {', '.join(self.left)}"] if self.left else []
+        return "; ".join([f"{found}, tolerance {self.tolerance:g} of the largest output", *self._floors(), *left])
 
     def _floors(self) -> list[str]:
         """What else decided."""
@@ -270,8 +272,7 @@ class Comparison:
         return told
 
     def __str__(self) -> str:
-        left = f"\nnot compared: {', '.join(self.left)}" if self.left else ""
-        return f"{table(self.head, self.rows())}\n{self.verdict}{left}"
+        return f"{table(self.head, self.rows())}\n{self.verdict}"
 
 
 def _faults(output: OutputDifference, limit: Limit) -> list[str]:
@@ -290,8 +291,8 @@ def _faults(output: OutputDifference, limit: Limit) -> list[str]:
 
 
 def _part_snr(limit: Limit) -> float:
-    """Of one row or column: half the decibels, as few numbers scatter more."""
-    return min(limit.min_snr, limit.min_snr / 2)
+    """Of a part of an output: fewer decibels, as few numbers scatter more; what has nothing in common has -3."""
+    return min(limit.min_snr, 0.3 * limit.min_snr)
 
 
 def _row_fault(rows: Rows, largest: float, limit: Limit) -> str:
@@ -304,7 +305,7 @@ def _row_fault(rows: Rows, largest: float, limit: Limit) -> str:
     off = int((gap > limit.tolerance * size.clamp_min(floor)).sum())
     if off:
         return f"{off} of {len(size)} rows off by more than {limit.tolerance:g} of their largest"
-    noisy = int((noise * 10 ** (_part_snr(limit) / 10) > signal).sum())
+    noisy = int(((noise > 0) & (10 * torch.log10(signal / noise) < _part_snr(limit))).sum())
     return f"{noisy} of {len(size)} rows with an SNR below {_part_snr(limit):g} dB" if 2 * noisy > len(size) else ""
 
 
@@ -316,10 +317,9 @@ def _column_fault(columns: Slices, limit: Limit) -> str:
     off = int((gap > limit.tolerance * size.clamp_min(floor)).sum())
     if off:
         return f"{off} of {len(size)} columns off by more than {limit.tolerance:g} of their largest"
-    ratio = 10 ** (_part_snr(limit) / 10)
     for freedom, squares, variation, noise in columns.of_one_size():
         shown = freedom >= _ENOUGH and variation > limit.least**2 * squares
-        if shown and noise * ratio > variation:
+        if shown and noise and _decibels(variation / noise) < _part_snr(limit):
             return f"some columns have an SNR of variation of {_decibels(variation / noise):.1f} dB, {_part_snr(limit):g} needed"
     return ""
 
@@ -365,7 +365,7 @@ def comparable(value: object) -> Tensor | None:
     if isinstance(value, bool | int | float | complex | np.generic | np.ndarray):
         array = np.asarray(value)
         return torch.from_numpy(array.copy()) if array.dtype.kind in "biufc" else None
-    if not isinstance(value, Tensor) or value.is_meta:
+    if not isinstance(value, Tensor) or isinstance(value, MaskedTensor) or value.is_meta:
         return None
     value = value.detach()
     if value.is_quantized:

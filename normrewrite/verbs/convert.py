@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from normrewrite import rules as rules_
 from normrewrite import sites
 from normrewrite.errors import NormRewriteError
+from normrewrite.execution import dtype_of, fitted_to
 from normrewrite.measure.exactness import Probe, measured, tolerance
 from normrewrite.nn.parts import deepcopy
 from normrewrite.norms import Gain
@@ -180,6 +181,9 @@ def plan(
         raise NormRewriteError(
             f"the model is wrapped in {type(model).__name__}. Convert model.module, then wrap the result again."
         )
+    if example_inputs is not None:
+        dtype = dtype_of(model)
+        example_inputs = [fitted_to(dtype, value) for value in example_inputs]
     scopes = as_scopes(scope)
     pairs = rules_.as_rules(rules)
     asked = dict.fromkeys([to, *(target for _, target in pairs if target != KEEP)])
