@@ -120,7 +120,9 @@ def check_dense(inputs: Mapping[str, Tensor], where: str) -> None:
         nested = values.is_nested
         plain = values.layout == torch.strided and not (values.is_meta or values.is_quantized or nested)
         if not plain:
-            kind = "meta" if values.is_meta else "nested" if nested else "quantised" if values.is_quantized else "sparse"
+            kind = (
+                "meta" if values.is_meta else "nested" if nested else "quantised" if values.is_quantized else "sparse"
+            )
             raise NormRewriteError(f"{where}: {name} is a {kind} tensor; give dense ones with their numbers.")
 
 

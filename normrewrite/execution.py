@@ -55,7 +55,8 @@ def _paths(outputs: object, name: str, path: tuple[object, ...]) -> Iterator[tup
         return
     if len(path) == _DEEPEST:
         raise NormRewriteError(
-            f"forward returns lists in lists, {_DEEPEST} deep and more, or one that holds itself. Return its tensors side by side."
+            f"forward returns lists in lists, {_DEEPEST} deep and more, or one that holds itself. Return its tensors side by "
+            "side."
         )
     for part, key, value in parts:
         yield from _paths(value, part, (*path, key))
@@ -205,7 +206,9 @@ def _session(path: Path) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what goes wrong is raised, too
     options.intra_op_num_threads = torch.get_num_threads()
-    if onnx_file.holds(path, "fp16"):  # changing layouts, onnxruntime 1.32 dies of some, those of recurrent layers among them
+    if onnx_file.holds(
+        path, "fp16"
+    ):  # changing layouts, onnxruntime 1.32 dies of some, those of recurrent layers among them
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

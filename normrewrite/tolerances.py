@@ -32,8 +32,8 @@ class Limit:
 
     tolerance: of one number, in units of its output's largest. min_snr: in dB, of what an output tells: how it varies from
     input to input. min_agreement: share of inputs with the same class. least: the variation, in units of the output, below
-    which a precision can't show it. constant: how far outputs may be apart that don't vary, in units of their size. small: rows and
-    columns below this share of the output are held to as much of it, as rounding may come from larger numbers.
+    which a precision can't show it. constant: how far outputs may be apart that don't vary, in units of their size. small: rows
+    and columns below this share of the output are held to as much of it, as rounding may come from larger numbers.
     """
 
     tolerance: float

@@ -72,7 +72,9 @@ class OutputDifference:
         nothing but its size, which has `limit.min_snr` where it agrees to `limit.constant`.
         """
         columns = self.columns.values()
-        count, total = (sum(float(x.sum()) for x in each) for each in zip(*((c.count, c.total) for c in columns), strict=True))
+        count, total = (
+            sum(float(x.sum()) for x in each) for each in zip(*((c.count, c.total) for c in columns), strict=True)
+        )
         by_row = sum(float(column.variation.sum()) for column in columns)
         whole = self.signal - total**2 / max(count, 1)
         for variation, least in ((by_row, limit.least), (whole, limit.least / 10)):
@@ -251,7 +253,7 @@ class Comparison:
         if not self.ok:
             return "DIFFERENT"
         if self.exact:
-            return "same function in what was compared" if self.left else "same function"
+            return "same function in what was compared" if any(map(_is_something, self.left)) else "same function"
         return "within the tolerance given" if self.given else f"within {self.precision}'s tolerance"
 
     @property
@@ -273,6 +275,10 @@ class Comparison:
 
     def __str__(self) -> str:
         return f"{table(self.head, self.rows())}\n{self.verdict}"
+
+
+def _is_something(left: str) -> bool:
+    return not left.endswith("(NoneType)")
 
 
 def _faults(output: OutputDifference, limit: Limit) -> list[str]:

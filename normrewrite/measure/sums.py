@@ -76,6 +76,7 @@ class Columns:
         sums = (flat(x).sum(1) for x in (freedom, self.squares, self.variation, self.noise))
         return Slices(*sums, *(flat(x).amax(1) for x in (self.largest, self.gap)))
 
+
 @dataclass(frozen=True)
 class Slices:
     """Of each part of an output along one axis. freedom: numbers less the means that variation is taken from."""
