@@ -45,8 +45,8 @@ def verify(
     labels: (N,), for top-1. tolerance: of an output's largest number; min_snr: dB of signal, which is how an output varies from
     input to input, to noise; min_agreement: share of inputs that get the same class, where there are classes. By default all
     three are those of the coarser precision (normrewrite.tolerances.LIMITS), 1e-4, 20 dB and 0 for fp32. Whole numbers are
-    compared exactly. Floats are cast to the one dtype of a model's layers of torch's kinds. each: called with the number of inputs
-    after every batch. Raises NormRewriteError where outputs can't be compared.
+    compared exactly. Floats are cast to the one dtype of a model's layers of torch's kinds. each: called with the number of
+    inputs after every batch. Raises NormRewriteError where outputs can't be compared.
     """
     data = _data(inputs, labels, a, b)
     kind, usual = _limit(a, b)
