@@ -104,6 +104,7 @@ class Data:
 
 def sound(batch: Batch, where: str = "the data") -> Batch:
     """The batch with labels as int64. Raises where there is not one whole number an input."""
+    check_dense(batch.inputs, where)
     if batch.labels is None:
         return batch
     labels = _labels(batch.labels, where)
@@ -112,6 +113,18 @@ def sound(batch: Batch, where: str = "the data") -> Batch:
             f"{where}: {len(labels)} labels for {len(batch)} inputs. Both must have the same number."
         )
     return replace(batch, labels=labels)
+
+
+def check_dense(inputs: Mapping[str, Tensor], where: str) -> None:
+    """Raises for sparse, nested and quantised tensors, and for those on the meta device, which hold no numbers."""
+    for name, values in inputs.items():
+        nested = values.is_nested
+        plain = values.layout == torch.strided and not (values.is_meta or values.is_quantized or nested)
+        if not plain:
+            kind = (
+                "meta" if values.is_meta else "nested" if nested else "quantised" if values.is_quantized else "sparse"
+            )
+            raise NormRewriteError(f"{where}: {name} is a {kind} tensor; give dense ones with their numbers.")
 
 
 def check_finite(batch: Batch, what: str) -> None:
@@ -392,6 +405,7 @@ def _batch(item: object, first: str, where: str) -> Batch:
         raise NormRewriteError(
             f"{where}: gave a {type(item).__name__}; a batch is a tensor, (tensor, labels) or a dict of tensors."
         )
+    check_dense(inputs, where)
     batch = Batch(inputs, None if labels is None else _labels(labels, where))
     return _checked(inputs, labels, where) if batch.stacked else batch
 

@@ -32,7 +32,8 @@ class Limit:
 
     tolerance: of one number, in units of its output's largest. min_snr: in dB, of what an output tells: how it varies from
     input to input. min_agreement: share of inputs with the same class. least: the variation, in units of the output, below
-    which a precision can't show it. constant: how far outputs may be apart that don't vary, in units of their size.
+    which a precision can't show it. constant: how far outputs may be apart that don't vary, in units of their size. small: rows
+    and columns below this share of the output are held to as much of it, as rounding may come from larger numbers.
     """
 
     tolerance: float
@@ -40,6 +41,7 @@ class Limit:
     min_agreement: float
     least: float
     constant: float
+    small: float = 1e-2
 
 
 # Int8 has a step of 1/127 of each tensor's range and clips the largest 0.01 % of values, so a number may be off by a quarter of
@@ -53,7 +55,7 @@ LIMITS: dict[str, Limit] = {
     "fp32": Limit(SAME_NETWORK[torch.float32], min_snr=20, min_agreement=0, least=3e-5, constant=1e-4),
     "fp16": Limit(SAME_NETWORK[torch.float16], min_snr=20, min_agreement=0.9, least=0.05, constant=5e-3),
     "bf16": Limit(SAME_NETWORK[torch.bfloat16], min_snr=10, min_agreement=0.75, least=0.15, constant=0.03),
-    "int8": Limit(2.5e-1, min_snr=10, min_agreement=0.8, least=0.1, constant=0.02),
+    "int8": Limit(2.5e-1, min_snr=10, min_agreement=0.8, least=0.1, constant=0.02, small=1),
 }
 
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 import normrewrite as nr
 from normrewrite.data import Batch
-from normrewrite.execution import flat, leaves, runner
+from normrewrite.execution import dtype_of, flat, leaves, runner
 from normrewrite.training.losses import Objective
 from normrewrite.training.recipe import Recipe
+from normrewrite.verbs.bench import bench
 
 X = torch.randn(3, 2)
 
@@ -33,7 +34,8 @@ class Answer:
         ((X, [X, (X,)]), ["output_0", "output_1_0", "output_1_1_0"]),
         ({"b": X, "a": X}, ["b", "a"]),
         (OrderedDict(a={"w": X}, b={"w": X}), ["a.w", "b.w"]),  # none hides the other
-        ({"a": [X], "a_0": X}, ["a_0", "a_0'"]),
+        ({"a": [X], "a_0": X}, ["['a'][0]", "['a_0']"]),
+        ({"a.b_0": X, "a.b": [X], "a": {"b": [X]}, "c": X}, ["['a.b_0']", "['a.b'][0]", "['a']['b'][0]", "c"]),
         ([{"a": X}], ["output_0.a"]),
         (Answer(X, (X, X)), ["logits", "states_0", "states_1", "cache"]),
         ({1: X, "text": "yes", "none": None}, ["1", "text", "none"]),
@@ -111,3 +113,70 @@ def test_recurrent_layers_in_half(tmp_path: Path, kind: Any) -> None:
     nr.export(model, x, path, precision="fp16")
     compared = nr.verify(model, path, x)
     assert compared.ok and compared.word == "within fp16's tolerance" and compared.max_abs < 5e-3
+
+
+def test_outputs_without_end_are_told() -> None:
+    endless: list[object] = [X]
+    endless.append(endless)
+    deep: object = X
+    for _ in range(3000):
+        deep = [deep]
+    for outputs in (endless, deep):
+        with pytest.raises(nr.NormRewriteError, match="lists in lists"):
+            leaves(outputs)
+
+
+class Rude(Tensor):
+    @classmethod
+    def __torch_function__(cls, *args: object, **kwargs: object) -> Any:
+        raise ValueError("no")
+
+
+def test_a_subclass_of_tensor_is_a_tensor() -> None:
+    (found,) = leaves(X.clone().as_subclass(Rude)).values()
+    assert type(found) is Tensor and torch.equal(found, X)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_networks_of_every_dtype_run_on_floats(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(2, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)).eval().to(dtype)
+    x, twin = torch.randn(16, 2), nr.convert(model)
+    assert dtype_of(model) == dtype and nr.verify(model, twin, x).ok
+    nr.calibrate(nr.convert(model), x)
+    nr.calibrate(nr.convert(model, to="group:2"), x)
+    nr.finetune(nr.convert(model), [{"input": x}], epochs=1)
+    assert bench(model, twin, x, rounds=1).inputs == len(nr.advise(model, x).sites) * 16
+    assert nr.plan(model, "wn", example_inputs=(x,)).apply()[1].rewritten
+    nr.export(model, x, tmp_path / "plain.onnx")
+    nr.export(model, x, tmp_path / "int8.onnx", precision="int8", calibrate=x)
+    found = nr.verify(model, tmp_path / "plain.onnx", x)
+    assert found.ok and found.precision == {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, "fp32")
+
+
+def test_a_module_with_parameters_of_its_own_alone_is_given_what_comes() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2).half())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.weight.float()
+
+    assert dtype_of(Own()) is None and runner(Own())(Batch({"x": X}))["output"].dtype == torch.float32
+
+
+def test_onnxruntime_without_bf16_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    nr.export(nn.Linear(2, 3), X, path, precision="bf16", opset=22)
+    with pytest.raises(nr.NormRewriteError, match="no bf16: run such a file on a GPU"):
+        nr.verify(path, path, X)
+
+
+class Leaves(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        raise SystemExit(3)
+
+
+def test_a_forward_that_leaves_is_told() -> None:
+    with pytest.raises(nr.NormRewriteError, match=r"can't run on x \(3, 2\): SystemExit"):
+        nr.verify(Leaves(), Leaves(), X)

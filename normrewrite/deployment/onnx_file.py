@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from normrewrite.data import Batch
 from normrewrite.deployment import onnx_bounds, precision
 from normrewrite.errors import NormRewriteError, first_line, possible
@@ -92,16 +94,17 @@ def feed(batch: Batch, wanted: Sequence[str], where: object) -> dict[str, Any]:
         raise NormRewriteError(
             f"{where} takes {len(wanted)} inputs ({', '.join(wanted)}), the data has {len(batch.inputs)}."
         )
-    arrays = {name: tensor.detach().cpu().numpy() for name, tensor in batch.inputs.items()}
+    tensors = {name: tensor.detach().cpu() for name, tensor in batch.inputs.items()}
+    arrays = {name: (x.float() if x.dtype == torch.bfloat16 else x).numpy() for name, x in tensors.items()}
     return arrays if set(arrays) == set(wanted) else dict(zip(wanted, arrays.values(), strict=True))
 
 
-def is_half(path: Path) -> bool:
-    """Whether a file holds fp16 tensors. False where it can't be read, which its reader tells better."""
+def holds(path: Path, kind: str) -> bool:
+    """Whether a file holds tensors of a precision, as fp16. False where it can't be read, which its reader tells better."""
     import onnx
 
     try:
         proto = onnx.load(path, load_external_data=False)
     except Exception:  # protobuf has classes of its own
         return False
-    return "fp16" in precision.present(proto)
+    return kind in precision.present(proto)

@@ -15,18 +15,23 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.masked import MaskedTensor
 
 from normrewrite.errors import NormRewriteError
+from normrewrite.measure.sums import Columns, Rows, Slices, masked
 from normrewrite.records.report import table
 from normrewrite.tolerances import Limit
+
+_ENOUGH = 8  # numbers that vary, for a part of an output to be judged by its variation
 
 
 @dataclass
 class OutputDifference:
     """One output of A against B. Signal and noise are sums of squares; B is the signal.
 
-    whole: numbers are whole, and compared exactly: `differing` of them differ. columns: by the shape of one row, how many
-    rows there were and their sum, which tell how the output varies from row to row.
+    whole: numbers are whole, and compared exactly: `differing` of them differ. columns: by the shape of one row, the sums over
+    rows, which tell how the output varies from row to row; squares are in units of `unit`, so that none overflows. Constants
+    that stand for masked numbers count in none.
     """
 
     name: str
@@ -43,7 +48,9 @@ class OutputDifference:
     nan: int = 0  # in both
     whole: bool = True
     differing: int = 0
-    columns: dict[tuple[int, ...], tuple[int, Tensor]] = field(default_factory=dict)
+    unit: float = 0.0
+    columns: dict[tuple[int, ...], Columns] = field(default_factory=dict)
+    by_row: Rows = field(default_factory=Rows)
 
     @property
     def max_rel(self) -> float:
@@ -57,19 +64,20 @@ class OutputDifference:
     def _decibels(self, signal: float) -> float:
         if not self.noise:
             return math.inf
-        ratio = signal / self.noise
-        return 10 * math.log10(ratio) if 0 < ratio < math.inf else -math.inf
+        return _decibels(signal / self.noise)
 
     def variation_db(self, limit: Limit) -> float:
         """Signal to noise of what the output tells: how it varies from row to row; two networks may well have the rest of its
         size in common. Where it varies less than the precision can show, all its variation counts; of a constant there is
         nothing but its size, which has `limit.min_snr` where it agrees to `limit.constant`.
         """
-        columns = [(rows, values) for rows, values in self.columns.values() if rows and values.numel()]
-        count = sum(rows * values.numel() for rows, values in columns)
-        mean = sum(float(values.sum()) for _, values in columns) / max(count, 1)
-        by_row = self.signal - sum(float((values * values).sum()) / rows for rows, values in columns)
-        for variation, least in ((by_row, limit.least), (self.signal - count * mean**2, limit.least / 10)):
+        columns = self.columns.values()
+        count, total = (
+            sum(float(x.sum()) for x in each) for each in zip(*((c.count, c.total) for c in columns), strict=True)
+        )
+        by_row = sum(float(column.variation.sum()) for column in columns)
+        whole = self.signal - total**2 / max(count, 1)
+        for variation, least in ((by_row, limit.least), (whole, limit.least / 10)):
             if variation > least**2 * self.signal:
                 return self._decibels(variation)
         return limit.min_snr + self._decibels(limit.constant**2 * self.signal)
@@ -79,10 +87,18 @@ class OutputDifference:
         """Whether every row has a label that its classes can have."""
         return 0 < self.rows == self.labelled
 
-    @property
-    def agreement(self) -> float | None:
-        """Share of rows with the same class; None where there are no classes."""
-        return self.agreeing / self.rows if self.rows else None
+    def agreement(self, limit: Limit) -> float | None:
+        """Share of rows with the same class, or with two classes so close that the precision can't tell them; None where there
+        are no classes."""
+        if not self.rows:
+            return None
+        return int((torch.cat(self.by_row.short) <= limit.constant).sum()) / self.rows
+
+    def part_faults(self, limit: Limit) -> list[str]:
+        """What is wrong with single rows and columns: the larger ones tell nothing of the others."""
+        found = [_row_fault(self.by_row, self.largest, limit)]
+        found += [_column_fault(each, limit) for columns in self.columns.values() for each in columns.slices()]
+        return [fault for fault in found if fault]
 
     def add(self, a: Tensor, b: Tensor, labels: Tensor | None = None) -> None:
         if a.shape != b.shape:
@@ -93,6 +109,7 @@ class OutputDifference:
             self.differing += int((a.to(torch.int64) != b.to(torch.int64)).sum())
         else:
             self.whole = False
+        is_complex = a.is_complex() or b.is_complex()
         a, b = _real(a, b)
         none = a.isnan() & b.isnan()
         gap = torch.where(none | (a == b), 0.0, (a - b).abs()).nan_to_num(nan=math.inf, posinf=math.inf)
@@ -100,18 +117,26 @@ class OutputDifference:
         self.nan += int(none.sum())
         self.finite += int((a.isfinite() | b.isfinite()).sum())
         self.max_abs = max(self.max_abs, float(gap.max()) if gap.numel() else 0.0)
-        self.largest = max(self.largest, float(b[b.isfinite()].abs().max()) if b.isfinite().any() else 0.0)
-        self.noise += float((gap * gap).sum())
-        self._vary(torch.where(b.isfinite(), b, 0.0))
-        if has_classes(a) and not self.whole:
+        kept = b.isfinite() & ~masked(a, b)
+        b_kept = torch.where(kept, b, 0.0)
+        self.largest = max(self.largest, float(b_kept.abs().max()) if b.numel() else 0.0)
+        self._sum(b_kept, gap, kept)
+        if has_classes(a) and not self.whole and not is_complex:
             fits = labels is not None and len(labels) == len(a) > 0 and int(labels.max()) < a.shape[1]
             self._classes(a.argmax(1), b.argmax(1), labels if fits else None)
+            self.by_row.add_classes(a, b, b_kept.abs().amax(1))
 
-    def _vary(self, b: Tensor) -> None:
-        b = b if b.dim() else b[None]
-        rows, values = self.columns.get(tuple(b.shape[1:]), (0, torch.zeros((), dtype=torch.float64)))
-        self.columns[tuple(b.shape[1:])] = rows + len(b), values + b.sum(0)
+    def _sum(self, b: Tensor, gap: Tensor, kept: Tensor) -> None:
+        b, gap, kept = (values if values.dim() else values[None] for values in (b, gap, kept))
+        self.by_row.add(b, gap)
+        self.unit = self.unit or 2.0 ** max(-1000, min(1000, math.frexp(self.largest)[1] if self.largest else 0))
+        b, gap = b / self.unit, gap / self.unit
+        shape = tuple(b.shape[1:])
+        if shape not in self.columns:
+            self.columns[shape] = Columns.of(torch.empty(shape))
+        self.columns[shape].add(b, gap, kept)
         self.signal += float((b * b).sum())
+        self.noise += float((gap * gap).sum())
 
     def _classes(self, a: Tensor, b: Tensor, labels: Tensor | None) -> None:
         self.rows += len(a)
@@ -123,7 +148,8 @@ class OutputDifference:
     def cells(self, limit: Limit, labelled: bool) -> tuple[str, ...]:
         """As a row of `Comparison.head`."""
         top1 = [f"{100 * right / self.rows:.2f} %" if self.judged else "" for right in self.right if labelled]
-        same = "" if self.agreement is None else f"{100 * self.agreement:.2f} %"
+        agreement = self.agreement(limit)
+        same = "" if agreement is None else f"{100 * agreement:.2f} %"
         snr = (f"{self.snr_db:.1f}", f"{self.variation_db(limit):.1f}")
         return (self.name, f"{self.max_abs:.2e}", f"{self.max_rel:.2e}", *snr, same, *top1)
 
@@ -134,7 +160,7 @@ class OutputDifference:
         if self.whole:
             row["differing"] = self.differing
         if self.rows:
-            row["agreement"] = self.agreement
+            row["agreement"] = self.agreement(limit)
         if self.judged and labelled:
             row["top1"] = [right / self.rows for right in self.right]
         return row
@@ -185,7 +211,8 @@ class Comparison:
 
     @property
     def agreement(self) -> float | None:
-        return min((output.agreement for output in self.outputs if output.agreement is not None), default=None)
+        found = [output.agreement(self.limit) for output in self.outputs]
+        return min((share for share in found if share is not None), default=None)
 
     @property
     def ok(self) -> bool:
@@ -226,13 +253,14 @@ class Comparison:
         if not self.ok:
             return "DIFFERENT"
         if self.exact:
-            return "same function"
+            return "same function in what was compared" if any(map(_is_something, self.left)) else "same function"
         return "within the tolerance given" if self.given else f"within {self.precision}'s tolerance"
 
     @property
     def verdict(self) -> str:
         found = f"{self.word}: largest difference {self.max_abs:.2e} over {self.inputs} inputs"
-        return "; ".join([f"{found}, tolerance {self.tolerance:g} of the largest output", *self._floors()])
+        left = [f"not compared: {', '.join(self.left)}"] if self.left else []
+        return "; ".join([f"{found}, tolerance {self.tolerance:g} of the largest output", *self._floors(), *left])
 
     def _floors(self) -> list[str]:
         """What else decided."""
@@ -246,8 +274,11 @@ class Comparison:
         return told
 
     def __str__(self) -> str:
-        left = f"\nnot compared: {', '.join(self.left)}" if self.left else ""
-        return f"{table(self.head, self.rows())}\n{self.verdict}{left}"
+        return f"{table(self.head, self.rows())}\n{self.verdict}"
+
+
+def _is_something(left: str) -> bool:
+    return not left.endswith("(NoneType)")
 
 
 def _faults(output: OutputDifference, limit: Limit) -> list[str]:
@@ -258,10 +289,49 @@ def _faults(output: OutputDifference, limit: Limit) -> list[str]:
         faults.append(f"{output.max_rel:.2g} of the largest output, {limit.tolerance:g} allowed")
     if output.variation_db(limit) < limit.min_snr:
         faults.append(f"SNR of variation {output.variation_db(limit):.1f} dB, {limit.min_snr:g} needed")
-    apart = output.rows - output.agreeing
-    if apart > max(1.0, (1 - limit.min_agreement) * output.rows):  # one may always lie between two classes
-        faults.append(f"same class {100 * output.agreeing / output.rows:.1f} %, {100 * limit.min_agreement:g} needed")
-    return faults
+    agreement = output.agreement(limit)
+    if agreement is not None and agreement < limit.min_agreement and (1 - agreement) * output.rows > 1.5:
+        # one may always lie between two classes
+        faults.append(f"same class {100 * agreement:.1f} %, {100 * limit.min_agreement:g} needed")
+    return faults or output.part_faults(limit)
+
+
+def _part_snr(limit: Limit) -> float:
+    """Of a part of an output: fewer decibels, as few numbers scatter more; what has nothing in common has -3."""
+    return min(limit.min_snr, 0.3 * limit.min_snr)
+
+
+def _row_fault(rows: Rows, largest: float, limit: Limit) -> str:
+    """Rows with a number off by more than the tolerance of the row's own largest, of a median row's where it is smaller, as it
+    may be so by cancellation; or half of the rows with noise near their size."""
+    size, gap, signal, noise = rows.all()
+    if not size.numel():
+        return ""
+    floor = max(float(size.median()), limit.small * largest)
+    off = int((gap > limit.tolerance * size.clamp_min(floor)).sum())
+    if off:
+        return f"{off} of {len(size)} rows off by more than {limit.tolerance:g} of their largest"
+    noisy = int(((noise > 0) & (10 * torch.log10(signal / noise) < _part_snr(limit))).sum())
+    return f"{noisy} of {len(size)} rows with an SNR below {_part_snr(limit):g} dB" if 2 * noisy > len(size) else ""
+
+
+def _column_fault(columns: Slices, limit: Limit) -> str:
+    """Columns with a number off by more than the tolerance; or columns of one size, whose noise is near their variation, where
+    they vary by more than the precision can't show."""
+    size, gap = columns.largest, columns.gap
+    floor = max(float(size.median()), limit.small * float(size.max()))
+    off = int((gap > limit.tolerance * size.clamp_min(floor)).sum())
+    if off:
+        return f"{off} of {len(size)} columns off by more than {limit.tolerance:g} of their largest"
+    for freedom, squares, variation, noise in columns.of_one_size():
+        shown = freedom >= _ENOUGH and variation > limit.least**2 * squares
+        if shown and noise and _decibels(variation / noise) < _part_snr(limit):
+            return f"some columns have an SNR of variation of {_decibels(variation / noise):.1f} dB, {_part_snr(limit):g} needed"
+    return ""
+
+
+def _decibels(ratio: float) -> float:
+    return 10 * math.log10(ratio) if 0 < ratio < math.inf else -math.inf
 
 
 # --- which output is which --------------------------------------------------------------------------------------------
@@ -301,7 +371,7 @@ def comparable(value: object) -> Tensor | None:
     if isinstance(value, bool | int | float | complex | np.generic | np.ndarray):
         array = np.asarray(value)
         return torch.from_numpy(array.copy()) if array.dtype.kind in "biufc" else None
-    if not isinstance(value, Tensor) or value.is_meta:
+    if not isinstance(value, Tensor) or isinstance(value, MaskedTensor) or value.is_meta:
         return None
     value = value.detach()
     if value.is_quantized:

@@ -24,7 +24,7 @@ from torch.fx.node import map_arg
 from normrewrite import sites
 from normrewrite.data import Batch, Data
 from normrewrite.errors import NormRewriteError
-from normrewrite.execution import device_of, runner
+from normrewrite.execution import as_given, device_of, dtype_of, runner
 from normrewrite.lower.families import wide
 from normrewrite.nn.parts import deepcopy
 from normrewrite.nn.rows import RowNorm
@@ -119,7 +119,8 @@ def fit_(
         original = lift_(deepcopy(original))
     pairs = [_pair(site, original) for site in found]
     given = list(data.batches(batch_size))
-    batches = [batch.to(device_of(original)) for batch in given if batch.finite]
+    device, dtype = device_of(original), dtype_of(original)
+    batches = [as_given(batch.to(device), dtype) for batch in given if batch.finite]
     if not batches:
         raise NormRewriteError(
             f"there is nothing to fit on: {len(given)} batches were not finite."

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from normrewrite import sites
 from normrewrite.data import Batch, Data, argument_names, as_data
 from normrewrite.errors import NormRewriteError
-from normrewrite.execution import device_of
+from normrewrite.execution import device_of, dtype_of, fitted_to
 from normrewrite.measure.moments import (
     ENOUGH_CALLS,
     FP16_MAX,
@@ -262,7 +262,8 @@ def _drawn(data: Data) -> Data:
 
 def _example(model: nn.Module, data: Data) -> Sequence[Tensor]:
     """Two rows of every input, which tell the rank of linear layers' outputs."""
-    return [values.to(device_of(model)) for values in data.first(2).positional(argument_names(model))]
+    device, dtype = device_of(model), dtype_of(model)
+    return [fitted_to(dtype, values.to(device)) for values in data.first(2).positional(argument_names(model))]
 
 
 def _why_not(site: Site) -> str | None:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from normrewrite import rules as rules_
 from normrewrite import sites
 from normrewrite.errors import NormRewriteError
+from normrewrite.execution import dtype_of, fitted_to
 from normrewrite.measure.exactness import Probe, measured, tolerance
 from normrewrite.nn.parts import deepcopy, require_module
 from normrewrite.norms import Gain
@@ -198,6 +199,9 @@ def plan(
         raise NormRewriteError(
             f"the model is wrapped in {type(model).__name__}. Convert model.module, then wrap the result again."
         )
+    if example_inputs is not None:
+        dtype = dtype_of(model)
+        example_inputs = [fitted_to(dtype, value) for value in example_inputs]
     scopes = as_scopes(scope)
     pairs = rules_.as_rules(rules)
     require_text(to)

@@ -24,7 +24,7 @@ from normrewrite.deployment.precision import PRECISIONS, Precision, cast_model
 from normrewrite.deployment.precision import keep_io_types as cast_io
 from normrewrite.deployment.quantise import RANGES, Ranges, activations, quantise, unkept
 from normrewrite.errors import NormRewriteError, first_line, nearest
-from normrewrite.execution import device_of
+from normrewrite.execution import device_of, dtype_of, fitted_to
 from normrewrite.files import check_writable
 from normrewrite.lower.onnx import add_bodies, as_nodes, fitted, inlined
 from normrewrite.nn.batch import BatchNorm
@@ -119,16 +119,20 @@ def export(
             "forward calls this one."
         )
     graph.check_names(model)  # torch's exporter makes code of them, too
-    inputs = _examples(example_inputs, argument_names(model))
+    dtype = dtype_of(model)
+    inputs = tuple(fitted_to(dtype, value) for value in _examples(example_inputs, argument_names(model)))
     names = argument_names(model)[: len(inputs)]
     keys = names if len(names) == len(inputs) else [f"input_{i}" for i in range(len(inputs))]  # forward(*inputs)
     before = passage(model, (), inputs)  # input that doesn't fit is told in plain words
     if live_stats and not any(isinstance(module, BatchNorm) for module in model.modules()):
         raise NormRewriteError("--live-stats: the model holds no batch norm of normrewrite's. Convert it first.")
-    lowered, live = as_nodes(deepcopy(model).cpu().eval(), live_stats)
+    whole = deepcopy(model).cpu().eval()
+    if dtype not in (None, torch.float32):  # what the file is to compute in, `precision` says
+        whole, inputs = whole.float(), tuple(fitted_to(torch.float32, value) for value in inputs)
+    lowered, live = as_nodes(deepcopy(whole), live_stats)
     folded, outcome, notes = fold(lowered, inputs, forwards=learned is None)
     _refuse_live(folded, live_stats)
-    plain = fold(model, inputs, forwards=learned is None)[0] if live else folded  # a node of its own has no numbers yet
+    plain = fold(whole, inputs, forwards=learned is None)[0] if live else folded  # a node of its own has no numbers yet
     _compare(before, model, plain, inputs)
     inputs = cast_model(folded, inputs, precision)
     _check_weights(folded, path)
@@ -247,7 +251,8 @@ def _check_request(
 
 
 def _check_dtype(model: nn.Module, opset: int, precision: Precision) -> None:
-    kept = precision != "fp16" and any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+    mixed = dtype_of(model) is None  # one dtype throughout becomes fp32, and what `precision` asks for then
+    kept = precision != "fp16" and mixed and any(p.dtype == torch.bfloat16 for p in model.parameters())
     if (precision == "bf16" or kept) and opset < _BF16_OPSET:
         what = "" if precision == "bf16" else f" The {type(model).__name__} is in bf16."
         raise NormRewriteError(

@@ -45,8 +45,8 @@ def verify(
     labels: (N,), for top-1. tolerance: of an output's largest number; min_snr: dB of signal, which is how an output varies from
     input to input, to noise; min_agreement: share of inputs that get the same class, where there are classes. By default all
     three are those of the coarser precision (normrewrite.tolerances.LIMITS), 1e-4, 20 dB and 0 for fp32. Whole numbers are
-    compared exactly. each: called with the number of inputs after every batch. Raises NormRewriteError where outputs can't be
-    compared.
+    compared exactly. Floats are cast to the one dtype of a model's layers of torch's kinds. each: called with the number of
+    inputs after every batch. Raises NormRewriteError where outputs can't be compared.
     """
     for network in (a, b):
         require_network(network)
@@ -99,6 +99,9 @@ def _compared(differences: Mapping[str, OutputDifference], left: dict[str, str])
 def _data(inputs: Any, labels: Tensor | None, a: Network, b: Network) -> Data:
     names = _names(a, b)
     values = inputs.values() if isinstance(inputs, Mapping) else inputs
+    if isinstance(inputs, Tensor) and not inputs.dim():
+        raise NormRewriteError("inputs is a tensor without axes; needed is one row an input: (N, ...).")
+    values = [inputs] if isinstance(inputs, Tensor) else values  # it may be long, or sparse
     if isinstance(inputs, Tensor | Mapping | Sequence) and all(isinstance(value, Tensor) for value in values):
         return as_data(Data(whole=Batch(named(inputs, a, b), labels)), names)
     if isinstance(inputs, str | Mapping | np.ndarray) or not isinstance(inputs, Data | Iterable):
@@ -157,4 +160,5 @@ def _asked(usual: Limit, tolerance: float | None, min_snr: float | None, min_agr
             f"tolerance {tolerance}, min_snr {min_snr}, min_agreement {min_agreement}: needed are a tolerance from 0, decibels, "
             "and a share from 0 to 1."
         )
-    return replace(usual, **{name: value for name, value in asked.items() if value is not None})
+    small = usual.small if tolerance is None else 1.0  # what is asked is of the whole output's largest
+    return replace(usual, small=small, **{name: value for name, value in asked.items() if value is not None})

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import normrewrite as nr
 from normrewrite.measure.comparison import OutputDifference, comparable, matched
+from normrewrite.measure.sums import masked
 from normrewrite.tolerances import LIMITS
 
 
@@ -140,3 +141,23 @@ def test_one_number_of_one_input() -> None:
     """It varies by nothing, and is right where it is within the tolerance."""
     limit, b = LIMITS["fp32"], torch.tensor([[3.0]])
     assert of(b * (1 + 5e-5), b).variation_db(limit) > limit.min_snr > of(b * (1 + 5e-4), b).variation_db(limit)
+
+
+def test_constants_that_stand_for_masked_numbers() -> None:
+    numbers = torch.tensor([[1.0, -1e9, torch.finfo().min], [-1e9, 2.0, torch.finfo().min]])
+    assert masked(numbers, numbers).tolist() == [[False, True, True], [True, False, True]]
+    assert not masked(numbers + torch.tensor([0.0, 1e6, -1e35]), numbers).any()  # they differ
+    assert not masked(numbers[:1, :2], numbers[:1, :2]).any()  # one large number is a number
+    assert not masked(torch.zeros(2, 2), torch.zeros(2, 2)).any() and not masked(torch.zeros(0), torch.zeros(0)).any()
+
+
+@pytest.mark.parametrize("part", [(0, slice(None)), (slice(None), 0), (slice(None), slice(None), 0)])
+def test_a_part_of_another_size_has_to_agree(part: tuple[object, ...]) -> None:
+    """One row, one column along either axis, each a thousandth of the rest."""
+    b = torch.randn(32, 6, 4, dtype=torch.float64)
+    b[part] *= 1e-3
+    a = b.clone()
+    a[part] = a[part].flip(-1)
+    limit = LIMITS["fp32"]
+    assert of(a, b).part_faults(limit) and not of(b * (1 + 1e-6), b).part_faults(limit)
+    assert of(a, b).part_faults(LIMITS["fp16"]) or part[0] == 0  # one row of many is not told in a half

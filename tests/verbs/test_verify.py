@@ -46,6 +46,10 @@ SAME: list[tuple[Function, Function]] = [
     (lambda x: Answer(x), lambda x: {"logits": x, "note": None}),
     (lambda x: x.to_sparse(), lambda x: x),
     (lambda x: (x, 3), lambda x: [x, 3]),
+    (lambda x: {"a_0": 2 * x, "a": [x]}, lambda x: {"a": [x], "a_0": 2 * x}),
+    (lambda x: (x > 0).float().to_sparse_csr(), lambda x: (x > 0).float()),
+    (lambda x: x.double() * 1e200, lambda x: x.double() * 1e200),
+    (lambda x: torch.complex(x[:, 0], x[:, 1]), lambda x: torch.complex(x[:, 0], x[:, 1])),
 ]
 DIFFERENT: list[tuple[Function, Function]] = [
     (lambda x: {"a": x, "b": -x}, lambda x: {"b": x, "a": -x}),
@@ -58,9 +62,13 @@ DIFFERENT: list[tuple[Function, Function]] = [
     (lambda x: (x, 3), lambda x: (x, 4)),
     (lambda x: Answer(x), lambda x: Answer(2 * x)),
     (lambda x: x.to_sparse(), lambda x: (2 * x).to_sparse()),
+    (lambda x: (x > 0).float().to_sparse(), lambda x: (x > 0.1).float().to_sparse()),
+    (lambda x: {"a.b_0": x, "a.b": [x], "a": {"b": [x]}}, lambda x: {"a.b_0": x, "a.b": [2 * x], "a": {"b": [x]}}),
+    (lambda x: x.double() * 1e200, lambda x: x.double() * 2e200),
 ]
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
 @pytest.mark.parametrize(("a", "b", "same"), [*((*p, True) for p in SAME), *((*p, False) for p in DIFFERENT)])
 def test_what_is_the_same(a: Function, b: Function, same: bool) -> None:
     x = X[X.abs().sum(1).argsort()]
@@ -127,6 +135,7 @@ def test_wrong_labels_are_told(labels: Any, said: str) -> None:
             nr.calibrate(nr.convert(model), Data(Batch({"input": X}, labels)))
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors")
 def test_nothing_to_compare_is_told_output_by_output() -> None:
     nan = Returns(lambda x: (x, x * torch.nan))
     with pytest.raises(nr.NormRewriteError, match="output_1: both networks gave NaN or infinity alone"):
@@ -135,6 +144,9 @@ def test_nothing_to_compare_is_told_output_by_output() -> None:
     found = nr.verify(some, some, X)
     assert found.ok and len(found.left) == 3 and found.as_dict()["not_compared"] == found.left
     assert "numbers, NaN in both" in str(found) and "cache (object)" in str(found) and "none (empty)" in str(found)
+    masks = Returns(lambda x: (x, torch.masked.masked_tensor(x, x > 0)))
+    assert (found := nr.verify(masks, masks, X)).left == ["output_1 (MaskedTensor)"]
+    assert found.verdict.startswith("same function in what was compared: ") and found.left[0] in found.verdict
     with pytest.raises(nr.NormRewriteError, match=r"no tensor .* It gives output \(str\)"):
         nr.verify(Returns(lambda x: "yes"), Returns(lambda x: "yes"), X)
 
@@ -143,6 +155,76 @@ def test_nothing_to_compare_is_told_output_by_output() -> None:
 def test_limits_that_cannot_be(asked: dict[str, float]) -> None:
     with pytest.raises(nr.NormRewriteError, match="a share from 0 to 1"):
         nr.verify(nn.ReLU(), nn.ReLU(), X, **asked)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        (lambda: X.to_sparse(), "a sparse tensor"),
+        (lambda: [(X.to_sparse_csr(),)], "a sparse tensor"),
+        (lambda: {"x": X.to("meta")}, "a meta tensor"),
+        (lambda: torch.tensor(3.0), "without axes"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_inputs_that_no_network_is_run_on(inputs: Callable[[], Any], said: str) -> None:
+    with pytest.raises(nr.NormRewriteError, match=said):
+        nr.verify(Returns(lambda x: x), Returns(lambda x: x), inputs())
+
+
+# --- numbers of very different size in one output ---------------------------------------------------------------------
+
+ROWS = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
+ROWS[0] *= 1e5
+ONE, OTHER, BOX = (torch.randn(8, n, generator=torch.Generator().manual_seed(n)) for n in (10, 11, 4))
+OTHER, STEPS, MASK = OTHER[:, :10], 50.0 * torch.arange(10), torch.arange(10) > 6
+HALVES = (torch.float16, torch.bfloat16)
+Mixed = Callable[[Tensor, Tensor], Tensor]
+MIXED: list[tuple[Mixed, tuple[torch.dtype, ...]]] = [
+    (lambda x, w: (x @ w).masked_fill(MASK, -1e9), (torch.float32, *HALVES)),
+    (lambda x, w: (x @ w).masked_fill(MASK, torch.finfo().min), (torch.float32, *HALVES)),
+    (
+        lambda x, w: (x @ w).masked_fill(torch.arange(len(x))[:, None] % 3 == torch.arange(10) % 3, -1e9),
+        (torch.float32,),
+    ),
+    (lambda x, w: torch.cat([320 + 100 * x @ BOX, torch.sigmoid(x @ w)], 1)[..., None], (torch.float32, torch.float16)),
+    (lambda x, w: STEPS + x @ w, HALVES),
+]
+
+
+@pytest.mark.parametrize(("function", "dtypes"), MIXED)
+def test_large_numbers_hide_no_small_ones(function: Mixed, dtypes: tuple[torch.dtype, ...]) -> None:
+    x = ROWS[1:]
+
+    def network(w: Tensor, dtype: torch.dtype) -> nn.Module:
+        return Returns(lambda x: function(x, w).to(dtype)).to(dtype)
+
+    for dtype in dtypes:
+        assert not nr.verify(network(ONE, dtype), network(OTHER, dtype), x).ok, dtype
+        assert nr.verify(network(ONE, dtype), network(ONE * (1 + 1e-6), dtype), x).ok, dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(10,), (10, 1), (5, 2)])
+def test_a_large_row_hides_no_others(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    def wrong(x: Tensor) -> Tensor:
+        return torch.where(x.abs().amax(1, keepdim=True) > 1e3, x @ ONE, x @ OTHER)
+
+    def network(function: Function, dtype: torch.dtype) -> nn.Module:
+        return Returns(lambda x: function(x).unflatten(1, shape).to(dtype)).to(dtype)
+
+    right = network(lambda x: x @ ONE, dtype)
+    found = nr.verify(right, network(wrong, dtype), ROWS)
+    assert not found.ok and ("rows" in found.verdict or "same class" in found.verdict)
+    assert nr.verify(network(lambda x: x @ ONE, torch.float32), right, ROWS).ok
+
+
+def test_classes_that_a_precision_cannot_tell_apart_agree() -> None:
+    logits = 6 * torch.randn(8, 10, generator=torch.Generator().manual_seed(2))
+    whole = Returns(lambda x: torch.sigmoid(x @ logits + 8))
+    half = Returns(lambda x: torch.sigmoid(x @ logits + 8).half().float()).half()
+    found = nr.verify(whole, half, ROWS[1:])
+    assert found.ok and found.agreement == 1 > found.outputs[0].agreeing / 63
 
 
 class Graph(nn.Module):
