@@ -324,7 +324,8 @@ def _column_fault(columns: Slices, limit: Limit) -> str:
     if off:
         return f"{off} of {len(size)} columns off by more than {limit.tolerance:g} of their largest"
     for freedom, squares, variation, noise in columns.of_one_size():
-        shown = freedom >= _ENOUGH and variation > limit.least**2 * squares
+        seen = (limit.small * float(size.max())) ** 2 * freedom  # 8 bits have one step for large and small columns
+        shown = freedom >= _ENOUGH and variation > limit.least**2 * max(squares, seen)
         if shown and noise and _decibels(variation / noise) < _part_snr(limit):
             return f"some columns have an SNR of variation of {_decibels(variation / noise):.1f} dB, {_part_snr(limit):g} needed"
     return ""
