@@ -3,6 +3,7 @@
 >>> twin = load("twin.pt", arch="zoo.py:cifar10_resnet20")
 """
 
+import errno
 import json
 import warnings
 import zipfile
@@ -145,6 +146,10 @@ def recognise(path: Path) -> None:
     if path.is_dir():
         raise NormRewriteError(f"{path} is a folder. Give the model file itself.")
     if not path.is_file():
+        if path.is_symlink():
+            to = path.readlink()
+            what = "leads to itself" if _leads_to_itself(path) else f"leads to {to}, which is not there"
+            raise NormRewriteError(f"{path} is a link that {what}. Name the file itself.")
         beside = [entry.name for entry in path.parent.glob("*")] if path.parent.is_dir() else []
         raise NormRewriteError(f"{path}: there is no such file.{nearest(path.name, beside)}")
     if path.stat().st_size == 0:
@@ -164,6 +169,14 @@ def recognise(path: Path) -> None:
             f"{path} is a torch.export archive (.pt2): its graph is fixed for inference and can't be trained further. Convert "
             "the Python model (state_dict and --arch), then export the twin."
         )
+
+
+def _leads_to_itself(link: Path) -> bool:
+    try:
+        link.stat()
+    except OSError as error:
+        return error.errno == errno.ELOOP
+    return False
 
 
 def _zip_names(path: Path) -> list[str]:
