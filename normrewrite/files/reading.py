@@ -209,7 +209,9 @@ def _fill(model: nn.Module, content: Content, path: Path, arch: object) -> tuple
     record = content.manifest
     if record is not None:
         model = manifest.replay(model, record, str(path))
-    state, layout, note = layouts.fitted(content.state, content.layout, model.state_dict().keys())
+    wanted = model.state_dict().keys()
+    state, layout, note = layouts.fitted(content.state, content.layout, wanted)
+    state, layout = layouts.without_extra(state, layout, wanted)
     _take_dtypes(model, state)
     own = {} if isinstance(arch, nn.Module) else _taken(model, state)  # a module of the caller's keeps its memory
     try:
@@ -235,7 +237,12 @@ def _take_dtypes(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Give every tensor of the model its checkpoint's dtype: a half checkpoint stays half, and tied tensors stay tied."""
     for name, tensor in model.state_dict(keep_vars=True).items():
         given = state.get(name)
-        if given is not None and given.dtype != tensor.dtype and given.is_floating_point():
+        if (
+            isinstance(given, Tensor)
+            and isinstance(tensor, Tensor)
+            and given.dtype != tensor.dtype
+            and given.is_floating_point()
+        ):
             tensor.data = tensor.data.to(given.dtype)
 
 
@@ -244,7 +251,7 @@ def _taken(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     taken = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         given = state.get(name)
-        if isinstance(given, Tensor) and _alike(given, tensor):
+        if isinstance(given, Tensor) and isinstance(tensor, Tensor) and _alike(given, tensor):
             tensor.data = given
             taken[name] = tensor
     return taken
