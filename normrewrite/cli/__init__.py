@@ -12,7 +12,6 @@ from normrewrite.cli import console, deployment, rewriting, signals, training
 from normrewrite.cli.options import bounded
 from normrewrite.errors import NormRewriteError
 
-
 _STDERR = 2
 
 

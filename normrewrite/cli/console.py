@@ -20,7 +20,8 @@ from normrewrite.outside import visible
 class Visible:
     """A text stream that writes out what would act on a terminal, or what its encoding has not.
 
-    A reader that has gone is no fault of the command: what it would have read goes nowhere, and the exit code stays the command's.
+    A reader that has gone is no fault of the command: what it would have read goes nowhere, and the exit code is the
+    command's own.
     """
 
     def __init__(self, stream: IO[str] | None) -> None:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from normrewrite import files
 from normrewrite.commands.source import Source
 from normrewrite.data import Batch, Data, argument_names, open_data
 from normrewrite.data import example as example_input

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from normrewrite.files import scalars
+from normrewrite.files.arguments import ARGUMENTS, Global
 
 PACKAGES = ("torch.nn.modules.", "normrewrite.nn.", "torchvision.", "timm.", "transformers.")
 _DICTS, _TOLD = ("dict", "collections.OrderedDict"), 100  # what state_dicts are; globals whose place is looked for
@@ -93,12 +94,6 @@ def _archive(path: Path, free: Collection[str]) -> "Reader":
     return reader
 
 
-class Global(str):
-    """The dotted name of a global that the file asks for."""
-
-    __slots__ = ()
-
-
 class Made:
     """Something that the file puts together; `by`: what by. A storage has its bytes, and those of one number; of a list,
     whether what it holds may be in a set."""
@@ -148,7 +143,7 @@ class Reader:
                 raise self._unknown()
             (step, width), at = _STEPS[code], at + 1
             if isinstance(width, str):
-                argument, at = _ARGUMENTS[width](content, at)
+                argument, at = ARGUMENTS[width](content, at)
             else:
                 argument, at = content[at : at + width], at + width
                 if len(argument) < width:
@@ -320,35 +315,6 @@ def _text(reader: Reader, text: Any, encoding: Any = None) -> bool:
     return isinstance(text, str) and encoding in ("latin1", "latin-1")
 
 
-def _global(content: Any, at: int) -> tuple[Global, int]:
-    middle = content.find(b"\n", at)
-    end = content.find(b"\n", middle + 1)
-    if not at <= middle < end:
-        raise EOFError("the pickle has no end")
-    module = str(content[at:middle], "utf-8")
-    if module == "__builtin__":  # as Python 2 called it, and pickles still do
-        module = "builtins"
-    return Global(f"{module}.{str(content[middle + 1 : end], 'utf-8')}"), end + 1
-
-
-def _string(content: Any, at: int, width: int) -> tuple[bytes, int]:
-    """Bytes behind their number."""
-    start = at + width
-    end = start + int.from_bytes(content[at:start], "little")
-    return content[start:end], end
-
-
-def _unicode(content: Any, at: int) -> tuple[str, int]:
-    found, end = _string(content, at, 4)
-    return str(found, "utf-8", "surrogatepass"), end
-
-
-_ARGUMENTS: dict[str, Callable[[Any, int], tuple[Any, int]]] = {
-    "global": _global,
-    "int": lambda content, at: (unpack("<i", content[at : at + 4])[0], at + 4),
-    "short": lambda content, at: _string(content, at, 1),
-    "text": _unicode,
-}
 _Call = Callable[..., bool]
 _TENSORS: dict[str, _Call] = {
     "torch._utils._rebuild_tensor": Reader._tensor,
@@ -376,7 +342,7 @@ _CALLS: dict[str, _Call] = {
     scalars.DTYPE: lambda reader, code, *rest: isinstance(code, str) and bool(scalars.KIND.fullmatch(code)),
     **dict.fromkeys(scalars.NUMBERS, lambda reader, dtype, data: _made_by(dtype, scalars.DTYPE) and _encoded(data)),
 }
-# Instructions: what each does, and its argument: so many bytes, or one of _ARGUMENTS.
+# Instructions: what each does, and its argument: so many bytes, or one of ARGUMENTS.
 _Step = Callable[[Reader, Any], None]
 _STEPS: dict[int, tuple[_Step, int | str]] = {
     code[0]: (step, argument)

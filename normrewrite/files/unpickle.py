@@ -147,7 +147,8 @@ def _best(path: Path, names: list[str]) -> str:
     entries, dicts = pickled.entries(path)
     places = sorted({entries[name] for name in names if name in entries})
     if places and all(name in entries for name in names) and dicts.intersection(USUAL) - set(places):
-        return f"They are in its entry {', '.join(map(repr, places))}. Best: save the checkpoint without that, or with plain values in it."
+        where = ", ".join(map(repr, places))
+        return f"They are in its entry {where}. Best: save the checkpoint without that, or with plain values in it."
     return "Best: save a state_dict and name its code with --arch."
 
 
