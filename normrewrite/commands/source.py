@@ -57,6 +57,7 @@ class Source:
         self, outputs: Mapping[str, Path | None], force: bool, inputs: Mapping[str, object], kind: str = "a torch file"
     ) -> None:
         """As files.check_outputs, and the model file is no other output than a torch file by --force, which is its successor."""
+        files.recognise(self.path)  # a fault of the input is told before one of the output
         own = self.inputs()
         further = {option: path for option, path in outputs.items() if option != "-o"}
         if kind == "a torch file":

@@ -131,9 +131,10 @@ def _select(
         if isinstance(content, nn.Module):
             return keys, content
         if not isinstance(content, Mapping):
-            where = f"; --key takes one of {_keys(content)}" if isinstance(content, list | tuple) and content else ""
+            holds = f"{path}: --key {'.'.join(keys)}" if keys else f"{path}"
+            inner = f"; --key takes one of {_keys(content)}" if isinstance(content, list | tuple) and content else ""
             raise NormRewriteError(
-                f"{path} holds a {type(content).__name__}, neither a module nor a state_dict{where}."
+                f"{holds} holds a {type(content).__name__}, neither a module nor a state_dict{inner}."
             )
         if content and all(isinstance(value, Tensor) for value in content.values()):
             return keys, content
