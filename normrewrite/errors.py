@@ -33,6 +33,12 @@ def possible(path: Path, what: str = "") -> None:
     """Raises where the system can't have a file of this name (it is too long, say), or has none that can be read from its
     beginning: a pipe or a device may give nothing for ever. `what` stands before the name in the message."""
     try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise NormRewriteError(
+            f"{what}{path}: its name is no UTF-8, which readers and writers of torch files need. Rename it."
+        ) from error
+    try:
         found = path.exists() and not path.is_file() and not path.is_dir()
     except OSError as error:
         raise NormRewriteError(f"{what}{path}: {error.strerror}.") from error

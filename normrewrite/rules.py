@@ -13,7 +13,12 @@ Rules = Sequence[tuple[str, str]]
 
 
 def matches(pattern: str, site: Site) -> bool:
-    """Whether a dotted name, glob (`layer?.*.bn1`) or `re:` regular expression (whole name) fits any name of the site."""
+    """Whether a dotted name, glob (`layer?.*.bn1`) or `re:` regular expression (whole name) fits any name of the site.
+
+    A name itself always does, whatever its characters mean in a glob.
+    """
+    if pattern in site.names:
+        return True
     if pattern.startswith("re:"):
         return any(_compiled(pattern).fullmatch(name) for name in site.names)
     return any(fnmatchcase(name, pattern) for name in site.names)

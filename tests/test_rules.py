@@ -34,6 +34,9 @@ def site(*names: str) -> Site:
         ("re:a|b", ["b"], True),
         ("re:a|b", ["ab"], False),
         ("re:", [""], True),
+        ("bn[0]", ["bn[0]"], True),  # a name itself, whatever it means in a pattern
+        ("[red]x[/red]", ["[red]x[/red]"], True),
+        ("re:b", ["re:b"], True),
         ("layer1.+", ["layer1.+"], True),  # no regular expression without re:
     ],
 )

@@ -12,6 +12,8 @@ from normrewrite.cli import console, deployment, rewriting, signals, training
 from normrewrite.cli.options import bounded
 from normrewrite.errors import NormRewriteError
 
+_STDERR = 2
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="normrewrite", message="%(prog)s %(version)s")
@@ -40,8 +42,16 @@ for _command in (
 
 def main() -> None:
     """Run the command line; errors become one message and an exit code."""
+    _standard_handles()
     with console.visible_streams():
         _run()
+
+
+def _standard_handles() -> None:
+    """Those that are closed lead nowhere: else the next file that is opened would take what libraries print."""
+    while (handle := os.open(os.devnull, os.O_RDWR)) <= _STDERR:
+        pass
+    os.close(handle)
 
 
 def _run() -> None:

@@ -4,8 +4,11 @@ Names and texts out of files go to a terminal with their control characters writ
 verdict over another.
 """
 
+import io
 import json
 import math
+import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -15,19 +18,55 @@ from normrewrite.outside import visible
 
 
 class Visible:
-    """A text stream that writes out what would act on a terminal."""
+    """A text stream that writes out what would act on a terminal, or what its encoding has not.
 
-    def __init__(self, stream: IO[str]) -> None:
+    A reader that has gone is no fault of the command: what it would have read goes nowhere, and the exit code is the
+    command's own.
+    """
+
+    def __init__(self, stream: IO[str] | None) -> None:
+        if stream is None:  # closed by whoever started the command
+            stream = open(os.devnull, "w")  # noqa: PTH123, SIM115 (it stays open to the end)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
         self.stream = stream
 
     def write(self, text: str) -> int:
-        return self.stream.write(visible(text))
+        with _without_reader(self.stream):
+            self.stream.write(visible(_on_one_line(text)))
+        return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
-        self.stream.writelines(map(visible, lines))
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        with _without_reader(self.stream):
+            self.stream.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
+
+
+def _on_one_line(text: str) -> str:
+    """A text with the ends of lines written out that are in names on the command line: a file's name is no line of a result."""
+    for part in (part for given in sys.argv for part in _IN_NAMES.findall(given)):
+        text = text.replace(part, part.replace("\n", "\\n"))
+    return text
+
+
+_IN_NAMES = re.compile(r"[^/.\n]+\n[^/.]*|\n[^/.]+")
+
+
+@contextmanager
+def _without_reader(stream: IO[str]) -> Iterator[None]:
+    """Where nobody reads a pipe any more, it becomes the null device, which takes what is buffered, too."""
+    try:
+        yield
+    except BrokenPipeError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
 
 
 @contextmanager
@@ -83,6 +122,7 @@ def show(result: Result, *, as_json: bool = False, quiet: bool = False) -> None:
             _console().print(Shown(result.rich()))
         else:
             _coloured(str(result))
+    sys.stdout.flush()  # here, where a full disk behind it is told
 
 
 def _finite(value: Any) -> Any:

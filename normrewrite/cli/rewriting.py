@@ -176,5 +176,7 @@ def diff(a: Path, b: Path, as_json: bool, quiet: bool, **options: Any) -> None:
 
     result = diff_files(a, b, **options)
     console.show(result, as_json=as_json, quiet=quiet)
+    for note in () if quiet else result.notes:
+        click.echo(f"note: {note}", err=True)
     if not result.ok:
         sys.exit(1)

@@ -95,7 +95,9 @@ def _content(source: Source, given: list[Path]) -> files.Content:
             f"normrewrite verify MODEL --manifest {source.path.name}."
         )
     look = partial(files.look, allow=source.allow, trust=source.trust)
-    return by_key(look, source.key, source.path, *given)[0]
+    contents = by_key(look, source.key, source.path, *given)
+    source.notes.extend(note for content in contents for note in content.notes if note not in source.notes)
+    return contents[0]
 
 
 def _record_in(path: Path, source: Source) -> dict[str, Any] | None:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from normrewrite import files
 from normrewrite.commands.source import Source
 from normrewrite.data import Batch, Data, argument_names, open_data
 from normrewrite.data import example as example_input
@@ -57,7 +56,7 @@ def export(
 
     Ranges that an int8 training left in the file are used for int8.
     """
-    files.check_outputs({"-o": output}, force, {"MODEL": source.path, "--data": data, "--calibrate": calibrate})
+    source.check_outputs({"-o": output}, force, {"--data": data, "--calibrate": calibrate}, "an ONNX file")
     file = source.read()
     model, names = file.model, argument_names(file.model)
     seen = None if calibrate is None else open_data(calibrate, names, mean=mean, std=std)

@@ -30,6 +30,7 @@ class Side:
     sites: dict[str, dict[str, Any]] | None
     digests: dict[str, str]
     tensors: dict[str, Tensor] | None
+    notes: tuple[str, ...] = ()  # what people are to know of how it was read
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Difference:
     sites: list[SiteDifference]
     tensors: list[TensorDifference]
     compared: tuple[int, int]
+    notes: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -105,7 +107,13 @@ def read(path: Path, *, key: str | None = None, allow: Sequence[str] = (), trust
     content = files.look(path, key=key, allow=allow, trust=trust)
     described = manifest.describe(content.found) if isinstance(content.found, nn.Module) else content.manifest
     state = {name: tensor for name, tensor in content.state.items() if isinstance(tensor, Tensor)}
-    return Side(path.name, None if described is None else _by_name(described), digests.of_tensors(state), state)
+    return Side(
+        path.name,
+        None if described is None else _by_name(described),
+        digests.of_tensors(state),
+        state,
+        tuple(content.notes),
+    )
 
 
 def _by_name(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -118,7 +126,11 @@ def diff(a: Side, b: Side) -> Difference:
     tensors = list(dict.fromkeys((*a.digests, *b.digests))) if known else []
     sites = list(dict.fromkeys((*(a.sites or {}), *(b.sites or {}))))
     return Difference(
-        (a.name, b.name), list(_sites(a, b, sites)), list(_tensors(a, b, tensors)), (len(sites), len(tensors))
+        (a.name, b.name),
+        list(_sites(a, b, sites)),
+        list(_tensors(a, b, tensors)),
+        (len(sites), len(tensors)),
+        tuple(dict.fromkeys((*a.notes, *b.notes))),
     )
 
 

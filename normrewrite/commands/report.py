@@ -39,7 +39,7 @@ def report(
     text: print the whole of it beside a page, too.
     """
     asked = dict(locals())
-    files.check_outputs({"-o": output}, force, {"MODEL": source.path, "--original": original, "--data": data})
+    source.check_outputs({"-o": output}, force, {"--original": original, "--data": data}, "a page")
     if latency is not None and data is None:
         raise NormRewriteError("--latency of what input? Give --data FILE: the first one is timed.")
     original = original or _beside(source)

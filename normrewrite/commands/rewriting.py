@@ -142,7 +142,7 @@ def convert(
     rewrite(to, gain, as_scopes(scope))  # a wrong target is told before a large file is read
     output = output or derived(source.path, f"{slug(to)}.folded" if folded else slug(to))
     if not dry_run:
-        files.check_outputs({"-o": output, "--manifest": manifest}, force, {"--calibrate": calibrate})
+        source.check_outputs({"-o": output, "--manifest": manifest}, force, {"--calibrate": calibrate})
     each(f"reading {source.path.name}")
     file = source.read()
     data = None if calibrate is None else opened(calibrate, file.model, mean, std)
@@ -168,8 +168,8 @@ def convert(
         return _write_folded(twin, report, output, force, network)
     each(f"writing {output.name}")
     came = history.begun(source, file.manifest).then(history.step(convert, source, asked))
-    form = source.save(file, twin.cpu(), output, report=report, history=came, force=force)
-    files.write_manifest(twin, manifest, report, came, force)
+    with files.with_manifest(twin.cpu(), manifest, report, came, force):
+        form = source.save(file, twin, output, report=report, history=came, force=force)
     notes.append(_how_to_load(file.form, form, output))
     return Converted(report, str(output), form, network, calibration, "\n".join(filter(None, notes)))
 
@@ -198,7 +198,7 @@ def convert_again(
     _nothing_else(others)
     output = output or derived(source.path, "replayed")
     inputs = {"--calibrate": calibrate, "--replay": replay}
-    files.check_outputs({"-o": output, "--manifest": manifest}, force, inputs)
+    source.check_outputs({"-o": output, "--manifest": manifest}, force, inputs)
     record = files.record(replay, key=source.key, allow=source.allow, trust=source.trust)
     if record is None:
         raise NormRewriteError(
@@ -220,8 +220,8 @@ def convert_again(
         )
     each(f"writing {output.name}")
     came = history.begun(source, file.manifest).then(history.step(convert_again, source, asked, "convert"))
-    form = source.save(file, twin.cpu(), output, report=report, history=came, force=force)
-    files.write_manifest(twin, manifest, report, came, force)
+    with files.with_manifest(twin.cpu(), manifest, report, came, force):
+        form = source.save(file, twin, output, report=report, history=came, force=force)
     notes.append(_how_to_load(file.form, form, output))
     return Converted(report, str(output), form, network, calibration, "\n".join(filter(None, notes)))
 
@@ -346,7 +346,7 @@ def calibrate(
     """Bring a twin's training nearer to the original's eval on unlabelled data, and write it beside."""
     asked = dict(locals())
     output = output or derived(source.path, "calibrated")
-    files.check_outputs({"-o": output}, force, {"--data": data})
+    source.check_outputs({"-o": output}, force, {"--data": data})
     file = source.read()
     examples = opened(data, file.model, mean, std)
     twin, calibration = calibrate_model(file.model, examples, batch_size=batch_size, each=each)
@@ -378,7 +378,7 @@ def revert(source: Source, *, output: Path | None = None, force: bool = False) -
     """Write a twin's file back as a network with torch's own batch norms."""
     asked = dict(locals())
     output = output or derived(source.path, "reverted")
-    files.check_writable(output, force)
+    source.check_outputs({"-o": output}, force, {})
     file = source.read()
     came = history.begun(source, file.manifest).then(history.step(revert, source, asked))
     model, names, trained = reverted(file.model)

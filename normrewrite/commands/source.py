@@ -48,6 +48,23 @@ class Source:
             self.notes.extend(note for note in file.notes if note not in self.notes)
         return found
 
+    def inputs(self) -> dict[str, Path | None]:
+        """The files that every command reads, by what names them: the model's, and that of its code where it is a file."""
+        code = (self.arch or "").rpartition(":")[0]
+        return {"MODEL": self.path, "--arch": Path(code) if code.endswith(".py") else None}
+
+    def check_outputs(
+        self, outputs: Mapping[str, Path | None], force: bool, inputs: Mapping[str, object], kind: str = "a torch file"
+    ) -> None:
+        """As files.check_outputs, and the model file is no other output than a torch file by --force, which is its successor."""
+        files.recognise(self.path)  # a fault of the input is told before one of the output
+        own = self.inputs()
+        further = {option: path for option, path in outputs.items() if option != "-o"}
+        if kind == "a torch file":
+            files.check_outputs(further, force, own)
+            del own["MODEL"]
+        files.check_outputs(outputs, force, own | dict(inputs), kind)
+
     def save(self, file: files.ModelFile, model: nn.Module, output: Path, **options: Any) -> files.Form:
         """Write what came of a file in its form and layout; options: as of normrewrite.files.save."""
         layout = file.layout

@@ -64,7 +64,7 @@ def finetune(
     with checkpoints.claimed(folder, output):
         going_on = resume and checkpoints.newest_of(folder) is not None
         inputs = {"--data": data, "--val": val, "--teacher": teacher, "its folder of checkpoints": folder, "--log": log}
-        files.check_outputs({"-o": output, "the last epoch's weights": last}, force or going_on, inputs)
+        source.check_outputs({"-o": output, "the last epoch's weights": last}, force or going_on, inputs)
         if log is not None and log.exists() and not log.is_dir():
             raise NormRewriteError(f"--log {log} is a file. Name a folder for TensorBoard's.")
         if force and not resume:

@@ -3,7 +3,7 @@
 from normrewrite.files.layout import Layout, NoSuchKey
 from normrewrite.files.outputs import check_outputs, check_writable, write_atomically
 from normrewrite.files.reading import Content, ModelFile, load, look, read, recognise, record
-from normrewrite.files.writing import Form, save, write_manifest, write_tensors
+from normrewrite.files.writing import Form, save, with_manifest, write_tensors
 
 __all__ = [
     "Content",
@@ -19,7 +19,7 @@ __all__ = [
     "recognise",
     "record",
     "save",
+    "with_manifest",
     "write_atomically",
-    "write_manifest",
     "write_tensors",
 ]

@@ -27,6 +27,7 @@ USUAL = ("state_dict", "model_state_dict", "model", "ema", "net")
 _COMPILED = "_orig_mod"
 _WRAPPERS = ("module.", f"{_COMPILED}.")  # of DistributedDataParallel and torch.compile
 _COUNTERS = ("n_averaged",)  # of AveragedModel, beside the network's own names
+_EXTRA = "_extra_state"  # torch's own name for what a module's get_extra_state gives, which may be anything
 _DEEPEST = 8
 _ROOM, _PLAIN = 1 << 20, 64  # bytes of one thing that is carried along, and of one value in it
 
@@ -91,10 +92,14 @@ def find(content: object, key: str | None, path: Path) -> tuple[Weights, Layout,
     """
     known = of(content.get(manifest.KEY) if isinstance(content, Mapping) else None)
     own = known.key if known.key and _at(content, known.key) is not None else ("state_dict",)
-    asked = None if key is None else tuple(key.split("."))
-    if known.key == own and (asked is None or _at(content, asked) is None):
-        asked = own
+    asked = None if key is None else _named(content, key)
+    if known.key == own and not asked:
+        key, asked = None, own
+    if key is not None and asked is None:
+        raise _no_such_key(content, key, path)
     notes: list[str] = []
+    if asked and not all(isinstance(part, str) for part in asked):  # of a list, say: what goes out has a name
+        content, asked = _at(content, asked), None
     keys, found = _select(content, asked, path, notes)
     beside, left = _beside(content, keys) if isinstance(content, Mapping) and keys else ({}, [])
     layout = Layout(keys, beside=beside, left=tuple(left))
@@ -104,7 +109,7 @@ def find(content: object, key: str | None, path: Path) -> tuple[Weights, Layout,
         raise NormRewriteError(f"{path}: its state_dict has names that are no text. Save model.state_dict().")
     if unfit := next((name for name in found if not is_name(name)), None):
         raise NormRewriteError(f"{path}: its state_dict has {unfit!r:.80}: {CODE}. Rename the tensor.")
-    tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    tensors = {name: value for name, value in found.items() if isinstance(value, Tensor) or name.endswith(_EXTRA)}
     others = {name: value for name, value in found.items() if name not in tensors and name != manifest.KEY}
     layout = replace(layout, left=(*left, *(name for name, value in others.items() if not _is_small(value))))
     others = {name: value for name, value in others.items() if _is_small(value)}
@@ -113,51 +118,97 @@ def find(content: object, key: str | None, path: Path) -> tuple[Weights, Layout,
         layout = replace(layout, prefix=known.prefix, compiled=known.compiled)
     else:
         layout = replace(layout, prefix=_wrappers(tensors))
-    return *_taken(tensors, layout, _COUNTERS), notes
+    return *_taken(tensors, layout), notes
 
 
 def _select(
     content: object, asked: tuple[str, ...] | None, path: Path, notes: list[str]
 ) -> tuple[tuple[str, ...], Any]:
     """The keys to the module or state_dict in what a checkpoint holds, and that."""
-    keys = asked or ()
-    if asked is not None:
-        content = _by_key(content, asked, path)
+    keys, outermost = asked or (), content
+    content = _at(content, keys)
     for _ in range(_DEEPEST + 1):
         if isinstance(content, nn.Module):
             return keys, content
         if not isinstance(content, Mapping):
-            raise NormRewriteError(f"{path} holds a {type(content).__name__}, neither a module nor a state_dict.")
+            holds = f"{path}: --key {'.'.join(keys)}" if keys else f"{path}"
+            inner = f"; --key takes one of {_keys(content)}" if isinstance(content, list | tuple) and content else ""
+            raise NormRewriteError(
+                f"{holds} holds a {type(content).__name__}, neither a module nor a state_dict{inner}."
+            )
         if content and all(isinstance(value, Tensor) for value in content.values()):
             return keys, content
-        name = next((name for name in USUAL if isinstance(content.get(name), Mapping | nn.Module)), None)
+        name = next((name for name in USUAL if _leads(content.get(name))), None)
         sets = [str(each) for each, value in content.items() if isinstance(each, str) and _is_weights(value)]
         if name is None and any(isinstance(value, Tensor) for value in content.values()):
             return keys, content
         if name is None and len(sets) == 1:  # the only weights there are, whatever they are called
             name = sets[0]
         if name is None:
-            keys_here = ", ".join(map(str, list(content)[:12]))
-            raise NoSuchKey(f"{path}: no state_dict under {', '.join(USUAL)}. Name it with --key; keys: {keys_here}")
+            inner = f"; under {'.'.join(keys)}: {_keys(content)}" if keys else ""
+            raise NoSuchKey(
+                f"{path}: no state_dict under {', '.join(USUAL)}. Name it with --key; keys: {_keys(outermost)}{inner}"
+            )
         notes += [_of_others(path, keys, name, others)] if (others := [each for each in sets if each != name]) else []
         keys, content = (*keys, name), content[name]
     raise NormRewriteError(f"{path}: its dictionaries are nested without end. Name the state_dict with --key.")
 
 
-def _by_key(content: object, keys: tuple[str, ...], path: Path) -> object:
-    for part in keys:
-        if not isinstance(content, Mapping) or part not in content:
-            known = [str(name) for name in content] if isinstance(content, Mapping) else []
-            raise NoSuchKey(
-                f"{path}: --key {'.'.join(keys)}: there is no {part!r}.{nearest(part, known)} Keys: {', '.join(known[:12])}"
-            )
-        content = content[part]
-    return content
+def _leads(value: object) -> bool:
+    """Whether there are weights in it, at any depth; what stands at several places is looked at once."""
+    waiting, seen = [value], set[int]()
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, nn.Module | Tensor):
+            return True
+        if isinstance(each, Mapping) and id(each) not in seen:
+            seen.add(id(each))
+            waiting += each.values()
+    return False
 
 
-def _at(content: object, keys: Iterable[str]) -> object:
+def _named(content: object, key: str) -> tuple[Any, ...] | None:
+    """What leads to a dotted key: parts may have dots themselves, the longest first, or be numbers, of a list, too."""
+    parts = key.split(".")
+    for count in range(len(parts), 0, -1):
+        text, rest = ".".join(parts[:count]), ".".join(parts[count:])
+        for part in (text, int(text)) if text.isdecimal() and len(text) < 10 else (text,):
+            if _has(content, part):
+                further = _named(_at(content, (part,)), rest) if rest else ()
+                if further is not None:
+                    return (part, *further)
+    return None
+
+
+def _has(content: object, part: str | int) -> bool:
+    if isinstance(content, list | tuple):
+        return isinstance(part, int) and part < len(content)
+    return isinstance(content, Mapping) and part in content
+
+
+def _keys(content: object) -> str:
+    """What --key may name in it, as far as that is soon told."""
+    found = (
+        content if isinstance(content, Mapping) else range(len(content)) if isinstance(content, list | tuple) else ()
+    )
+    return ", ".join([str(each) for each in found][:12])
+
+
+def _no_such_key(content: object, key: str, path: Path) -> NoSuchKey:
+    """Says how far the key leads, and what there is then."""
+    done: tuple[Any, ...] = ()
+    parts = key.split(".")
+    for count in range(1, len(parts)):
+        done = _named(content, ".".join(parts[:count])) or done
+    inner = _at(content, done)
+    part = parts[min(len(done), len(parts) - 1)]
+    known = _keys(inner)
+    return NoSuchKey(f"{path}: --key {key}: there is no {part!r}.{nearest(part, known.split(', '))} Keys: {known}")
+
+
+def _at(content: object, keys: Iterable[Any]) -> object:
     for name in keys:
-        content = content.get(name) if isinstance(content, Mapping) else None
+        content = content[name] if _has(content, name) else None  # type: ignore[index]
     return content
 
 
@@ -182,18 +233,46 @@ def fitted(
     """The tensors by the names of a network that has those `wanted`: without what all their names in the file begin with, and
     without `_orig_mod` inside, where all of them fit then; as they were where nothing does. Also what is to be said of it."""
     file = layout.named(state) | {name: value for name, value in layout.among.items() if isinstance(value, Tensor)}
+    others = {name: value for name, value in layout.among.items() if name not in file}
     counters = [name for name in _COUNTERS if name not in wanted]
     names = [name for name in file if name not in counters]
     for prefix in _shared(names):
         short = [name.removeprefix(prefix) for name in names]
         compiled = sorted({module for name in short for module in _compiled_in(name)})
         for inner in ((), tuple(compiled)) if compiled else ((),):
-            found, own = _taken(file, replace(layout, prefix=prefix, compiled=inner, among={}), counters)
+            found, own = _taken(file, replace(layout, prefix=prefix, compiled=inner, among=others))
             if len(found) == len(names) and _fits(found, wanted):
-                rest = {name: value for name, value in layout.among.items() if name not in file}
-                told = "" if prefix == layout.prefix else _of_prefix(prefix)
-                return found, replace(own, among={**own.among, **rest}), told
-    return dict(state), layout, ""
+                return found, own, "" if prefix == layout.prefix else _of_prefix(prefix)
+    part = _one_part(file, wanted)
+    if part is None:
+        return dict(state), layout, ""
+    found, own = _taken(file, replace(layout, prefix=part, compiled=(), among=others))
+    large = [name for name, value in own.among.items() if not _is_small(value)]
+    own = replace(own, among={n: v for n, v in own.among.items() if n not in large}, left=(*own.left, *large))
+    return found, own, "" if part == layout.prefix else f"the names that begin with {part!r} fit, and were taken"
+
+
+def _one_part(file: Mapping[str, Tensor], wanted: Collection[str]) -> str | None:
+    """The only beginning of names behind which a whole network stands, beside others' names; None where there is none."""
+    first = next((name for name in wanted if not name.endswith("num_batches_tracked")), "")
+    parts = [name.removesuffix(first) for name in file if first and name.endswith(f".{first}")]
+    fit = [
+        part
+        for part in parts
+        if _fits({name.removeprefix(part): value for name, value in file.items() if name.startswith(part)}, wanted)
+    ]
+    return fit[0] if len(fit) == 1 else None
+
+
+def without_extra(
+    state: Mapping[str, Tensor], layout: Layout, wanted: Collection[str]
+) -> tuple[dict[str, Tensor], Layout]:
+    """Without the further states of modules, other than tensors, that the network does not ask for: these are carried along."""
+    extra = {name: value for name, value in state.items() if not isinstance(value, Tensor) and name not in wanted}
+    kept = {name: value for name, value in layout.named(extra).items() if _is_small(value)}
+    left = [name for name in layout.named(extra) if name not in kept]
+    own = {name: value for name, value in state.items() if name not in extra}
+    return own, replace(layout, among={**layout.among, **kept}, left=(*layout.left, *left))
 
 
 def _of_prefix(prefix: str) -> str:
@@ -209,12 +288,12 @@ def _fits(found: Mapping[str, Tensor], wanted: Collection[str]) -> bool:
     )
 
 
-def _taken(file: Mapping[str, Tensor], layout: Layout, counters: Collection[str]) -> tuple[dict[str, Tensor], Layout]:
-    """The tensors of a file by the names of its network; counters that have no part in it stand among them."""
-    apart = [name for name in counters if name in file and layout.prefix and not name.startswith(layout.prefix)]
+def _taken(file: Mapping[str, Tensor], layout: Layout) -> tuple[dict[str, Tensor], Layout]:
+    """The tensors of a file by the names of its network; what has not its prefix, as counters, stands among them."""
+    apart = {name: value for name, value in file.items() if not name.startswith(layout.prefix)}
     own = {name: value for name, value in file.items() if name not in apart}
     plain = {_without_compiled(name.removeprefix(layout.prefix), layout.compiled): each for name, each in own.items()}
-    return plain, replace(layout, among={**layout.among, **{name: file[name] for name in apart}})
+    return plain, replace(layout, among={**layout.among, **apart})
 
 
 def _wrappers(names: Iterable[str]) -> str:

@@ -8,8 +8,8 @@ import os
 import pickle
 import secrets
 import stat
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from normrewrite.errors import NormRewriteError, first_line, possible
@@ -17,20 +17,46 @@ from normrewrite.errors import NormRewriteError, first_line, possible
 _LONGEST = 40  # characters of a name that a temporary file's begins with, so that its own is never too long
 
 
-def check_outputs(outputs: Mapping[str, Path | None], force: bool, inputs: Mapping[str, object] | None = None) -> None:
-    """Raises early, before any work, where an output can't be written, or is another of the outputs, or one of the inputs.
+# What files are called, by what they hold; a name of another kind's is refused, as nothing would read the file by it.
+_SUFFIXES = {
+    "a torch file": (".pt", ".pth", ".ckpt", ".bin", ".safetensors"),
+    "an ONNX file": (".onnx",),
+    "an engine": (".engine",),
+    "a page": (".html",),
+    "a manifest": (".json",),
+    "code": (".py",),
+    "a torch.export archive": (".pt2",),
+    "data": (".npz", ".npy"),
+}
 
-    Both by the option that names them. None, and an input that is no file (`module:factory`), is left out.
+
+def check_outputs(
+    outputs: Mapping[str, Path | None], force: bool, inputs: Mapping[str, object] | None = None, kind: str = ""
+) -> None:
+    """Raises early, before any work, where an output can't be written, or is another of the outputs, or one of the inputs, or
+    is called as a file of another kind.
+
+    Both by the option that names them. None, and an input that is no file (`module:factory`), is left out. kind: of `-o`, a key
+    of _SUFFIXES.
     """
     taken = {option: Path(str(path)) for option, path in (inputs or {}).items() if path is not None}
     for option, path in outputs.items():
         if path is None:
             continue
+        _check_suffix(path, "a manifest" if option == "--manifest" else kind if option == "-o" else "")
         check_writable(path, force)
         clash = next((other for other, found in taken.items() if _same_file(path, found)), None)
         if clash is not None:
             raise NormRewriteError(f"output {path}: {clash} is the same file. Choose another name.")
         taken[option] = path
+
+
+def _check_suffix(path: Path, kind: str) -> None:
+    named = next((other for other, suffixes in _SUFFIXES.items() if path.suffix.lower() in suffixes), kind)
+    if kind and named != kind:
+        raise NormRewriteError(
+            f"output {path}: {path.suffix} is the name of {named}, and this is {kind}. Call it {' or '.join(_SUFFIXES[kind])}."
+        )
 
 
 def check_writable(path: str | Path, force: bool) -> None:
@@ -57,23 +83,44 @@ def write_atomically(path: Path, write: Callable[[str], object], force: bool) ->
     Of several processes that write one new name without `force` one succeeds. With it, the new file has the old one's mode
     and, where the system lets it, owner.
     """
+    with written_first(path, write, force) as put:
+        put()
+
+
+@contextmanager
+def written_first(path: Path, write: Callable[[str], object], force: bool) -> Iterator[Callable[[], None]]:
+    """As write_atomically, in two steps: the temporary file is whole inside, where another may be written, and what this gives
+    puts it in place. Of two files that belong together both then are written, or none."""
     check_writable(path, force)
     place = _place(path)
     temporary = str(place.with_name(f".{place.name[:_LONGEST]}.{secrets.token_hex(4)}.tmp"))
+
+    def put() -> None:
+        with _told(path):
+            _put(temporary, place, force)
+
     try:
-        like = _made(temporary, place)
-        write(temporary)
-        _take_after(temporary, like)
-        _put(temporary, place, force)
+        with _told(path):
+            like = _made(temporary, place)
+            write(temporary)
+            _take_after(temporary, like)
+        yield put
+    finally:
+        with suppress(OSError):
+            os.unlink(temporary)  # noqa: PTH108 (the shortest way, as a further signal may come)
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """What goes wrong with an output, in words."""
+    try:
+        yield
     except FileExistsError as error:
         raise _exists(path) from error
     except (pickle.PicklingError, AttributeError, TypeError, MemoryError, NormRewriteError):
         raise
     except Exception as error:  # a full disk is OSError, RuntimeError of torch's writer, or safetensors' own
         raise NormRewriteError(f"output {path}: {first_line(error)}. Nothing was written.") from error
-    finally:
-        with suppress(OSError):
-            os.unlink(temporary)  # noqa: PTH108 (the shortest way, as a further signal may come)
 
 
 def _exists(path: Path) -> NormRewriteError:

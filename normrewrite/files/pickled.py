@@ -19,7 +19,11 @@ from typing import Any
 
 import torch
 
+from normrewrite.files import scalars
+from normrewrite.files.arguments import ARGUMENTS, Global
+
 PACKAGES = ("torch.nn.modules.", "normrewrite.nn.", "torchvision.", "timm.", "transformers.")
+_DICTS, _TOLD = ("dict", "collections.OrderedDict"), 100  # what state_dicts are; globals whose place is looked for
 _STOP = pickle.STOP[0]
 _PICKLES = 5  # in a file of the format before torch 1.6: magic number, protocol, system, content, keys of storages
 _LARGEST = 1 << 28  # bytes that all tensors may have beyond four times what their storages hold
@@ -51,7 +55,17 @@ def fault(path: Path, free: Collection[str] = ()) -> str | None:
     Raises Wrong for what nobody should even look at again, Unknown for what torch's reader does not know either, and whatever
     comes of damage.
     """
-    return _wrong_in_archive(path, free) if is_archive(path) else _wrong_in_pickles(path, free)
+    return _read(path, free).wrong
+
+
+def entries(path: Path) -> tuple[dict[str, str], set[str]]:
+    """In which entry of a file's dict each global that it asks for stands first; and the entries that are dicts themselves."""
+    reader = _read(path, ())
+    return reader.entries, reader.dicts
+
+
+def _read(path: Path, free: Collection[str]) -> "Reader":
+    return _archive(path, free) if is_archive(path) else _pickles(path, free)
 
 
 def is_archive(path: Path) -> bool:
@@ -60,15 +74,15 @@ def is_archive(path: Path) -> bool:
         return file.read(4) == b"PK\x03\x04"
 
 
-def _wrong_in_pickles(path: Path, free: Collection[str]) -> str | None:
+def _pickles(path: Path, free: Collection[str]) -> "Reader":
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         reader, at = Reader(len(content), None, free), 0
         for _ in range(_PICKLES):
             at = reader.read(content, at)
-    return reader.wrong
+    return reader
 
 
-def _wrong_in_archive(path: Path, free: Collection[str]) -> str | None:
+def _archive(path: Path, free: Collection[str]) -> "Reader":
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
     sizes = {entry.filename: entry.file_size for entry in entries}
@@ -77,13 +91,7 @@ def _wrong_in_archive(path: Path, free: Collection[str]) -> str | None:
     storages = {name.partition("/data/")[2]: size for name, size in sizes.items()}
     reader = Reader(path.stat().st_size, storages, free)
     reader.read(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl"), 0)
-    return reader.wrong
-
-
-class Global(str):
-    """The dotted name of a global that the file asks for."""
-
-    __slots__ = ()
+    return reader
 
 
 class Made:
@@ -118,6 +126,9 @@ class Reader:
     def __init__(self, size: int, storages: Mapping[str, int] | None, free: Collection[str]) -> None:
         self.size, self.known, self.free = size, storages, free
         self.wrong: str | None = None
+        self.entries: dict[str, str] = {}
+        self.dicts: set[str] = set()
+        self.waiting: dict[str, list[Any]] = {}
         self.storages: dict[str, Made] = {}
         self.held = self.claimed = 0
 
@@ -132,7 +143,7 @@ class Reader:
                 raise self._unknown()
             (step, width), at = _STEPS[code], at + 1
             if isinstance(width, str):
-                argument, at = _ARGUMENTS[width](content, at)
+                argument, at = ARGUMENTS[width](content, at)
             else:
                 argument, at = content[at : at + width], at + width
                 if len(argument) < width:
@@ -144,6 +155,12 @@ class Reader:
 
     def _push(self, value: Any) -> None:
         self.stack.append(value)
+
+    def _global(self, name: Global) -> None:
+        """With what the outermost dict is to get so far; which of that are its keys shows once it gets them."""
+        if self.marks[:1] == [1] and len(self.waiting) < _TOLD:
+            self.waiting.setdefault(name, self.stack[1 : self.marks[1] if len(self.marks) > 1 else None])
+        self.stack.append(name)
 
     def _mark(self, _: bytes) -> None:
         self.marks.append(len(self.stack))
@@ -170,11 +187,22 @@ class Reader:
 
     def _set(self, many: bool) -> None:
         items = self._marked() if many else [self.stack.pop(), self.stack.pop()][::-1]
+        if len(self.stack) == 1:
+            self._place(items)
         for key, value in zip(items[::2], items[1::2], strict=True):
             if not _may_be_key(key):
                 raise Wrong("a dict in it has a key that no checkpoint has")
             if key in _COUNTS and isinstance(value, int) and value > _MANY:
                 raise Wrong(f"it has {key} of more than {_MANY:,}")
+
+    def _place(self, items: list[Any]) -> None:
+        """The outermost dict's entries: a global stands in the last that was there already when it came."""
+        keys = items[::2]
+        self.dicts |= {str(key) for key, value in zip(keys, items[1::2], strict=True) if _made_by(value, *_DICTS)}
+        for name, before in self.waiting.items():
+            here = [key for key, then in zip(keys, before[::2], strict=False) if key is then and isinstance(key, str)]
+            self.entries |= {name: here[-1]} if here else {}
+        self.waiting.clear()
 
     def _new(self, _: bytes) -> None:
         arguments, cls = self.stack.pop(), self.stack.pop()
@@ -198,8 +226,10 @@ class Reader:
         return Made(str(function))
 
     def _build(self, _: bytes) -> None:
-        self.stack.pop()
+        state = self.stack.pop()
         made = self.stack[-1].by
+        if made == scalars.DTYPE and isinstance(state, Tuple) and _plain(*state):
+            return
         if made != "collections.OrderedDict" and not made.startswith(PACKAGES) and made not in self.free:
             self._note(f"it gives attributes to what {made} made")
 
@@ -273,43 +303,18 @@ def _plain(*arguments: Any) -> bool:
     return all(isinstance(each, str | int | float | bytes | None) for each in arguments)
 
 
+def _made_by(value: object, *what: str) -> bool:
+    return isinstance(value, Made) and value.by in what
+
+
 def _encoded(value: object) -> bool:
-    return isinstance(value, Made) and value.by == "_codecs.encode"
+    return _made_by(value, "_codecs.encode")
 
 
 def _text(reader: Reader, text: Any, encoding: Any = None) -> bool:
     return isinstance(text, str) and encoding in ("latin1", "latin-1")
 
 
-def _global(content: Any, at: int) -> tuple[Global, int]:
-    middle = content.find(b"\n", at)
-    end = content.find(b"\n", middle + 1)
-    if not at <= middle < end:
-        raise EOFError("the pickle has no end")
-    module = str(content[at:middle], "utf-8")
-    if module == "__builtin__":  # as Python 2 called it, and pickles still do
-        module = "builtins"
-    return Global(f"{module}.{str(content[middle + 1 : end], 'utf-8')}"), end + 1
-
-
-def _string(content: Any, at: int, width: int) -> tuple[bytes, int]:
-    """Bytes behind their number."""
-    start = at + width
-    end = start + int.from_bytes(content[at:start], "little")
-    return content[start:end], end
-
-
-def _unicode(content: Any, at: int) -> tuple[str, int]:
-    found, end = _string(content, at, 4)
-    return str(found, "utf-8", "surrogatepass"), end
-
-
-_ARGUMENTS: dict[str, Callable[[Any, int], tuple[Any, int]]] = {
-    "global": _global,
-    "int": lambda content, at: (unpack("<i", content[at : at + 4])[0], at + 4),
-    "short": lambda content, at: _string(content, at, 1),
-    "text": _unicode,
-}
 _Call = Callable[..., bool]
 _TENSORS: dict[str, _Call] = {
     "torch._utils._rebuild_tensor": Reader._tensor,
@@ -334,14 +339,16 @@ _CALLS: dict[str, _Call] = {
     "builtins.complex": lambda reader, *rest: _plain(*rest),
     "builtins.bytearray": lambda reader, *rest: all(map(_encoded, rest)) or _text(reader, *rest),
     "_codecs.encode": _text,
+    scalars.DTYPE: lambda reader, code, *rest: isinstance(code, str) and bool(scalars.KIND.fullmatch(code)),
+    **dict.fromkeys(scalars.NUMBERS, lambda reader, dtype, data: _made_by(dtype, scalars.DTYPE) and _encoded(data)),
 }
-# Instructions: what each does, and its argument: so many bytes, or one of _ARGUMENTS.
+# Instructions: what each does, and its argument: so many bytes, or one of ARGUMENTS.
 _Step = Callable[[Reader, Any], None]
 _STEPS: dict[int, tuple[_Step, int | str]] = {
     code[0]: (step, argument)
     for code, step, argument in (
         (pickle.PROTO, lambda reader, _: None, 1),
-        (pickle.GLOBAL, Reader._push, "global"),
+        (pickle.GLOBAL, Reader._global, "global"),
         (pickle.BININT, Reader._push, "int"),
         (pickle.BININT1, lambda reader, data: reader._push(data[0]), 1),
         (pickle.BININT2, lambda reader, data: reader._push(int.from_bytes(data, "little")), 2),

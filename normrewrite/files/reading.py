@@ -3,6 +3,7 @@
 >>> twin = load("twin.pt", arch="zoo.py:cifar10_resnet20")
 """
 
+import errno
 import json
 import os
 import warnings
@@ -148,6 +149,10 @@ def recognise(path: Path) -> None:
     if path.is_dir():
         raise NormRewriteError(f"{path} is a folder. Give the model file itself.")
     if not path.is_file():
+        if path.is_symlink():
+            to = path.readlink()
+            what = "leads to itself" if _leads_to_itself(path) else f"leads to {to}, which is not there"
+            raise NormRewriteError(f"{path} is a link that {what}. Name the file itself.")
         beside = [entry.name for entry in path.parent.glob("*")] if path.parent.is_dir() else []
         raise NormRewriteError(f"{path}: there is no such file.{nearest(path.name, beside)}")
     if path.stat().st_size == 0:
@@ -167,6 +172,14 @@ def recognise(path: Path) -> None:
             f"{path} is a torch.export archive (.pt2): its graph is fixed for inference and can't be trained further. Convert "
             "the Python model (state_dict and --arch), then export the twin."
         )
+
+
+def _leads_to_itself(link: Path) -> bool:
+    try:
+        link.stat()
+    except OSError as error:
+        return error.errno == errno.ELOOP
+    return False
 
 
 def _zip_names(path: Path) -> list[str]:
@@ -199,7 +212,9 @@ def _fill(model: nn.Module, content: Content, path: Path, arch: object) -> tuple
     record = content.manifest
     if record is not None:
         model = manifest.replay(model, record, str(path))
-    state, layout, note = layouts.fitted(content.state, content.layout, model.state_dict().keys())
+    wanted = model.state_dict().keys()
+    state, layout, note = layouts.fitted(content.state, content.layout, wanted)
+    state, layout = layouts.without_extra(state, layout, wanted)
     _take_dtypes(model, state)
     own = {} if isinstance(arch, nn.Module) else _taken(model, state)  # a module of the caller's keeps its memory
     try:
@@ -225,7 +240,12 @@ def _take_dtypes(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Give every tensor of the model its checkpoint's dtype: a half checkpoint stays half, and tied tensors stay tied."""
     for name, tensor in model.state_dict(keep_vars=True).items():
         given = state.get(name)
-        if given is not None and given.dtype != tensor.dtype and given.is_floating_point():
+        if (
+            isinstance(given, Tensor)
+            and isinstance(tensor, Tensor)
+            and given.dtype != tensor.dtype
+            and given.is_floating_point()
+        ):
             tensor.data = tensor.data.to(given.dtype)
 
 
@@ -234,7 +254,7 @@ def _taken(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     taken = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         given = state.get(name)
-        if isinstance(given, Tensor) and _alike(given, tensor):
+        if isinstance(given, Tensor) and isinstance(tensor, Tensor) and _alike(given, tensor):
             tensor.data = given
             taken[name] = tensor
     return taken

@@ -14,6 +14,7 @@ import importlib
 import pickle
 import re
 import shlex
+import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -25,8 +26,9 @@ import torch
 from torch import nn
 
 from normrewrite.errors import NormRewriteError, first_line
-from normrewrite.files import pickled
+from normrewrite.files import pickled, scalars
 from normrewrite.files.arch import search_path
+from normrewrite.files.layout import USUAL
 from normrewrite.files.pickled import PACKAGES
 
 _OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # torch's magic number, pickled
@@ -68,7 +70,8 @@ def _load_safely(path: Path, allow: Sequence[str]) -> Any:
         raise NormRewriteError(_refusal(path, refused))
     if wrong is not None:
         raise _never_written(path, wrong)
-    with torch.serialization.safe_globals([(obj, name) for obj, name in allowed if obj is not None]):
+    numbers = [(obj, name) for name, obj in scalars.GLOBALS.items()]
+    with torch.serialization.safe_globals([*numbers, *allowed]):
         return _read(path)
 
 
@@ -92,8 +95,8 @@ def _read(path: Path) -> Any:
 
 def _allowed(name: str, allow: Sequence[str]) -> Any:
     """The object that a global of this name stands for, if it may be built; else None."""
-    if name in FUNCTIONS:
-        return FUNCTIONS[name]
+    if name in FUNCTIONS | scalars.GLOBALS:
+        return (FUNCTIONS | scalars.GLOBALS)[name]
     module_name, _, class_name = name.rpartition(".")
     by_user = f"{module_name}:{class_name}" in allow
     if not by_user and not name.startswith(PACKAGES):
@@ -130,14 +133,29 @@ def _is_config(cls: type) -> bool:
 
 def _refusal(path: Path, names: Iterable[str]) -> str:
     names = sorted(names)
-    classes = [name for name in names if name.rpartition(".")[2][:1].isupper()]
-    flags = " ".join(f"--allow {shlex.quote(':'.join(name.rsplit('.', 1)))}" for name in classes)
-    allow = f"For classes that you know: {flags}. " if classes else ""
+    flags = " ".join(f"--allow {shlex.quote(':'.join(name.rsplit('.', 1)))}" for name in names if _is_class(name))
+    allow = f"For classes that you know: {flags}. " if flags else ""
     return (
         f"{path} asks for {len(names)} class(es) or function(s) that are not on the allow-list, and nothing of it was run: "
-        f"{', '.join(names)}. Best: save a state_dict and name its code with --arch. {allow}"
+        f"{', '.join(names)}. {_best(path, names)} {allow}"
         "With --trust the file may run any code that it contains, with your rights; only for files that you made yourself."
     )
+
+
+def _best(path: Path, names: list[str]) -> str:
+    """Where the weights have an entry of their own, it is the others that are to be left out."""
+    entries, dicts = pickled.entries(path)
+    places = sorted({entries[name] for name in names if name in entries})
+    if places and all(name in entries for name in names) and dicts.intersection(USUAL) - set(places):
+        where = ", ".join(map(repr, places))
+        return f"They are in its entry {where}. Best: save the checkpoint without that, or with plain values in it."
+    return "Best: save a state_dict and name its code with --arch."
+
+
+def _is_class(name: str) -> bool:
+    """As far as it can be told without an import."""
+    module, _, last = name.rpartition(".")
+    return last[:1].isupper() or isinstance(getattr(sys.modules.get(module), last, None), type)
 
 
 def _why_unreadable(path: Path, error: BaseException) -> str:

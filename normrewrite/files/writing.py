@@ -5,7 +5,8 @@
 
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +16,7 @@ from torch.fx import GraphModule
 from torch.nn.utils.parametrize import is_parametrized
 
 from normrewrite.files.layout import KEY, Layout
-from normrewrite.files.outputs import write_atomically
+from normrewrite.files.outputs import write_atomically, written_first
 from normrewrite.records import manifest
 from normrewrite.records.history import History
 from normrewrite.records.ranges import LearnedRanges
@@ -71,12 +72,18 @@ def save(
     return form
 
 
-def write_manifest(model: nn.Module, path: Path | None, report: Report, history: History, force: bool) -> None:
-    """The manifest of a model as a JSON file of its own, where one is asked for."""
-    if path is not None:
-        record = manifest.seal(manifest.describe(model, report), model.state_dict(), history)
-        text = json.dumps(record, indent=1)
-        write_atomically(path, lambda temporary: Path(temporary).write_text(text), force)
+@contextmanager
+def with_manifest(model: nn.Module, path: Path | None, report: Report, history: History, force: bool) -> Iterator[None]:
+    """The manifest of a model as a JSON file of its own, where one is asked for: put in place after the model's file, which is
+    written inside, and written before it, so that a full disk leaves neither."""
+    if path is None:
+        yield
+        return
+    record = manifest.seal(manifest.describe(model, report), model.state_dict(), history)
+    text = json.dumps(record, indent=1)
+    with written_first(path, lambda temporary: Path(temporary).write_text(text), force) as put:
+        yield
+        put()
 
 
 def write_tensors(state: Mapping[str, Tensor], path: Path, force: bool, metadata: dict[str, str] | None = None) -> None:

@@ -35,12 +35,16 @@ class TrainingDistance:
     original: float | None
 
     def __str__(self) -> str:
+        """One line, and another where the calibration was of no use."""
         whose = "the original's" if self.original is not None else "its own"
         told = f"outputs in training, relative difference on {self.inputs} inputs: from {whose} eval {_both(self.from_eval)}"
         if self.from_training is not None:
             told += f"; from the original's training {_both(self.from_training)}"
         if self.original is not None:
             told += f"; of the original's training from its eval {self.original:.3f}"
+        before, now = self.from_eval
+        if now >= before:
+            told += "\ntraining has come no nearer to eval by it: leave the network as it was, or give larger batches"
         return told
 
 

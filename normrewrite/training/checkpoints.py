@@ -61,7 +61,9 @@ class Checkpoints:
                 temporary.rename(final)
                 _remove_others(self.folder, final)
         except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
-            raise NormRewriteError(f"{final}: {first_line(error)}. The checkpoint before it is whole.") from error
+            before = newest_of(self.folder)
+            kept = f"The checkpoint before it, {before.name}, is whole" if before else "There is none before it"
+            raise NormRewriteError(f"{final}: {first_line(error)}. {kept}.") from error
         finally:
             if self.machine.is_main_process:
                 shutil.rmtree(temporary, ignore_errors=True)

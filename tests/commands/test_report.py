@@ -96,7 +96,7 @@ def test_what_is_no_file_of_ours(run: Command, folder: Path, line: str) -> None:
         (f"report twin.pt {ARCH} --data nosuch.npz", "nosuch.npz"),
         (f"report twin.pt {ARCH} --latency torch", "--latency of what input"),
         (f"report twin.pt {ARCH} -o nosuch/report.html", "there is no folder"),
-        (f"report twin.pt {ARCH} -o digits.npz", "exists already"),
+        (f"report twin.pt {ARCH} -o digits.npz", r"is the name of data, and this is a page. Call it .html"),
         (f"report twin.pt {ARCH} --original pickled.pt", "another network .* none of the sites, such as blocks.0"),
     ],
 )

@@ -369,7 +369,10 @@ BAD: dict[str, tuple[str, str]] = {
     "onto a folder, forced": (f"{CONVERT} {TO} -o folder.pt --force", "folder.pt is a folder"),
     "in a file": (f"{CONVERT} {TO} -o text.pt/x.pt", "there is no folder text.pt"),
     "to a long name": (f"{CONVERT} {TO} -o {'x' * 300}.pt", "(?i)name too long"),
-    "export exists": (f"export digits.pt {DIGITS} -o text.pt --input-shape 2,1,8,8", "text.pt exists already"),
+    "export exists": (
+        f"export digits.pt {DIGITS} -o text.pt --input-shape 2,1,8,8",
+        "and this is an ONNX file. Call it .onnx",
+    ),
     "revert exists": (f"revert digits.pt {DIGITS} -o text.pt", "text.pt exists already"),
     # devices and inputs
     "device": (f"{CONVERT} {TO} --device gpu", "--device gpu: "),

@@ -172,3 +172,84 @@ def test_a_manifest_s_layout_is_not_believed(odd: object) -> None:
         assert "layout" in str(error)
     else:
         assert model.state_dict().keys() == nr.convert(net(), "l1").state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("wrap", "key"),
+    [
+        (lambda state: {"model": {"name": "r", "depth": 20}, "weights": state}, None),
+        (lambda state: {"model": {}, "weights": state}, None),
+        (lambda state: {"my.net": state, "other": {"a": 1}}, "my.net"),
+        (lambda state: {"x": {"my.net": {"y": state}}, "z": state}, "x.my.net.y"),
+        (lambda state: {0: {}, 1: state}, "1"),
+        (lambda state: [{}, state], "1"),
+        (lambda state: {"nets": [{}, {"a.b": state}]}, "nets.1.a.b"),
+        (lambda state: {"state_dict": prefixed("model.")(state) | {"criterion.weight": torch.ones(2)}}, None),
+        (lambda state: prefixed("a.b.")(state) | {"criterion.weight": torch.ones(2)}, None),
+    ],
+)
+def test_weights_are_found_where_they_are(wrap: Callable[[State], Any], key: str | None) -> None:
+    original = net()
+    torch.save(wrap(original.state_dict()), "a.pt")
+    file = files.read(Path("a.pt"), net, key=key)
+    twin = nr.convert(file.model, to="l1")
+    files.save(twin, "b.pt", layout=file.layout)
+    again = files.read(Path("b.pt"), net)
+    for model in (file.model, nr.revert(again.model)):
+        assert all(torch.equal(value, original.state_dict()[name]) for name, value in model.state_dict().items())
+    assert set(again.layout.among) == set(file.layout.among)
+
+
+def test_names_of_another_network_beside_are_carried_along() -> None:
+    state = prefixed("model.")(net().state_dict())
+    torch.save({"state_dict": state | {"criterion.weight": torch.ones(2)}}, "a.pt")
+    file = files.read(Path("a.pt"), net)
+    assert list(file.layout.among) == ["criterion.weight"] and "begin with 'model.' fit" in file.notes[0]
+    torch.save({"state_dict": state | prefixed("ema.")(net().state_dict())}, "a.pt")
+    with pytest.raises(nr.NormRewriteError, match="missing"):  # either could be meant
+        files.read(Path("a.pt"), net)
+
+
+@pytest.mark.parametrize(
+    ("content", "key", "said"),
+    [
+        ({"model": {"depth": 20}, "other": 1}, None, "keys: model, other"),
+        ({"model": {"depth": 20}, "other": 1}, "model", "keys: model, other; under model: depth"),
+        ([{"a": 1}, 2], None, "holds a list, .* --key takes one of 0, 1"),
+        ({"a": {"b": {}}}, "a.c", "there is no 'c'. Keys: b"),
+        ({"a": [1]}, "a.1", "there is no '1'. Keys: 0"),
+    ],
+)
+def test_what_keys_there_are(content: Any, key: str | None, said: str) -> None:
+    torch.save(content, "a.pt")
+    with pytest.raises(nr.NormRewriteError, match=said):
+        files.read(Path("a.pt"), net, key=key)
+
+
+class Counting(nn.Linear):
+    """A layer with a further state that is no tensor."""
+
+    seen = 0
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"seen": self.seen}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.seen = state["seen"]
+
+
+@pytest.mark.parametrize("wrap", [dict, lambda state: {"state_dict": state}, prefixed("module.")])
+def test_a_further_state_of_a_module_comes_back(wrap: Callable[[State], Any]) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.BatchNorm1d(3), Counting(3, 3)).eval()
+
+    model: Any = make()
+    model[1].seen = 7
+    torch.save(wrap(model.state_dict()), "a.pt")
+    file = files.read(Path("a.pt"), make)
+    files.save(nr.convert(file.model, to="l1"), "b.pt", layout=file.layout)
+    for name in ("a.pt", "b.pt"):
+        read: Any = files.read(Path(name), make).model
+        assert read[1].seen == 7
+    plain = files.read(Path("a.pt"), lambda: nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3)))
+    assert [name.rpartition(".")[2] for name in plain.layout.among] == ["_extra_state"]

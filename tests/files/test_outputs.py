@@ -142,7 +142,7 @@ def test_the_longest_name_that_the_system_has_is_written() -> None:
 def test_two_files_of_a_command_are_two(other: str, prepare: Callable[[], object] | None, role: str) -> None:
     if prepare is not None:
         prepare()
-    outputs, inputs = {"-o": Path("out.pt")}, {"--manifest": Path(other)}
+    outputs, inputs = {"-o": Path("out.pt")}, {"--timing-cache": Path(other)}
     both = {**outputs, **inputs}
     with pytest.raises(nr.NormRewriteError, match=r"is the same file\. Choose another name"):
         files.check_outputs(both, True) if role == "output" else files.check_outputs(outputs, True, inputs)

@@ -3,12 +3,15 @@
 import importlib
 import pickle
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -315,3 +318,65 @@ def test_plain_pickle_of_tensors_is_no_torch_file(tmp_path: Path) -> None:
     path.write_bytes(pickle.dumps({"weight": torch.zeros(2)}))
     with pytest.raises(NormRewriteError, match=r"plain\.pt"):
         unpickle.load(path)
+
+
+NUMBERS = [np.float64(0.5), np.float32(0.25), np.int64(-3), np.bool_(True), np.str_("hé"), np.array([1.5], ">f4")[0]]
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=repr)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_numbers_of_numpy_are_plain(tmp_path: Path, number: Any, zipped: bool) -> None:
+    torch.save({"best": number}, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+    best = unpickle.load(tmp_path / "a.pt")["best"]
+    assert best == number.item() and type(best) is type(number.item())
+
+
+class Forged:
+    """What a pickle says of a number of numpy's."""
+
+    def __init__(self, *said: Any) -> None:
+        self.said = said
+
+    def __reduce__(self) -> Any:
+        return self.said
+
+
+SCALAR: Any = np.float64(1).__reduce__()[0]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        (SCALAR, (np.dtype("O"), "text")),
+        (SCALAR, (np.dtype("V100000000"), b"x")),
+        (SCALAR, ("f8", b"12345678")),
+        (SCALAR, (np.dtype("f8"), "12345678")),
+        (SCALAR, (np.dtype("f8"), b"123")),
+        (np.dtype, ([("a", "f8")],)),
+        (np.dtype, ("f8", False, True), (3, "<", None, ("a",), {"a": 1}, -1, -1, 0)),
+    ],
+)
+def test_numbers_of_numpy_are_nothing_else(tmp_path: Path, said: tuple[Any, ...]) -> None:
+    torch.save({"best": Forged(*said)}, tmp_path / "a.pt")
+    with pytest.raises(NormRewriteError):
+        unpickle.load(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (
+            {"state_dict": {"w": torch.ones(2)}, "when": datetime(2026, 1, 1)},
+            "in its entry 'when'.* --allow datetime:datetime",
+        ),
+        (
+            {"epoch": 1, "state_dict": {}, "x": {"args": Namespace(a=1)}},
+            "in its entry 'x'.* --allow argparse:Namespace",
+        ),
+        ({"model": {"a": Namespace(a=1)}, "epoch": 1}, "Best: save a state_dict and name its code"),
+    ],
+)
+def test_a_refusal_says_which_entry_it_is_about(tmp_path: Path, content: dict[str, Any], said: str) -> None:
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(NormRewriteError, match=said):
+        unpickle.load(tmp_path / "a.pt")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import normrewrite as nr
 from normrewrite.data import Batch
-from normrewrite.measure.training_mode import TrainingMode, measuring
+from normrewrite.measure.training_mode import TrainingDistance, TrainingMode, measuring
 from tests.conftest import randomise
 
 
@@ -77,3 +77,8 @@ def test_what_cannot_train_is_told_and_calibrated_all_the_same() -> None:
 def test_a_network_without_numbers_has_no_distance() -> None:
     mode = TrainingMode([Batch({"x": torch.randn(4, 6)})], nn.Flatten(), None)
     assert mode.apart(nn.Flatten()) == (0.0, None)
+
+
+@pytest.mark.parametrize(("now", "told"), [(0.733, True), (0.7, False)])
+def test_a_calibration_of_no_use_is_told(now: float, told: bool) -> None:
+    assert ("no nearer to eval" in str(TrainingDistance(4, (0.72, now), None, 0.1))) == told
