@@ -199,13 +199,13 @@ def plan(
         raise NormRewriteError(
             f"the model is wrapped in {type(model).__name__}. Convert model.module, then wrap the result again."
         )
+    _require_tensors(example_inputs)
     if example_inputs is not None:
         dtype = dtype_of(model)
         example_inputs = [fitted_to(dtype, value) for value in example_inputs]
     scopes = as_scopes(scope)
     pairs = rules_.as_rules(rules)
     require_text(to)
-    _require_tensors(example_inputs)
     asked = dict.fromkeys([to, *(target for _, target in pairs if target != KEEP)])
     passes = {target: rewrite(target, gain, scopes, example_inputs) for target in asked}
     found, lifts, refused = _find(model, list(passes.values()))

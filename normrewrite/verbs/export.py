@@ -164,7 +164,7 @@ def export(
 def _compare(before: Passage, model: nn.Module, folded: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     """Raises where folding made another function of it; the model's own device tells, as it may have no half elsewhere."""
     after = passage(folded.to(device_of(model)), (), inputs)
-    apart = why_apart(before, after, limit(model))
+    apart = why_apart(before, after, max(limit(model), limit(folded)))
     folded.cpu()
     if apart is not None:
         raise NormRewriteError(
