@@ -206,7 +206,9 @@ def test_a_norm_that_is_passed_by_is_told() -> None:
 
 
 def test_the_models_own_bf16_asks_for_its_opset(tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Conv2d(X.shape[1], 8, 3).bfloat16(), nn.BatchNorm2d(8)).eval()  # all in bf16 would become fp32
+    model = nn.Sequential(
+        nn.Conv2d(X.shape[1], 8, 3).bfloat16(), nn.BatchNorm2d(8)
+    ).eval()  # all in bf16 would become fp32
     with pytest.raises(nr.NormRewriteError, match=r"opset 22. Ask for that. The Sequential is in bf16"):
         nr.export(model, X.bfloat16(), tmp_path / "m.onnx")
     nr.export(model, X.bfloat16(), tmp_path / "m.onnx", opset=22)
