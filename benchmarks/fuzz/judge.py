@@ -54,7 +54,10 @@ def judge(seed: int, material: Path, scratch: Path) -> Verdict:
     started = time.monotonic()
     child = os.fork()
     if not child:
-        _run(seed, folder, log)
+        try:
+            _run(seed, folder, log)
+        finally:  # a signal while it ends: the child must never go on as a second parent
+            os._exit(130)
     code = _wait(child, started + LIMIT)
     seconds = time.monotonic() - started
     return _judged(seed, folder, log, code, seconds)
@@ -88,6 +91,7 @@ def _run(seed: int, folder: Path, log: Path) -> None:
         else:
             traceback.print_exc()
     finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
         sys.stdout.flush()
         sys.stderr.flush()
         Path(f"{log}.peak").write_text(str(_memory("VmHWM")))

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 import normrewrite as nr
-from normrewrite.files import write_manifest
+from normrewrite.files import with_manifest
 from normrewrite.records.history import History
 
 CODE = """
@@ -68,10 +68,10 @@ def write(folder: Path) -> None:
     torch.save(twin, folder / "twin-module.pt")
     nr.save(model, folder / "weights.pt")
     nr.save(model, folder / "weights.safetensors")
-    nr.save(twin, folder / "twin.pt")
+    with with_manifest(twin, folder / "twin.json", report, History(), force=False):
+        nr.save(twin, folder / "twin.pt")
     nr.save(twin, folder / "twin.safetensors")
     nr.save(nr.convert(model, to="bwn"), folder / "bounded.pt")
-    write_manifest(twin, folder / "twin.json", report, History(), force=False)
     write_bombs(folder)
     images = np.random.default_rng(0).standard_normal((12, 3, 8, 8)).astype(np.float32)
     np.savez(folder / "images.npz", images=images, labels=np.arange(12) % 5)
