@@ -51,6 +51,8 @@ def fault(module: nn.Module) -> str | None:
     names = [*attributes, *(name for table in _TABLES for name in attributes[table])]
     if unfit := [name for name in names if not is_name(name)]:
         return f"has a part called {unfit[0]!r}: {CODE}"
+    if "" in names:
+        return "has a part without a name"
     for name, value in attributes.items():
         if name.endswith("_hooks") and not (isinstance(value, dict) and all(map(callable, value.values()))):
             return f"has no {name} as modules have"

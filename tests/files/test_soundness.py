@@ -38,12 +38,15 @@ SPOILED: list[tuple[str, Any, str]] = [
     ("_buffers", None, "1 has no _buffers"),
     ("_parameters", {"weight": 1}, "1 has no _parameters"),
     ("_modules", {0: nn.ReLU()}, "1 has no _modules"),
+    ("_modules", {"": nn.ReLU()}, "1 has a part without a name"),
     ("_forward_hooks", {0: "no function"}, "1 has no _forward_hooks"),
     ("weight", torch.zeros(4), "1 has two things called weight"),
 ]
 
 
-@pytest.mark.parametrize(("name", "value", "said"), SPOILED, ids=[name for name, _, _ in SPOILED])
+@pytest.mark.parametrize(
+    ("name", "value", "said"), SPOILED, ids=[f"{name} {value!r:.20}" for name, value, _ in SPOILED]
+)
 def test_what_no_class_sets_is_told(name: str, value: Any, said: str) -> None:
     model = copy.deepcopy(network())
     model[1].__dict__[name] = value  # type: ignore[index]
