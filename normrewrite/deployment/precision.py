@@ -90,6 +90,7 @@ def present(proto: Any, weights: bool = False) -> set[Precision]:
     codes = {tensor.data_type for tensor in graph.initializer}
     if not weights:
         codes |= {value.type.tensor_type.elem_type for value in [*graph.input, *graph.output, *graph.value_info]}
-    found = {_NAMES[name] for name in map(onnx.TensorProto.DataType.Name, codes) if name in _NAMES}
+    names = {code: name for name, code in onnx.TensorProto.DataType.items()}  # a file may say any number
+    found = {_NAMES[names[code]] for code in codes if names.get(code) in _NAMES}
     quantised = any(node.op_type == "DequantizeLinear" for node in graph.node)
     return found | ({"int8"} if quantised else set())

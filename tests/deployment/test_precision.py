@@ -43,3 +43,9 @@ def test_what_a_file_says_counts_before_its_weights(tmp_path: Path) -> None:
     assert precision.shown(proto) == "fp32"  # but for what it is judged by
     proto.graph.initializer.append(onnx.TensorProto(name="half", data_type=onnx.TensorProto.FLOAT16, dims=[1]))
     assert precision.shown(proto) == "fp16"
+
+
+def test_a_type_that_no_onnx_has_is_none_of_ours() -> None:
+    tensor = onnx.TensorProto(data_type=99, name="odd")
+    graph = onnx.helper.make_graph([], "net", [], [], [tensor])
+    assert precision.present(onnx.helper.make_model(graph)) == set()
