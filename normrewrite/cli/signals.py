@@ -7,6 +7,7 @@
 import math
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from typing import Any
 # What docker, Slurm, a lost terminal, Ctrl-\\ and a limit on the time of a process send.
 _NAMES = ("SIGTERM", "SIGHUP", "SIGQUIT", "SIGXCPU")
 
+_AGAIN = 0.01  # seconds until a signal that was raised where nobody hears it is sent again
 _GRACE = 5.0  # seconds to clear away in: torchrun, and a terminal that is closed, send the same signal twice
 
 
@@ -54,8 +56,20 @@ def as_exceptions() -> Iterator[None]:
             stopped = KeyboardInterrupt() if number == signal.SIGINT else Terminated(number)
             raise stopped
 
+    def unheard(lost: Any) -> None:
+        """What is raised in a finaliser or a weak reference's callback, Python only prints: send the signal again."""
+        nonlocal ended
+        if stopped is None or lost.exc_value is not stopped:
+            report(lost)
+            return
+        ended = -math.inf
+        again = threading.Timer(_AGAIN, os.kill, (owner, getattr(stopped, "number", signal.SIGINT)))
+        again.daemon = True
+        again.start()
+
     for each in taken:
         signal.signal(each, end)
+    report, sys.unraisablehook = sys.unraisablehook, unheard
     try:
         yield
     except Exception:
@@ -63,6 +77,7 @@ def as_exceptions() -> Iterator[None]:
             raise stopped from None
         raise
     finally:
+        sys.unraisablehook = report
         for each, before in taken.items():
             signal.signal(each, before)
 

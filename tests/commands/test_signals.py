@@ -132,3 +132,25 @@ def test_handlers_are_only_the_command_line_s(monkeypatch: pytest.MonkeyPatch) -
     with signals.as_exceptions():
         seen.append(signal.getsignal(signal.SIGTERM))
     assert seen == [signal.SIG_DFL, signal.SIG_DFL]
+
+
+class Deaf:
+    """Its finaliser gets the signal, whose exception Python only prints there."""
+
+    def __init__(self, which: signal.Signals) -> None:
+        self.which = which
+
+    def __del__(self) -> None:
+        signal.raise_signal(self.which)
+        [None for _ in range(100)]
+
+
+@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_a_finaliser_swallows_is_sent_again(
+    which: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(KeyboardInterrupt), signals.as_exceptions():
+        Deaf(which)
+        for _ in range(500):
+            time.sleep(0.01)
+    assert "Exception ignored" not in capsys.readouterr().err
