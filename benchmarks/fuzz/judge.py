@@ -91,7 +91,8 @@ def _run(seed: int, folder: Path, log: Path) -> None:
         else:
             traceback.print_exc()
     finally:
-        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+        for late in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(late, signal.SIG_IGN)
         sys.stdout.flush()
         sys.stderr.flush()
         Path(f"{log}.peak").write_text(str(_memory("VmHWM")))
@@ -130,7 +131,7 @@ def _judged(seed: int, folder: Path, log: Path, code: int, seconds: float) -> Ve
     asked = (
         json.loads(told.read_text()) if told.is_file() else {"kind": "(not made)", "words": [], "before": [], "held": 0}
     )
-    used = int(peak.read_text()) - asked["held"] if peak.is_file() else 0
+    used = int(peak.read_text() or 0) - asked["held"] if peak.is_file() else 0
     verdict = Verdict(seed, asked["kind"], asked["words"], code, seconds, used, output)
     stopped = asked["kind"] == SIGNALS and code in STOPPED
     verdict.faults += _faults(0 if stopped else code, output, set(asked["before"]), set(_listing(folder)))
