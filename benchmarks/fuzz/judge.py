@@ -85,7 +85,8 @@ def _run(seed: int, folder: Path, log: Path) -> None:
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(bool(stop.code))
     except BaseException as error:
-        outside = not any("/cli/" in frame.filename for frame in traceback.extract_tb(error.__traceback__))
+        frames = [(frame.filename, frame.name) for frame in traceback.extract_tb(error.__traceback__)]
+        outside = not any(file.endswith("/cli/__init__.py") and name == "main" for file, name in frames)
         if isinstance(error, KeyboardInterrupt) and outside:  # before the command line began, or when it was through
             code = 130
         else:
