@@ -4,7 +4,8 @@
 [(5, 8, 3, 2), (5, 8, 3, 2)]
 
 Every rank from 1 to 5, the channels at every axis, to see what it takes at all; then at one layout: small, large, constant
-and NaN values; no sample, one, and more; single positions. No other size is that of the channels, so that nothing fits by chance.
+and NaN values; no sample, one, and more; single positions, and many. No other size is that of the channels, so that nothing fits
+by chance.
 """
 
 import copy
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 RANKS = (1, 2, 3, 4, 5)
 _SCALES = (1.0, 1e-2, 1e-4, 1e4, 1e8)  # eps outweighs the second and third; the others stand out of a clamp
+_SIZES = (8, 33, 257)
 _BATCHES = (1, 2, 3, 4, 8, 16, 33, 64)
 
 
@@ -63,6 +65,14 @@ def trials(width: int, rank: int, axis: int) -> Iterator[Tensor]:
     yield base.masked_fill(torch.arange(base.numel(), device="cpu").view_as(base) == 0, torch.nan)
     yield from (base[:batch] for batch in (0, 1, 2))
     yield from (noise([batch, *[1] * (rank - 2)]) for batch in _BATCHES)
+    yield from (noise([2 if width == 1 else 1, *sizes]) for sizes in _positions(rank - 2) if width not in sizes)
+
+
+def _positions(dims: int) -> Iterator[list[int]]:
+    """Sizes behind the channels that a forward may switch at: all of them larger, and one alone, up to long ones."""
+    if dims > 0:
+        yield [9] * dims
+        yield from ([size if i == long else 1 for i in range(dims)] for size in _SIZES for long in range(dims))
 
 
 def outcome(call: Callable[[Tensor], Any], x: Tensor) -> Any:

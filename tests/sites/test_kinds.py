@@ -342,3 +342,13 @@ def test_zero_gamma_hides_nothing() -> None:
     norm = ReluInside(6)
     nn.init.zeros_(norm.weight)
     assert isinstance(recognise(norm), str)
+
+
+@pytest.mark.parametrize("least", [1, 6, 32, 200])
+@pytest.mark.parametrize("axis", [2, 3])
+def test_a_class_that_switches_by_the_size_of_planes_is_told(axis: int, least: int) -> None:
+    class Switching(nn.BatchNorm2d):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) * (2 if input.shape[axis] > least else 1)
+
+    assert isinstance(recognise(Switching(5)), str)
