@@ -10,6 +10,8 @@ from .errors import NormRewriteError as NormRewriteError
 from .files.reading import load as load
 from .files.writing import save as save
 from .lower.kernels import kernels as kernels
+from .passes.bake import bake as bake
+from .passes.bake import bake_ as bake_
 from .records.ranges import LearnedRanges as LearnedRanges
 from .records.report import Report as Report
 from .sites.invariance import param_groups as param_groups
@@ -17,8 +19,6 @@ from .sites.invariance import scale_invariant as scale_invariant
 from .training.int8 import int8 as int8
 from .verbs.advise import Advice as Advice
 from .verbs.advise import advise as advise
-from .verbs.bake import bake as bake
-from .verbs.bake import bake_ as bake_
 from .verbs.calibrate import calibrate as calibrate
 from .verbs.calibrate import calibrate_ as calibrate_
 from .verbs.convert import Plan as Plan

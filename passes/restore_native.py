@@ -26,9 +26,9 @@ from normrewrite.nn.parts import assemble, learns, shallow
 from normrewrite.nn.rows import RowNorm
 from normrewrite.nn.weights import original, unchanged, weight_norm_of
 from normrewrite.passes import restore_rows
+from normrewrite.passes.bake import bake
 from normrewrite.passes.base import Pair, Rewrite
 from normrewrite.sites import Site
-from normrewrite.verbs.bake import bake
 
 _NATIVE: dict[type[BatchNorm], type[nn.Module]] = {
     batch.BatchNorm1d: nn.BatchNorm1d,

@@ -11,8 +11,8 @@ import importlib
 from pathlib import Path
 from typing import Any, Literal
 
-from normrewrite.deployment.runtimes import RUNTIMES
 from normrewrite.errors import NormRewriteError, nearest
+from normrewrite.plugins.runtimes import RUNTIMES
 from normrewrite.plugins.spec import NAMESPACE, OPS, VERSION
 
 Kind = Literal["python", "ahead", "library"]

@@ -13,8 +13,8 @@ import normrewrite as nr
 from normrewrite import sites
 from normrewrite.data import Batch, Data
 from normrewrite.passes import FoldAffine, SwapMetric
-from normrewrite.verbs.export import fold
-from normrewrite.verbs.revert import reverted
+from normrewrite.passes.folding import fold
+from normrewrite.passes.reversion import reverted
 from tests.conftest import randomise
 from tests.passes.test_lift_functional import Block
 from tests.sites.test_kinds import NormAct

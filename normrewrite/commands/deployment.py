@@ -13,12 +13,12 @@ from normrewrite.data import Batch, Data, argument_names, open_data
 from normrewrite.data import example as example_input
 from normrewrite.deployment.precision import Precision
 from normrewrite.deployment.quantise import Ranges
-from normrewrite.deployment.runtimes import RUNTIMES
 from normrewrite.errors import NormRewriteError
 from normrewrite.execution import Network
 from normrewrite.lower.onnx import DOMAIN
 from normrewrite.measure.comparison import Comparison
 from normrewrite.measure.layers import Layers, compare_layers
+from normrewrite.plugins.runtimes import RUNTIMES
 from normrewrite.records.ranges import of_record
 from normrewrite.verbs.bench import Bench, Runtime
 from normrewrite.verbs.bench import bench as bench_networks

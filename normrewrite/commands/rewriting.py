@@ -19,6 +19,8 @@ from normrewrite.nn.rows import RowNorm
 from normrewrite.nn.stand_in import StandIn
 from normrewrite.nn.weights import gain_of
 from normrewrite.norms import Gain
+from normrewrite.passes.folding import fold, plain_state
+from normrewrite.passes.reversion import reverted
 from normrewrite.records import history
 from normrewrite.records.report import Report
 from normrewrite.rules import Rules
@@ -29,12 +31,10 @@ from normrewrite.verbs.calibrate import NOTHING, Calibration, calibratable
 from normrewrite.verbs.calibrate import calibrate_ as calibrate_model
 from normrewrite.verbs.convert import Plan, as_scopes, untouched
 from normrewrite.verbs.convert import plan as plan_model
-from normrewrite.verbs.export import fold, plain_state
 from normrewrite.verbs.initialise import Initialisation, initialise_
 from normrewrite.verbs.inspect import Inspection
 from normrewrite.verbs.inspect import inspect as inspect_model
 from normrewrite.verbs.replay import rewritten_again
-from normrewrite.verbs.revert import reverted
 from normrewrite.verbs.verify import verify as verify_networks
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from normrewrite.data import Batch
 from normrewrite.deployment.onnx_file import feed
-from normrewrite.deployment.runtimes import RUNTIMES
 from normrewrite.errors import NormRewriteError
 from normrewrite.plugins.registry import known, register
+from normrewrite.plugins.runtimes import RUNTIMES
 
 _TYPES = {
     "FLOAT": torch.float32,

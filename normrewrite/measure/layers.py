@@ -16,8 +16,8 @@ from normrewrite.deployment import onnx_file
 from normrewrite.errors import NormRewriteError
 from normrewrite.execution import Network, Outputs, runner
 from normrewrite.measure.comparison import OutputDifference
+from normrewrite.passes.folding import fold
 from normrewrite.records.report import table
-from normrewrite.verbs.export import fold
 
 
 @dataclass

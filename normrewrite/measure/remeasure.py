@@ -13,10 +13,10 @@ from torch import nn
 from normrewrite import sites
 from normrewrite.measure.exactness import Probe, measured, tolerance
 from normrewrite.nn.parts import deepcopy
+from normrewrite.passes.reversion import reverted
 from normrewrite.records import manifest
 from normrewrite.records.report import Report, SiteResult
 from normrewrite.sites import Site
-from normrewrite.verbs.revert import reverted
 
 
 def had_back(twin: nn.Module) -> tuple[nn.Module | None, list[str]]:

@@ -15,6 +15,7 @@ from normrewrite.data import Data, argument_names, as_data
 from normrewrite.errors import NormRewriteError
 from normrewrite.lower.accumulate import accumulator
 from normrewrite.nn.parts import deepcopy
+from normrewrite.passes.reversion import untrained
 from normrewrite.records.ranges import LearnedRanges
 from normrewrite.sites.modes import same_flags
 from normrewrite.training import feed, machine, pure, randomness
@@ -24,7 +25,6 @@ from normrewrite.training.loop import Loop, Step
 from normrewrite.training.progress import Progress
 from normrewrite.training.recipe import Recipe
 from normrewrite.training.result import Finetuned
-from normrewrite.verbs.revert import untrained
 
 Examples = Tensor | Data | Iterable[Any]
 

@@ -52,7 +52,7 @@ from normrewrite.measure.moments import (
 )
 from normrewrite.records.report import table
 from normrewrite.sites import Site, neighbours
-from normrewrite.sites.traps import is_frozen, kind_of
+from normrewrite.verbs.traps import is_frozen, kind_of
 
 FEW = 16  # elements a statistic
 QUIET = 0.05  # relative noise of a scale

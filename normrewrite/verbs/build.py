@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from normrewrite.deployment import onnx_file, precision
-from normrewrite.deployment.runtimes import RUNTIMES, Runtime
 from normrewrite.errors import NormRewriteError
 from normrewrite.files import check_outputs, write_atomically
 from normrewrite.lower import onnx as nodes
 from normrewrite.plugins import OPS, check_library, placed
+from normrewrite.plugins.runtimes import RUNTIMES, Runtime
 
 Shape = tuple[int, ...]
 _ENDS = ("min", "opt", "max")  # of a profile,

@@ -27,10 +27,10 @@ from normrewrite.measure.training_mode import TrainingDistance, TrainingMode
 from normrewrite.nn.batch import BatchNorm, FrozenBatchNorm
 from normrewrite.nn.parts import deepcopy
 from normrewrite.norms import metric
+from normrewrite.passes.reversion import untrained
 from normrewrite.records.report import table
 from normrewrite.sites import Site
 from normrewrite.tolerances import worst
-from normrewrite.verbs.revert import untrained
 
 # Weight norms, affines and frozen norms are exact; the strict form is not, but has no gain that could take a fit.
 NOTHING = "there is nothing to calibrate: no rewritten site measures its input, in training or in eval."

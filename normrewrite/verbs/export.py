@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from normrewrite import sites
 from normrewrite.data import Data, argument_names, as_data
 from normrewrite.deployment import onnx_file
+from normrewrite.deployment.onnx_nodes import as_nodes
 from normrewrite.deployment.onnx_ranges import tensors
 from normrewrite.deployment.precision import PRECISIONS, Precision, cast_model
 from normrewrite.deployment.precision import keep_io_types as cast_io
@@ -26,18 +27,13 @@ from normrewrite.deployment.quantise import RANGES, Ranges, activations, quantis
 from normrewrite.errors import NormRewriteError, first_line, nearest
 from normrewrite.execution import device_of, dtype_of, fitted_to
 from normrewrite.files import check_writable
-from normrewrite.lower.onnx import add_bodies, as_nodes, fitted, inlined
+from normrewrite.lower.onnx import add_bodies, fitted, inlined
 from normrewrite.nn.batch import BatchNorm
-from normrewrite.nn.origin import Origin
 from normrewrite.nn.parts import deepcopy
-from normrewrite.nn.stand_in import StandIn
-from normrewrite.nn.weights import weight_norm_of
-from normrewrite.passes import FoldAffine
-from normrewrite.passes.fold_affine import Outcome
+from normrewrite.passes.folding import fold
 from normrewrite.records.ranges import LearnedRanges
 from normrewrite.sites import graph
 from normrewrite.sites.neighbours import has_hooks
-from normrewrite.verbs.bake import bake_
 from normrewrite.verbs.passage import Passage, limit, passage, why_apart
 
 Deploy = Literal["fold", "op"]
@@ -282,44 +278,6 @@ def _refuse_live(model: nn.Module, live_stats: bool) -> None:
             f"{len(live)} norms keep no running statistics ({', '.join(live[:4])}) and would measure each batch; {what}, or "
             "train with track_running_stats=True."
         )
-
-
-def fold(
-    model: nn.Module, example_inputs: Sequence[Tensor] | None = None, *, forwards: bool = True
-) -> tuple[nn.Module, Outcome, list[str]]:
-    """A copy of the model in eval with its norms folded away, where each went, and notes on what could not be done.
-
-    forwards: into the layer behind, too, which then reads another activation. A model that torch.fx can't trace keeps an
-    affine by channel in the place of each norm.
-    """
-    copied = deepcopy(model).cpu().eval()
-    if any(weight_norm_of(module) is not None for module in copied.modules()):
-        bake_(copied)
-    rewrite = FoldAffine(example_inputs, forwards=forwards)
-    try:
-        given = None if example_inputs is None else len(example_inputs)
-        traced = graph.trace(copied, given=given)
-    except graph.Untraceable as error:
-        whole, _ = rewrite.apply(copied)
-        return whole, rewrite.outcome, [f"norms are not folded into their neighbours: {error}"]
-    if traced is not copied:
-        sites.carry_over(copied, traced)  # hooks around the model's own forward are no part of the trace
-    return rewrite(traced).graph_module, rewrite.outcome, []
-
-
-def plain_state(folded: nn.Module) -> dict[str, Tensor]:
-    """A folded network's tensors as one written without normrewrite names them: a norm has its own under its place's name,
-    and nothing is kept of what it was."""
-    modules = list(folded.named_modules(remove_duplicate=False))
-    origins = tuple(f"{name}." for name, module in modules if isinstance(module, Origin))
-    state = {name: value for name, value in folded.state_dict().items() if not name.startswith(origins)}
-    for place in [f"{name}." for name, module in modules if isinstance(module, StandIn)]:
-        state = {_moved(name, f"{place}norm.", place): value for name, value in state.items()}
-    return state
-
-
-def _moved(name: str, before: str, now: str) -> str:
-    return now + name.removeprefix(before) if name.startswith(before) else name
 
 
 def _to_onnx(

@@ -17,7 +17,7 @@ from normrewrite.records.report import table
 from normrewrite.sites import Site
 from normrewrite.sites.kinds import Kind, recognise
 from normrewrite.sites.row_kinds import RowKind, recognise_row
-from normrewrite.sites.traps import Trap, find_traps
+from normrewrite.verbs.traps import Trap, find_traps
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import normrewrite as nr
 from normrewrite.passes import ChangeScope
-from normrewrite.verbs.revert import reverted
+from normrewrite.passes.reversion import reverted
 from tests.conftest import randomise
 from tests.sites.test_kinds import Frozen, NormAct
 

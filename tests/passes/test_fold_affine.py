@@ -12,7 +12,7 @@ import normrewrite as nr
 from normrewrite import sites
 from normrewrite.passes import FoldAffine
 from normrewrite.passes.fold_affine import into_next, into_previous
-from normrewrite.verbs.export import fold
+from normrewrite.passes.folding import fold
 from tests.conftest import randomise
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}  # float64: folding is a reordering of products

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 import normrewrite as nr
 from normrewrite.nn import BoundedWeightNorm, ChannelAffine, MeanOnlyBatchNorm, StandIn
 from normrewrite.nn.weights import weight_norm_of
+from normrewrite.passes.reversion import reverted
 from normrewrite.tolerances import SAME_NETWORK, worst
-from normrewrite.verbs.revert import reverted
 from tests.conftest import randomise
 
 EXACT = SAME_NETWORK[torch.float64]

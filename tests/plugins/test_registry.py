@@ -73,7 +73,7 @@ def test_bad_requests(kind: str, runtime: str, library: Path | None, said: str) 
 
 
 def test_no_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("normrewrite.deployment.runtimes.find_spec", lambda name: None)
+    monkeypatch.setattr("normrewrite.plugins.runtimes.find_spec", lambda name: None)
     with pytest.raises(
         NormRewriteError, match=r"TensorRT is not installed \(tensorrt\): pip install 'normrewrite\[tensorrt\]'"
     ):

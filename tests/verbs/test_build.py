@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import normrewrite as nr
-from normrewrite.deployment.runtimes import RUNTIMES
+from normrewrite.plugins.runtimes import RUNTIMES
 from normrewrite.verbs import build as module
 from normrewrite.verbs.build import build, check_precision, profile_of
 from tests.conftest import RealNetwork
@@ -137,7 +137,7 @@ def test_norms_that_should_have_been_folded(tmp_path: Path) -> None:
 
 
 def test_no_builder(files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("normrewrite.deployment.runtimes.find_spec", lambda name: None)
+    monkeypatch.setattr("normrewrite.plugins.runtimes.find_spec", lambda name: None)
     refused(files["fp32"], tmp_path, r"TensorRT-RTX is not installed .*pip install 'normrewrite\[rtx\]'")
     refused(files["fp32"], tmp_path, r"TensorRT is not installed", runtime="tensorrt", gpus=[])
 
@@ -159,9 +159,7 @@ def test_a_worker_that_breaks_down(
     worker = tmp_path / "worker.py"
     worker.write_text(code)
     monkeypatch.setattr(module, "_WORKER", worker)
-    monkeypatch.setattr(
-        "normrewrite.deployment.runtimes.find_spec", lambda name: object() if name == "tensorrt" else None
-    )
+    monkeypatch.setattr("normrewrite.plugins.runtimes.find_spec", lambda name: object() if name == "tensorrt" else None)
     refused(files["fp32"], tmp_path, said, runtime="tensorrt", gpus=[])
 
 

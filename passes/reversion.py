@@ -1,0 +1,36 @@
+"""A twin taken back whole: every site that a pass can give back, and which of them training has changed.
+
+>>> original, names, trained = reverted(deepcopy(twin))
+"""
+
+from torch import nn
+
+from normrewrite import sites
+from normrewrite.errors import NormRewriteError
+from normrewrite.nn.batch import BatchNorm
+from normrewrite.nn.parts import deepcopy
+from normrewrite.passes.restore_native import RestoreNative
+
+
+def reverted(twin: nn.Module) -> tuple[nn.Module, list[str], list[str]]:
+    """In place; also the names of the sites that came back, and of those that had been trained since."""
+    rewrite = RestoreNative()
+    found = sites.find(twin, lambda module: isinstance(module, BatchNorm) or rewrite.gives_back(module))
+    if not found:
+        raise NormRewriteError(f"{type(twin).__name__} holds no norm of normrewrite's, so there is nothing to revert.")
+    for site in found:
+        refusal = rewrite.why_not(site)
+        if refusal:
+            raise NormRewriteError(f"{site.label}: {refusal}")
+    model, _ = rewrite.apply(twin, found)
+    return model, [site.name for site in found], rewrite.trained
+
+
+def untrained(twin: nn.Module, remedy: str) -> nn.Module:
+    """What the twin was made from, out of the twin itself; `remedy` ends the error where training has lost it."""
+    original, _, trained = reverted(deepcopy(twin))
+    if trained:
+        raise NormRewriteError(
+            f"{trained[0]}: was trained since the rewrite, so the original network is not in it any more. {remedy}"
+        )
+    return original
