@@ -21,7 +21,6 @@ from .verbs.advise import Advice as Advice
 from .verbs.advise import advise as advise
 from .verbs.calibrate import calibrate as calibrate
 from .verbs.calibrate import calibrate_ as calibrate_
-from .verbs.convert import Plan as Plan
 from .verbs.convert import convert as convert
 from .verbs.convert import convert_ as convert_
 from .verbs.convert import plan as plan
@@ -29,6 +28,7 @@ from .verbs.export import export as export
 from .verbs.finetune import finetune as finetune
 from .verbs.finetune import finetune_ as finetune_
 from .verbs.initialise import initialise_ as initialise_
+from .verbs.plan import Plan as Plan
 from .verbs.revert import revert as revert
 from .verbs.revert import revert_ as revert_
 from .verbs.update_norms import update_norms as update_norms

@@ -7,11 +7,13 @@ from typing import Any
 from torch import nn
 
 from normrewrite import files
+from normrewrite.commands import words
 from normrewrite.commands.source import Source
 from normrewrite.data import Data, argument_names, open_data
 from normrewrite.errors import NormRewriteError
 from normrewrite.page.document import Document
 from normrewrite.page.facts import Facts, gather
+from normrewrite.page.terminal import Printout
 from normrewrite.records import digests, history, manifest
 from normrewrite.verbs.bench import Runtime, bench
 
@@ -31,7 +33,7 @@ def report(
     text: bool = False,
     force: bool = False,
     each: Callable[..., object] = lambda done, **_: None,
-) -> Document:
+) -> Printout:
     """Tell everything of a network, rewritten or not; as a page where there is an `output`.
 
     original: the network before the rewrite, of the same --arch; by default what the twin itself gives back. data: inputs;
@@ -51,16 +53,14 @@ def report(
     if latency is not None and examples is not None:
         _time(facts, first, examples, latency)
     named, seen = (None if path is None else _digest(Path(path)) for path in (original, data))
-    words = history.step(report, source, asked)["command"]
-    document = Document(facts, digests.of_file(source.path), named, seen, record, words)
-    document.brief = output is not None and not text
+    command = words.step(report, source, asked)["command"]
+    document = Document(facts, digests.of_file(source.path), named, seen, record, command)
     if output is not None:
         from normrewrite.page import html
 
         content = html.page(document)
         files.write_atomically(output, lambda temporary: Path(temporary).write_bytes(content), force)
-        document.output = str(output)
-    return document
+    return Printout(document, str(output or ""), brief=output is not None and not text)
 
 
 def _beside(source: Source) -> Path | None:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from normrewrite import files
+from normrewrite.commands import words
 from normrewrite.commands.source import Source, derived, opened
 from normrewrite.data import Data, argument_names
 from normrewrite.data import example as example_input
@@ -21,7 +22,6 @@ from normrewrite.nn.weights import gain_of
 from normrewrite.norms import Gain
 from normrewrite.passes.folding import fold, plain_state
 from normrewrite.passes.reversion import reverted
-from normrewrite.records import history
 from normrewrite.records.report import Report
 from normrewrite.rules import Rules
 from normrewrite.targets import rewrite
@@ -29,11 +29,12 @@ from normrewrite.verbs.advise import Advice
 from normrewrite.verbs.advise import advise as advise_model
 from normrewrite.verbs.calibrate import NOTHING, Calibration, calibratable
 from normrewrite.verbs.calibrate import calibrate_ as calibrate_model
-from normrewrite.verbs.convert import Plan, as_scopes, untouched
+from normrewrite.verbs.convert import as_scopes
 from normrewrite.verbs.convert import plan as plan_model
 from normrewrite.verbs.initialise import Initialisation, initialise_
 from normrewrite.verbs.inspect import Inspection
 from normrewrite.verbs.inspect import inspect as inspect_model
+from normrewrite.verbs.plan import Plan, untouched
 from normrewrite.verbs.replay import rewritten_again
 from normrewrite.verbs.verify import verify as verify_networks
 
@@ -167,7 +168,7 @@ def convert(
     if folded:
         return _write_folded(twin, report, output, force, network)
     each(f"writing {output.name}")
-    came = history.begun(source, file.manifest).then(history.step(convert, source, asked))
+    came = words.begun(source, file.manifest).then(words.step(convert, source, asked))
     with files.with_manifest(twin.cpu(), manifest, report, came, force):
         form = source.save(file, twin, output, report=report, history=came, force=force)
     notes.append(_how_to_load(file.form, form, output))
@@ -219,7 +220,7 @@ def convert_again(
             "the manifest's twin was calibrated, which is of its own weights: --calibrate DATA does it for these"
         )
     each(f"writing {output.name}")
-    came = history.begun(source, file.manifest).then(history.step(convert_again, source, asked, "convert"))
+    came = words.begun(source, file.manifest).then(words.step(convert_again, source, asked, "convert"))
     with files.with_manifest(twin.cpu(), manifest, report, came, force):
         form = source.save(file, twin, output, report=report, history=came, force=force)
     notes.append(_how_to_load(file.form, form, output))
@@ -350,7 +351,7 @@ def calibrate(
     file = source.read()
     examples = opened(data, file.model, mean, std)
     twin, calibration = calibrate_model(file.model, examples, batch_size=batch_size, each=each)
-    came = history.begun(source, file.manifest).then(history.step(calibrate, source, asked))
+    came = words.begun(source, file.manifest).then(words.step(calibrate, source, asked))
     source.save(file, twin.cpu(), output, history=came, force=force)
     return Calibrated(calibration, str(output))
 
@@ -380,7 +381,7 @@ def revert(source: Source, *, output: Path | None = None, force: bool = False) -
     output = output or derived(source.path, "reverted")
     source.check_outputs({"-o": output}, force, {})
     file = source.read()
-    came = history.begun(source, file.manifest).then(history.step(revert, source, asked))
+    came = words.begun(source, file.manifest).then(words.step(revert, source, asked))
     model, names, trained = reverted(file.model)
     source.save(file, model.cpu(), output, history=replace(came, report=None), force=force)
     return Reverted(names, trained, str(output))

@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 
 from normrewrite import files, sites
+from normrewrite.commands import words
 from normrewrite.commands.source import Source, derived
 from normrewrite.data import Data, argument_names, open_data
 from normrewrite.errors import NormRewriteError
-from normrewrite.records import history
 from normrewrite.records.history import History
 from normrewrite.training import checkpoints
 from normrewrite.training.recipe import Recipe, recipe
@@ -54,7 +54,7 @@ def finetune(
 
     teacher: a file of the original, of the same --arch. strict: refuse a folder of images for one that can't be read.
     """
-    words = {name: value for name, value in locals().items() if name != "options"} | options
+    asked = {name: value for name, value in locals().items() if name != "options"} | options
     plan = recipe(options)  # a wrong option is told before a large file is read
     output = output or derived(source.path, "finetuned")
     folder, last = folder_of(output), derived(output, "last") if val or plan.val_split else None
@@ -71,8 +71,8 @@ def finetune(
             checkpoints.discard(folder)
         file, *teachers = source.read_all(source.path, *([] if teacher is None else [teacher]))
         examples = _open("--data", data, file.model, mean, std, strict)
-        came = history.begun(source, file.manifest)  # of the files as they are now
-        came = came.then(history.step(finetune, source, words, further=asdict(Recipe())))
+        came = words.begun(source, file.manifest)  # of the files as they are now
+        came = came.then(words.step(finetune, source, asked, further=asdict(Recipe())))
         options["teacher"] = teachers[0].model if teachers else None
         options["val"] = None if val is None else _open("--val", val, file.model, mean, std, strict)
         try:

@@ -25,9 +25,9 @@ from torch._compile import _disable_dynamo
 from torch.autograd import Function
 from torch.nn.functional import pad
 
-from normrewrite.lower import eager
-from normrewrite.lower.eager import per_channel
+from normrewrite.lower import eager, measuring
 from normrewrite.lower.families import Sparse, laid_out_as, largest, wide
+from normrewrite.lower.measuring import per_channel
 from normrewrite.lower.once import once, refuse_transforms
 from normrewrite.norms import Gain, Metric
 from normrewrite.norms import metric as row_of
@@ -85,7 +85,7 @@ class _Normalise(Function):
     def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, spread, indices, signs = ctx.saved_tensors
         row, constant, n, eps, group = ctx.settings
-        dweight, dbias = eager.sums(g, x, mean, spread + eps) if x.numel() else torch.zeros_like(mean).expand(2, -1)
+        dweight, dbias = measuring.sums(g, x, mean, spread + eps) if x.numel() else torch.zeros_like(mean).expand(2, -1)
         dx = None
         if ctx.needs_input_grad[0]:
             slopes = eager.slope_sum(signs, row, constant, n)
@@ -136,7 +136,7 @@ def gathered(values: Tensor, group: Any) -> Tensor:
 def mean_of(x: Tensor, group: Any) -> tuple[int, Tensor]:
     """(n, mean (C,)) of the joined batch. x: (N, C, *), fp32 or float64."""
     count = x.new_tensor([x.numel() // x.shape[1]], dtype=torch.float64)
-    n, *_ = total = summed(torch.cat([count, x.sum(eager.over(x), dtype=torch.float64)]), group)
+    n, *_ = total = summed(torch.cat([count, x.sum(measuring.over(x), dtype=torch.float64)]), group)
     return int(n), (total[1:] / n).to(x.dtype)
 
 
@@ -147,9 +147,9 @@ Measured = tuple[int, Tensor, Tensor, Sparse]  # n, mean (C,), S (C,), where thi
 
 def _mean(x: Tensor, row: Metric, group: Any) -> Measured:
     n, mean = mean_of(x, group)
-    magnitudes, inward = eager.power_sums(x, mean, row)
+    magnitudes, inward = measuring.power_sums(x, mean, row)
     total = summed(magnitudes, group).to(x.dtype)
-    return n, mean, *eager.power_mean(torch.stack([total, inward]), n, row.power)  # inward of this rank
+    return n, mean, *measuring.spread_of(torch.stack([total, inward]), n, row.power)  # inward of this rank
 
 
 def _top(x: Tensor, row: Metric, group: Any) -> Measured:

@@ -24,11 +24,9 @@ from normrewrite.lower.families import (
     Sparse,
     dense_slope,
     distant,
-    extremes,
     laid_out_as,
     mean_dtype,
     nothing,
-    power_mean,
     sparse_slope,
     taken,
     wide,
@@ -36,6 +34,7 @@ from normrewrite.lower.families import (
     within_half,
 )
 from normrewrite.lower.kernels import serving
+from normrewrite.lower.measuring import as_rows, measure_rows
 from normrewrite.norms import Gain, Metric
 from normrewrite.norms import metric as row_of
 
@@ -50,19 +49,6 @@ def _by_row(values: Tensor) -> Tensor:
 def _by_channel(values: Tensor, x: Tensor) -> Tensor:
     """(G, K) -> (1, G, K, 1), in x's dtype."""
     return values.to(x.dtype)[None, :, :, None]
-
-
-def measure(d: Tensor, row: Metric) -> tuple[Tensor, Sparse | None]:
-    """S of each row (B, G), and where a sparse family read it. d: (B, G, K, S) deviations, fp32 or float64."""
-    if row.family == "mean":
-        return power_mean(d.abs(), list(_ROW), row.power), None
-    spread, sparse = extremes(_as_rows(d), row)
-    return spread.view(d.shape[:2]), sparse
-
-
-def _as_rows(values: Tensor) -> Tensor:
-    """(B, G, K, S) -> (B * G, n)."""
-    return values.reshape(values.shape[0] * values.shape[1], values.shape[2] * values.shape[3])
 
 
 def _count(x: Tensor) -> int:
@@ -91,7 +77,7 @@ def forward(
     constant = row.gain(_count(x), gain)  # first, as it refuses rows that are too short
     mean = values.mean(_ROW, dtype=mean_dtype(x)).to(values.dtype) if centred else values.new_zeros(x.shape[:2])
     d = values - _by_row(mean)
-    raw, sparse = measure(d, row)
+    raw, sparse = measure_rows(d, row)
     spread = raw * constant
     if centred and not x.is_cuda:
         _recentre_(d, mean, spread, sparse, row, constant, eps)
@@ -115,7 +101,7 @@ def _recentre_(
     few -= (moved - mean[far])[:, None, None]  # 0, where a row is constant
     few -= few.mean((1, 2), keepdim=True)
     mean[far], d[far] = moved, few
-    raw, again = measure(few[:, None], row)
+    raw, again = measure_rows(few[:, None], row)
     spread[far] = raw[:, 0] * constant
     for of_all, of_few in zip(sparse or (), again or (), strict=True):
         of_all[far.flatten()] = of_few
@@ -164,7 +150,7 @@ def _backward(
         dx = gh - slope * share
     else:
         slope = constant * sparse_slope(signs, row)
-        dx = _as_rows(gh).scatter_add(1, indices, -slope * share.view(-1, 1)).view(x.shape)
+        dx = as_rows(gh).scatter_add(1, indices, -slope * share.view(-1, 1)).view(x.shape)
     if centred:
         dx -= dx.mean(_ROW, keepdim=True)
     dx = within_half(dx.div_(scale), _by_row(spread), eps, x.dtype)

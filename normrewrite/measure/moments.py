@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from normrewrite.data import Batch, Data
 from normrewrite.errors import NormRewriteError
 from normrewrite.execution import runner
-from normrewrite.lower import eager
+from normrewrite.lower import measuring
 from normrewrite.lower.families import wide
 from normrewrite.norms import METRICS, Gain, Metric, metric
 from normrewrite.sites import Site
@@ -87,8 +87,8 @@ class Moments:
         values = wide(x.detach())
         n, dims = values.numel() // values.shape[1], [0, *range(2, values.dim())]
         mean = values.mean(dims)
-        mean = mean + (values - eager.per_channel(mean, values.dim())).mean(dims)  # a constant channel's is exact
-        spread = {row: eager.measure(values, mean, row)[0] for row in (*(row for row, _ in rows), _L1, _L2)}
+        mean = mean + (values - measuring.per_channel(mean, values.dim())).mean(dims)  # a constant channel's is exact
+        spread = {row: measuring.measure(values, mean, row)[0] for row in (*(row for row, _ in rows), _L1, _L2)}
         scales = {str(row): _kept(row.gain(n, gain) * spread[row]) for row, gain in rows}
         high, low = values.amax(dims), values.amin(dims)
         if not bool((mean + high - low).isfinite().all()):  # of x alone: squares may overflow where |d| does not

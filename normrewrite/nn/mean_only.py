@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from normrewrite.errors import NormRewriteError
 from normrewrite.lower import distributed, half
 from normrewrite.lower.accumulate import Accumulator
-from normrewrite.lower.eager import over, per_channel
 from normrewrite.lower.families import statistics_dtype, wide
+from normrewrite.lower.measuring import over, per_channel
 from normrewrite.nn.functional import average_in, averaging_factor, group_of, is_empty, not_shared
 from normrewrite.nn.origin import Origin
 from normrewrite.nn.parts import keep_wide, require_rank, through_tail

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normrewrite.lower import eager
+from normrewrite.lower import measuring
 from normrewrite.lower.plain import transformed
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.functional import average_in, averaging_factor, group_of, is_empty, normalise, rectified
@@ -111,7 +111,7 @@ class BatchRenorm(BatchNorm):
                 average_in(factor, (self.running_mean, mean), (self.running_scale, spread))
         r, d = (r, d) if self.weight is None else (self.weight * r, self.weight * d)
         d = d if self.bias is None else d + self.bias
-        y = torch.addcmul(eager.per_channel(d, y.dim()), y, eager.per_channel(r, y.dim())).to(input.dtype)
+        y = torch.addcmul(measuring.per_channel(d, y.dim()), y, measuring.per_channel(r, y.dim())).to(input.dtype)
         return rectified(y, residual) if relu else y
 
     def limits(self) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from normrewrite.page import terminal
 from normrewrite.page.columns import power
 from normrewrite.page.facts import Facts, Row
 from normrewrite.records import history
@@ -29,22 +28,12 @@ class Document:
     data: dict[str, Any] | None = None
     record: dict[str, Any] | None = None
     command: list[str] = field(default_factory=list)
-    output: str = ""
-    brief: bool = False  # printed in a few lines, as the page tells the rest
     date: str = field(default_factory=lambda: datetime.now(UTC).strftime("%Y-%m-%d"))
 
     def as_dict(self) -> dict[str, Any]:
         files = {"file": self.file, "original": self.original, "data": self.data}
         told = {"files": files, "versions": history.versions(), "machine": machine(), "command": self.command}
-        return {**told, "output": self.output or None, **self.facts.as_dict(), "manifest": self.record}
-
-    def __str__(self) -> str:
-        written = [f"wrote {self.output}"] if self.output else []
-        return "\n".join([terminal.head(self) if self.brief else terminal.text(self), *written])
-
-    def rich(self) -> Any:
-        """For a terminal: the same, its tables in colour."""
-        return terminal.rich(self)
+        return {**told, **self.facts.as_dict(), "manifest": self.record}
 
     @property
     def verdict(self) -> tuple[str, str, str]:

@@ -1,6 +1,6 @@
 """Where a twin comes from: its original's file, the code it belongs to, and the commands that made it.
 
->>> came = begun(source).then(step(convert, source, {"to": "l1"}))
+>>> came = begun(digests.of_file(path)).then(step(["convert", "model.pt", "--to", "l1"]))
 >>> came.as_dict()["steps"][0]["command"]
 ['convert', 'model.pt', '--to', 'l1']
 
@@ -8,32 +8,20 @@ It travels in the manifest. Files go by their names alone, without folders, and 
 believed: `checked` makes sure of its form, and nothing that it names is imported (normrewrite.files asks for --trust).
 """
 
-import inspect
 import platform
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from normrewrite._version import __version__
 from normrewrite.errors import NormRewriteError
-from normrewrite.records import digests
-
-if TYPE_CHECKING:
-    from normrewrite.commands.source import Source
 
 BIT_EXACT = {"convert", "calibrate", "revert"}  # commands after which the original can be had back to the bit
 SEED = 0  # of every random input that a command draws itself
-# What says where to write, what to print and what to insist on, and not what is computed.
-_SILENT = (
-    *("source", "output", "manifest", "force", "each", "dry_run", "expect", "text"),
-    *("resume", "log", "save_every", "timeout"),
-)
-_FILES = ("calibrate", "data", "replay", "original", "val", "teacher")
 
 
 @dataclass(frozen=True)
@@ -61,12 +49,20 @@ class History:
         return {key: value for key, value in known.items() if value}
 
 
-def begun(source: "Source", record: Mapping[str, Any] | None = None) -> History:
-    """The history that a file brings along in its manifest; that of an original begins with the file itself."""
+def begun(
+    original: Mapping[str, Any] | None = None,
+    record: Mapping[str, Any] | None = None,
+    arch: str | None = None,
+    arch_args: tuple[str, ...] = (),
+) -> History:
+    """The history that a file brings along in its manifest; that of an original begins with the file itself.
+
+    original: normrewrite.records.digests.of_file of the file, where it is one. arch, arch_args: what made the network, where
+    that was named.
+    """
     brought = History() if record is None else of(record)
-    named = replace(brought, arch=_without_folder(source.arch), arch_args=_pairs(source)) if source.arch else brought
-    rewritten = record is not None and bool(record["sites"])
-    return named if rewritten else replace(named, original=digests.of_file(source.path))
+    named = replace(brought, arch=arch, arch_args=arch_args) if arch else brought
+    return named if original is None else replace(named, original=dict(original))
 
 
 def of(record: Mapping[str, Any]) -> History:
@@ -76,34 +72,12 @@ def of(record: Mapping[str, Any]) -> History:
 
 
 def step(
-    command: Callable[..., Any],
-    source: "Source",
-    options: Mapping[str, Any],
-    verb: str = "",
-    further: Mapping[str, Any] | None = None,
+    command: Sequence[str], files: Mapping[str, Mapping[str, Any]] | None = None, seed: int = SEED
 ) -> dict[str, Any]:
-    """One command that was run: its words, the seed of what it drew, the versions it ran in, and the files it read.
-
-    options: the arguments of `command` by name; those at their defaults are left out. verb: the command's name for people,
-    where it is not the function's. further: defaults of what `command` takes as **options.
-    """
-    parameters = inspect.signature(command).parameters.items()
-    defaults = {name: each.default for name, each in parameters if each.kind is not inspect.Parameter.VAR_KEYWORD}
-    defaults |= further or {}
-    given = {
-        name: value
-        for name, value in options.items()
-        if name in defaults and name not in _SILENT and value != defaults[name] and value not in ([], ())
-    }
-    words = [verb or command.__name__, source.path.name, *_source_words(source)]
-    words += [word for name, value in given.items() for word in _option(name, value)]
-    files = {name: _read(value) for name, value in given.items() if name in _FILES}
-    return {
-        "command": words,
-        "seed": options.get("seed", SEED),
-        "versions": versions(),
-        **({"files": files} if files else {}),
-    }
+    """One command that was run: its words, the seed of what it drew, the versions it ran in, and the files it read, as
+    normrewrite.records.digests.of_file gives them, by the option that named them."""
+    done = {"command": list(command), "seed": seed, "versions": versions()}
+    return done | ({"files": dict(files)} if files else {})
 
 
 def versions() -> dict[str, str]:
@@ -119,50 +93,6 @@ def versions() -> dict[str, str]:
 def as_shell(words: Sequence[str]) -> str:
     """A step's command for a shell; it can be no other program's."""
     return shlex.join(["normrewrite", *words])
-
-
-def _source_words(source: "Source") -> list[str]:
-    words = ["--arch", str(_without_folder(source.arch))] if source.arch else []
-    words += [word for pair in _pairs(source) for word in ("--arch-args", pair)]
-    words += ["--key", source.key] if source.key else []
-    words += [word for name in source.allow for word in ("--allow", name)]
-    return [*words, "--trust"] if source.trust else words
-
-
-def _pairs(source: "Source") -> tuple[str, ...]:
-    return tuple(f"{key}={value!r}" for key, value in source.arch_args.items())
-
-
-def _without_folder(arch: str | None) -> str | None:
-    """`models/zoo.py:resnet20` -> `zoo.py:resnet20`: folders are their owner's business."""
-    if arch is None:
-        return None
-    where, colon, name = arch.rpartition(":")
-    return f"{Path(where).name}{colon}{name}" if where.endswith(".py") else arch
-
-
-def _option(name: str, value: Any) -> list[str]:
-    option = "--rule" if name == "rules" else f"--{name.replace('_', '-')}"
-    if isinstance(value, bool):
-        return [option] if value else [f"--no-{option[2:]}"]
-    if name in ("mean", "std"):
-        return [option, ",".join(map(str, value))]
-    if name in _FILES:
-        return [option, _name(value)]
-    if name == "rules":
-        return [word for pattern, target in value for word in (option, f"{pattern}={target}")]
-    values = value if isinstance(value, list | tuple) else [value]
-    return [word for each in values for word in (option, str(each))]
-
-
-def _name(value: Any) -> str:
-    """How a file is called in a command: its own name; what is no file stays as it is."""
-    return Path(value).name if Path(value).exists() else str(_without_folder(str(value)))
-
-
-def _read(value: Any) -> dict[str, Any]:
-    path = Path(value)
-    return digests.of_file(path) if path.is_file() else {"file": _name(value)}
 
 
 def checked(record: Mapping[str, Any], where: str) -> None:

@@ -6,12 +6,10 @@ and in training, with the outputs of all sites set to the original's, that nothi
 where anything differs, the sites are refused.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +23,8 @@ from normrewrite.nn.mean_only import MeanOnlyBatchNorm
 from normrewrite.nn.parts import deepcopy
 from normrewrite.sites import Site, looks
 from normrewrite.tolerances import SAME_NETWORK, worst
+from normrewrite.verbs.plan import Choice, Plan
 from normrewrite.verbs.verify import verify
-
-if TYPE_CHECKING:
-    from normrewrite.verbs.convert import Choice, Plan
 
 _REMEDY = (
     "give example inputs (--input-shape, --calibrate), so that the whole network is compared, leave the site with --exclude, or "
@@ -108,7 +104,7 @@ class _Run:
     calls: list[_Call]
     outputs: Outputs
 
-    def same(self, other: _Run, folded: Collection[str]) -> bool:
+    def same(self, other: "_Run", folded: Collection[str]) -> bool:
         """Whether two runs with the same outputs of every site differ nowhere else: in no site's input, and not in the end.
         The input of a site that was folded into the layer in front is another by intent, but for its shape."""
         if [call.name for call in self.calls] != [call.name for call in other.calls]:

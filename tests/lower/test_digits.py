@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from normrewrite.lower import distributed, eager, rows
+from normrewrite.lower import distributed, eager, measuring, rows
 from normrewrite.lower.pieces import Pieces
 from normrewrite.norms import metric
 
@@ -150,13 +150,15 @@ def test_large_planes_keep_digits(shape: tuple[int, ...], innermost: bool) -> No
     generator = torch.Generator().manual_seed(0)
     x, g = torch.randn(shape, generator=generator) * 2 + 5, torch.randn(shape, generator=generator).abs()
     x = x.movedim(1, -1).contiguous().movedim(-1, 1) if innermost else x
-    mean = eager.channel_mean(x)
-    d = x.double() - eager.per_channel(mean, x.dim())
-    total = d.abs().sum(eager.over(x))
-    assert off(eager.power_sums(x, mean, metric("l1"))[0] / total, torch.ones(2)) <= 2e-7
-    product, plain = eager.sums(g, x, mean, torch.ones(2))
-    assert off(plain / g.double().sum(eager.over(x)), torch.ones(2)) <= 2e-7
-    assert off((product - (g * d).sum(eager.over(x))) / (g * d).abs().sum(eager.over(x)), torch.zeros(2)) <= 2e-7
+    mean = measuring.channel_mean(x)
+    d = x.double() - measuring.per_channel(mean, x.dim())
+    total = d.abs().sum(measuring.over(x))
+    assert off(measuring.power_sums(x, mean, metric("l1"))[0] / total, torch.ones(2)) <= 2e-7
+    product, plain = measuring.sums(g, x, mean, torch.ones(2))
+    assert off(plain / g.double().sum(measuring.over(x)), torch.ones(2)) <= 2e-7
+    assert (
+        off((product - (g * d).sum(measuring.over(x))) / (g * d).abs().sum(measuring.over(x)), torch.zeros(2)) <= 2e-7
+    )
 
 
 def test_a_plane_is_cut_into_short_parts_of_one_size() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from normrewrite.lower import eager, reference
+from normrewrite.lower import eager, measuring, reference
 from normrewrite.lower.eager import normalise
 from normrewrite.norms import Metric, metric
 from tests.lower.tolerances import TOLERANCES, check_close
@@ -43,7 +43,7 @@ DATA: dict[str, Callable[[torch.Generator, tuple[int, ...]], Tensor]] = {
 def samples(kind: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
     """x: (N, C, *); no two channels share a mean or a spread."""
     generator = torch.Generator().manual_seed(seed)
-    channel = eager.per_channel(torch.arange(1, shape[1] + 1, dtype=torch.float64), len(shape))
+    channel = measuring.per_channel(torch.arange(1, shape[1] + 1, dtype=torch.float64), len(shape))
     return (DATA[kind](generator, shape) * channel - channel / 2).to(dtype)
 
 
@@ -127,8 +127,8 @@ def test_a_forward_one_percent_off_is_caught(spec: str, dtype: torch.dtype, whic
 def test_a_measure_one_percent_off_is_caught(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same from inside: the spread itself is wrong, and with it y."""
     x, (weight, bias) = samples("laplace", (5, 3, 7), torch.bfloat16), affine_of(3, torch.bfloat16)
-    measure = eager.measure
-    monkeypatch.setattr(eager, "measure", lambda *args: (1.01 * measure(*args)[0], measure(*args)[1]))
+    measure = measuring.measure
+    monkeypatch.setattr(measuring, "measure", lambda *args: (1.01 * measure(*args)[0], measure(*args)[1]))
     found = normalise(x, weight, bias, metric(spec), "exact", EPS)
     with pytest.raises(AssertionError, match="off by"):
         check_forward(found, x, weight, bias, metric(spec))
@@ -400,8 +400,8 @@ def test_sums_are_asked_for_as_cuda_gives_them(memory_format: torch.memory_forma
     """Its kernels leave out what they would write into a weight's gradient, where there is no weight."""
     x, g = (torch.randn(4, 6, 8, 8).contiguous(memory_format=memory_format) for _ in range(2))
     with _Backwards() as seen:
-        eager.power_sums(x, torch.zeros(6), metric("l1"))
-        eager.sums(g.half(), x.half(), torch.zeros(6), torch.ones(6))
+        measuring.power_sums(x, torch.zeros(6), metric("l1"))
+        measuring.sums(g.half(), x.half(), torch.zeros(6), torch.ones(6))
     assert seen.weights and all(given is not None and given.dtype is torch.float32 for given in seen.weights)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from normrewrite.lower import eager
+from normrewrite.lower import eager, measuring
 from normrewrite.lower import pieces as room
 from normrewrite.lower.pieces import Pieces, cut, divided
 from normrewrite.norms import metric
@@ -35,7 +35,7 @@ def test_pieces_cover_everything_once(shape: tuple[int, ...]) -> None:
         for a, b, mine in zip(parts.of(counts), parts.of(other), parts.each(channels), strict=False):
             assert a.shape == b.shape and len(mine) == a.shape[1]
             a += 1 + mine.view(1, -1, *(1,) * (a.dim() - 2))
-        assert torch.equal(counts, 1 + eager.per_channel(channels, x.dim()).expand(shape))
+        assert torch.equal(counts, 1 + measuring.per_channel(channels, x.dim()).expand(shape))
 
 
 @pytest.mark.usefixtures("elements")
@@ -44,7 +44,7 @@ def test_what_is_found_in_pieces_adds_up(shape: tuple[int, ...]) -> None:
     for x in laid_out(shape):
         parts = Pieces(x)
         found = [piece.double().sum([dim for dim in range(piece.dim()) if dim != 1]) for piece in parts.of(x)]
-        assert torch.equal(parts.total(found), x.double().sum(eager.over(x)))
+        assert torch.equal(parts.total(found), x.double().sum(measuring.over(x)))
 
 
 def test_pieces_are_small_where_there_is_something_to_cut(monkeypatch: pytest.MonkeyPatch) -> None:

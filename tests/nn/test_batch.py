@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from normrewrite.errors import NormRewriteError
 from normrewrite.lower import reference
-from normrewrite.lower.eager import per_channel
+from normrewrite.lower.measuring import per_channel
 from normrewrite.nn import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from normrewrite.nn.functional import batch_norm
 from normrewrite.norms import metric

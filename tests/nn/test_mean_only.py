@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from normrewrite import sites
 from normrewrite.errors import NormRewriteError
-from normrewrite.lower.eager import per_channel
+from normrewrite.lower.measuring import per_channel
 from normrewrite.nn import BatchNorm, ChannelAffine, MeanOnlyBatchNorm, StandIn
 from normrewrite.nn.origin import Origin
 from tests.lower.tolerances import TOLERANCES, check_close

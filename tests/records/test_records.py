@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 import normrewrite as nr
+from normrewrite.commands import words
 from normrewrite.commands.rewriting import calibrate, convert
 from normrewrite.commands.source import Source
 from normrewrite.measure.exactness import Probe, measured
-from normrewrite.records import digests, history, manifest
+from normrewrite.records import digests, manifest
 from tests.conftest import ROOT, Command, enter_copy
 
 ARCH = "--arch digits.py:digits_resnet"
@@ -152,7 +153,7 @@ def test_history_grows_with_every_command(run: Command, folder: Path) -> None:
 
 
 def test_numbers_of_a_recorded_command_keep_their_digits(folder: Path) -> None:
-    step = history.step(calibrate, Source(folder / "digits.pt"), {"data": "digits.npz", "mean": [0.49139968, 0.5]})
+    step = words.step(calibrate, Source(folder / "digits.pt"), {"data": "digits.npz", "mean": [0.49139968, 0.5]})
     assert step["command"][-2:] == ["--mean", "0.49139968,0.5"]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normrewrite.lower import eager, rows
+from normrewrite.lower import measuring
 from normrewrite.lower.families import laid_out_as, taken, wide
 from normrewrite.lower.triton import backward as back
 from normrewrite.lower.triton import forward as fore
@@ -218,10 +218,10 @@ class _Norm:
         values = wide(x)
         if self.geometry.sample:
             mean = values.mean((2, 3), dtype=torch.float64).float() if self.centred else values.new_zeros(x.shape[:2])
-            raw, sparse = rows.measure(values - mean[:, :, None, None], self.row)
+            raw, sparse = measuring.measure_rows(values - mean[:, :, None, None], self.row)
         else:
-            mean = values.mean(eager.over(x), dtype=torch.float64).float()
-            raw, sparse = eager.measure(values, mean, self.row)
+            mean = values.mean(measuring.over(x), dtype=torch.float64).float()
+            raw, sparse = measuring.measure(values, mean, self.row)
         assert sparse is not None  # of a family that takes k
         indices, signs = sparse
         return mean.flatten(), (raw * self.gain).flatten(), indices, signs
