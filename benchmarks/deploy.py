@@ -21,8 +21,8 @@ from torch import Tensor, nn
 import normrewrite as nr
 from benchmarks.networks import convnext, transformer_encoder
 from benchmarks.stamp import markdown, write
-from normrewrite.verbs.bench import bench
-from normrewrite.verbs.build import build
+from normrewrite.api.bench import bench
+from normrewrite.api.build import build
 
 GPUS = ("sm86", "sm89", "sm120")
 PRECISIONS = ("fp32", "fp16", "int8")

@@ -1,4 +1,4 @@
-"""The kernels of lower/triton on a GPU: right first, then against torch's batch norm and what torch.compile makes of it.
+"""The kernels of backends/triton on a GPU: right first, then against torch's batch norm and what torch.compile makes of it.
 
     python -m benchmarks.gpu_norms                 # under eight minutes; writes results/gpu_norms.json and .svg
     python -m benchmarks.gpu_norms --minutes 3     # what fits, the most telling first

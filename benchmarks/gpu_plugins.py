@@ -32,10 +32,10 @@ if DEVICE == "cpu":
 from benchmarks.gpu_norms import copy_bandwidth, graphed, milliseconds
 from benchmarks.gpu_traffic import moved
 from benchmarks.stamp import markdown, write
+from normrewrite.backends import onnx as nodes
+from normrewrite.backends.triton import ahead as triton_ahead
+from normrewrite.backends.triton import launch
 from normrewrite.errors import NormRewriteError, first_line
-from normrewrite.lower import onnx as nodes
-from normrewrite.lower.triton import ahead as triton_ahead
-from normrewrite.lower.triton import launch
 from normrewrite.norms import METRICS, metric
 from normrewrite.plugins import OPS, Op, ahead, v3
 from normrewrite.plugins import compute as memory
@@ -196,9 +196,9 @@ _ENGINE = """
 import sys
 from pathlib import Path
 import numpy as np, onnx, torch
-from normrewrite.verbs.build import build
-from normrewrite.deployment.engine import runner
-from normrewrite.lower import onnx as nodes
+from normrewrite.api.build import build
+from normrewrite.deploy.engine import runner
+from normrewrite.backends import onnx as nodes
 from normrewrite.norms import metric
 from normrewrite.plugins import OPS
 folder, gpu, plugins = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -279,7 +279,7 @@ def measure(minutes: float, library: str | None) -> dict[str, Any]:
 
 def without_gpu() -> dict[str, Any]:
     """The comparison with float64 by the interpreter, and what was not measured."""
-    from tests.lower.triton import interpreter
+    from tests.backends.triton import interpreter
 
     interpreter.mend()
     memory.tensor_at, memory.on_stream = _on_cpu, lambda stream: nullcontext()  # type: ignore[assignment]

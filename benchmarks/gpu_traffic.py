@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.stamp import markdown
-from normrewrite.lower.triton import launch
-from normrewrite.lower.triton.ahead import Launch, recorded
+from normrewrite.backends.triton import launch
+from normrewrite.backends.triton.ahead import Launch, recorded
 from normrewrite.norms import metric
 
 PAGE = Path(__file__).parent.parent / "docs" / "kernels.md"

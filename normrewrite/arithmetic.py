@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from normrewrite.lower import eager, half
-from normrewrite.lower.accumulate import Accumulator, accumulator
-from normrewrite.lower.half import Rule, normalise, normalise_batch
+from normrewrite.backends import half, torch_batch
+from normrewrite.backends.accumulate import Accumulator, accumulator
+from normrewrite.backends.half import Rule, normalise, normalise_batch
 from normrewrite.nn.functional import average_in
 from normrewrite.norms import metric
 
@@ -27,7 +27,7 @@ def half_arithmetic(sums: str = "fp32") -> Iterator[Accumulator]:
     >>> with half_arithmetic("half:64"):
     ...     logits = model(images.half())
 
-    sums: `fp32`, `half` or `half:CHUNK`, see normrewrite.lower.accumulate; normrewrite.lower.half says which sums they are.
+    sums: `fp32`, `half` or `half:CHUNK`, see normrewrite.backends.accumulate; normrewrite.backends.half says which sums they are.
     It holds for norms of normrewrite and of torch (modules, and calls of F.batch_norm, F.layer_norm, F.group_norm,
     F.instance_norm and F.rms_norm) in this thread, and for their backward wherever that is run. Nothing is done to the model, and
     running statistics stay fp32. In eval a norm that has some is torch's affine of each channel, rounded once. Weight norms, and
@@ -89,7 +89,7 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     if not training and running_mean is not None and running_var is not None:
-        return eager.affine(input, running_mean, (running_var + eps).sqrt(), weight, bias)
+        return torch_batch.affine(input, running_mean, (running_var + eps).sqrt(), weight, bias)
     y, mean, variance = normalise_batch(input, weight, bias, _native(eps))
     _average(momentum, running_mean, mean, running_var, variance, input.numel() // input.shape[1])
     return y
@@ -107,7 +107,7 @@ def _instance_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     if not use_input_stats and running_mean is not None and running_var is not None:
-        return eager.affine(input, running_mean, (running_var + eps).sqrt(), weight, bias)
+        return torch_batch.affine(input, running_mean, (running_var + eps).sqrt(), weight, bias)
     rows = input.flatten(2)[:, :, None]
     y, mean, variance = normalise(rows, *_by_group(weight, bias, rows.shape[1]), _native(eps))
     n = input.numel() // (input.shape[0] * input.shape[1])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.masked import MaskedTensor
 
 from normrewrite.data import Batch, argument_names
-from normrewrite.deployment import onnx_bounds, onnx_file
+from normrewrite.deploy import onnx_bounds, onnx_file
 from normrewrite.errors import NormRewriteError, first_line
 from normrewrite.sites.modes import evaluating
 
@@ -112,7 +112,7 @@ def runner(network: Network, of: Callable[[object], dict[str, Any]] = flat) -> C
     if isinstance(network, nn.Module):
         return _torch_runner(network, of)
     if Path(network).suffix == ".engine":
-        from normrewrite.deployment import engine
+        from normrewrite.deploy import engine
 
         return engine.runner(Path(network))
     return _onnx_runner(Path(network), of)

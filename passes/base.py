@@ -17,7 +17,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from normrewrite import sites
 from normrewrite.nn.mean_only import MeanOnlyBatchNorm
-from normrewrite.nn.rows import RowNorm
+from normrewrite.nn.sample import RowNorm
 from normrewrite.nn.stand_in import StandIn
 from normrewrite.norms import Gain
 from normrewrite.passes.lift_functional import LiftFunctional

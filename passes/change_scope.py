@@ -5,8 +5,8 @@ after:   y = weight * (x - m) / sqrt(v + eps) + bias      m, v of one sample's c
          rms: m = 0, and v the mean square of the whole sample: nr.nn.GroupNorm(1, C, metric="l2", centred=False)
 
 Statistics of a sample are no statistics of the data set, so eval is another function: weight and bias are copied, and
-calibrate(data) fits them to what the original computes (normrewrite.measure.least_squares). `instance` throws the mean of each
-sample's channels away, and with it what many networks decide by.
+calibrate(data) fits them to what the original computes (normrewrite.diagnostics.least_squares). `instance` throws the mean of
+each sample's channels away, and with it what many networks decide by.
 """
 
 import math
@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from normrewrite.nn.origin import Origin
-from normrewrite.nn.rows import GroupNorm
+from normrewrite.nn.sample import GroupNorm
 from normrewrite.nn.stand_in import StandIn
 from normrewrite.passes.base import Rewrite
 from normrewrite.sites import Site

@@ -7,7 +7,7 @@ before:  norm -> add(., residual) -> relu      +, +=, torch.add, .add()
 after:   norm_relu(norm, x, residual)
 
 Our batch norms and group norms whose output nothing else reads. The same function, forward and backward; on CUDA one
-operator (lower/relu.py) that reads and writes less and keeps no second activation. Norms stay registered under their own
+operator (backends/relu.py) that reads and writes less and keeps no second activation. Norms stay registered under their own
 names: state_dict keys don't change, `revert` and every pass still find them, and a call computes whatever stands there then.
 A pass for speed: run it last, on the graph that is to be trained or compiled.
 """

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from normrewrite import sites
-from normrewrite.lower.families import statistics_dtype
+from normrewrite.backends.families import statistics_dtype
 from normrewrite.nn.mean_only import MeanOnlyBatchNorm
 from normrewrite.nn.origin import Origin
 from normrewrite.nn.parts import learns

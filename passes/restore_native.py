@@ -23,9 +23,9 @@ from normrewrite.nn import batch
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.mean_only import MeanOnlyBatchNorm
 from normrewrite.nn.parts import assemble, learns, shallow
-from normrewrite.nn.rows import RowNorm
+from normrewrite.nn.sample import RowNorm
 from normrewrite.nn.weights import original, unchanged, weight_norm_of
-from normrewrite.passes import restore_rows
+from normrewrite.passes import restore_sample
 from normrewrite.passes.bake import bake
 from normrewrite.passes.base import Pair, Rewrite
 from normrewrite.sites import Site
@@ -56,7 +56,7 @@ class RestoreNative(Rewrite):
 
     def gives_back(self, module: nn.Module) -> bool:
         """Whether the module stands for another, or is a norm within a sample that torch has too."""
-        own = isinstance(module, RowNorm) and restore_rows.why_not(module) is None
+        own = isinstance(module, RowNorm) and restore_sample.why_not(module) is None
         return sites.is_rewritten(module) or own
 
     def why_not(self, site: Site) -> str | None:
@@ -64,7 +64,7 @@ class RestoreNative(Rewrite):
         if sites.is_rewritten(old):
             return None
         if isinstance(old, RowNorm):
-            return restore_rows.why_not(old)
+            return restore_sample.why_not(old)
         if not isinstance(old, BatchNorm):
             return "is no norm of normrewrite's"
         if old.origin is None and type(old) not in _NATIVE:
@@ -111,8 +111,8 @@ class RestoreNative(Rewrite):
         old: Any = site.module
         if weight_norm_of(old) is not None:
             new, exact = _layer(old)
-        elif restore_rows.knows(old):
-            new, exact = restore_rows.rewrite(old)
+        elif restore_sample.knows(old):
+            new, exact = restore_sample.rewrite(old)
         else:
             new, exact = _norm(old)
             new._modules.update({name: old._modules[name] for name in getattr(old, "tail", ())})

@@ -7,7 +7,7 @@ after:   y = weight * (x - running_mean) / (running_scale + eps') + bias        
 Eval computes the same function, to rounding. Training then measures C * S instead of the standard deviation, with C such
 that both agree on Gaussian inputs. The parameters stay the same objects; the running variance travels in `origin`.
 Between two of our own norms only the metric changes. Norms within a sample are rewritten where `scopes` names theirs:
-swap_rows.py.
+swap_sample.py.
 """
 
 from collections.abc import Sequence
@@ -15,17 +15,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from normrewrite.backends.families import statistics_dtype
 from normrewrite.errors import NormRewriteError, nearest
-from normrewrite.lower.families import statistics_dtype
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.origin import Origin
 from normrewrite.nn.parts import assemble, attributes, shallow
 from normrewrite.norms import Gain, metric, require_gain
-from normrewrite.passes import swap_rows
+from normrewrite.passes import swap_sample
 from normrewrite.passes.base import Rewrite
 from normrewrite.sites import Site, is_norm, is_row_norm
 from normrewrite.sites.kinds import Kind, recognise
-from normrewrite.sites.row_kinds import ROW_SCOPES
+from normrewrite.sites.sample_kinds import ROW_SCOPES
 
 SCOPES = ("batch", *ROW_SCOPES)
 
@@ -63,7 +63,7 @@ class SwapMetric(Rewrite):
         if self.to.native:
             return "RestoreNative is the pass for torch's own norms"
         if is_row_norm(old):
-            return swap_rows.why_not(old, self.to, self.gain, self.scopes)
+            return swap_sample.why_not(old, self.to, self.gain, self.scopes)
         if "batch" not in self.scopes:
             return f"its scope is batch, and {', '.join(self.scopes)} is asked for"
         if isinstance(old, BatchNorm):
@@ -74,7 +74,7 @@ class SwapMetric(Rewrite):
     def rewrite(self, site: Site) -> nn.Module:
         old = site.module
         if is_row_norm(old):
-            return swap_rows.rewrite(site, self.to, self.gain)
+            return swap_sample.rewrite(site, self.to, self.gain)
         if isinstance(old, BatchNorm):
             new: BatchNorm = shallow(old)
             new.metric, new.gain = str(self.to), self.gain

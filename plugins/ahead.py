@@ -38,7 +38,7 @@ def kernel(op: Op, given: Given, shape: Sequence[int], dtype: str, capability: i
 
     Raises NormRewriteError where one launch can't do it, by name.
     """
-    from normrewrite.lower.triton.ahead import compiled, once
+    from normrewrite.backends.triton.ahead import compiled, once
 
     x = torch.empty(tuple(shape), dtype=getattr(torch, dtype), device="meta")
     parameter = torch.empty(x.shape[1:3], dtype=torch.float32 if op.int8 else x.dtype, device="meta")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normrewrite.lower import kernels, rows
+from normrewrite.backends import kernels, torch_sample
 from normrewrite.norms import Gain, Metric
 
 
@@ -25,13 +25,13 @@ def compute(row: Metric, given: Mapping[str, Any], x: Tensor, weight: Tensor, bi
     told: tuple[Metric, Gain, float] = row, "exact", given["eps"]
     centred = bool(given["centred"])
     if kernels.why_not(x, row, sample=True, int8=True) is None:
-        from normrewrite.lower.triton import launch  # triton takes half a second to import, and may be missing
+        from normrewrite.backends.triton import launch  # triton takes half a second to import, and may be missing
 
         found = launch.forward(x, None, weight, bias, *told, sample=True, centred=centred, out=y)[0]
     elif x.dtype is torch.int8:
-        found = rows.forward(x.float(), weight, bias, *told, centred)[0].round_().clamp_(-128, 127)
+        found = torch_sample.forward(x.float(), weight, bias, *told, centred)[0].round_().clamp_(-128, 127)
     else:
-        found = rows.forward(x, weight, bias, *told, centred)[0]
+        found = torch_sample.forward(x, weight, bias, *told, centred)[0]
     if found.data_ptr() != y.data_ptr():
         y.copy_(found)
 

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 from triton import knobs
 
+from normrewrite.backends.triton import forward
+from normrewrite.backends.triton import launch as launching
+from normrewrite.backends.triton import resident as resident
+from normrewrite.backends.triton.ahead import Launch, compiled, parameter_types, recorded
+from normrewrite.backends.triton.fixed import Fixed, using
+from normrewrite.backends.triton.geometry import why_not
 from normrewrite.errors import NormRewriteError
-from normrewrite.lower.triton import forward
-from normrewrite.lower.triton import launch as launching
-from normrewrite.lower.triton import rows as resident
-from normrewrite.lower.triton.ahead import Launch, compiled, parameter_types, recorded
-from normrewrite.lower.triton.fixed import Fixed, using
-from normrewrite.lower.triton.geometry import why_not
 from normrewrite.norms import METRICS, Metric, metric
 from normrewrite.plugins.compute import strides
 from normrewrite.plugins.spec import DTYPES, INT8, NAMESPACE, OPS, VERSION, Op

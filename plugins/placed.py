@@ -17,8 +17,8 @@ import re
 from collections.abc import Collection, Iterable
 from typing import Any, Literal
 
+from normrewrite.backends import onnx as nodes
 from normrewrite.errors import NormRewriteError
-from normrewrite.lower import onnx as nodes
 
 Path = Literal["plugin", "function"]
 

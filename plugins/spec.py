@@ -5,7 +5,7 @@
 >>> y = op.reference(x, weight, bias, given)              # x: (B, G, K, S); weight, bias: (G, K, 1); float64
 
 Nothing is stated twice: operators follow from the rows of norms.METRICS, names, types and defaults of attributes from the
-operator's body in lower/onnx.py, ranges from the table there. Lowerings to plugins are functions of these specs.
+operator's body in backends/onnx.py, ranges from the table there. Lowerings to plugins are functions of these specs.
 """
 
 import math
@@ -17,9 +17,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from normrewrite.backends import onnx as nodes
+from normrewrite.backends import reference
 from normrewrite.errors import NormRewriteError
-from normrewrite.lower import onnx as nodes
-from normrewrite.lower import reference
 from normrewrite.norms import METRICS, Metric
 
 NAMESPACE, VERSION = nodes.PLUGIN["plugin_namespace"], nodes.PLUGIN["plugin_version"]

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 import normrewrite as nr
 from normrewrite import NormRewriteError
-from normrewrite.lower import half
-from normrewrite.lower.watch import watching
+from normrewrite.backends import half
+from normrewrite.backends.watch import watching
 from normrewrite.nn.functional import normalise
-from tests.lower.tolerances import check_close
+from tests.backends.tolerances import check_close
 
 SUMS = ("fp32", "half:1", "half:16")
 IMAGES, SERIES, ROWS = (6, 8, 5, 5), (6, 8, 9), (6, 4, 10)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import normrewrite as nr
+from normrewrite.api.bench import bench
 from normrewrite.data import Batch
 from normrewrite.execution import dtype_of, flat, leaves, runner
 from normrewrite.training.losses import Objective
 from normrewrite.training.recipe import Recipe
-from normrewrite.verbs.bench import bench
 
 X = torch.randn(3, 2)
 

@@ -16,11 +16,11 @@ from benchmarks import gpu_norms, gpu_traffic, right
 from benchmarks.gpu_norms import SPECS, case, goals, lines, plot, told
 from benchmarks.gpu_traffic import NATIVE, RESNET50, Norms, batch_launches, moved, passes, row_launches, table
 from benchmarks.networks import resnet50
-from normrewrite.lower.kernels import kernels
-from normrewrite.lower.triton import launch
+from normrewrite.backends.kernels import kernels
+from normrewrite.backends.triton import launch
 from normrewrite.nn.rectify import norm_relu
+from tests.backends.triton import interpreter
 from tests.conftest import ROOT
-from tests.lower.triton import interpreter
 
 BIG = Norms(256, 56, "relu", 1)
 

@@ -9,9 +9,9 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed: pip install normrewrite[triton]")
 
 from benchmarks import gpu_plugins
-from normrewrite.lower.triton import launch
+from normrewrite.backends.triton import launch
 from normrewrite.plugins import compute as memory
-from tests.lower.triton import interpreter
+from tests.backends.triton import interpreter
 from tests.plugins.rtx import needs_rtx
 
 interpreter.mend()

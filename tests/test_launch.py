@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 import normrewrite as nr
+from normrewrite.api.finetune import finetune
 from normrewrite.data import Batch, Data
 from normrewrite.training.checkpoints import Checkpoints
 from normrewrite.training.machine import accelerator
 from normrewrite.training.recipe import Recipe
-from normrewrite.verbs.finetune import finetune
 from tests.conftest import ROOT
 from tests.ranks import Started, on_ranks, start_ranks
 

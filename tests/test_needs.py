@@ -9,8 +9,8 @@ from torch import nn
 
 import normrewrite as nr
 from normrewrite import sites
-from normrewrite.verbs.inspect import inspect
-from normrewrite.verbs.traps import find_traps
+from normrewrite.api.inspect import inspect
+from normrewrite.api.traps import find_traps
 from tests.conftest import randomise
 from tests.passes.test_lift_functional import Block
 from tests.sites.test_kinds import Frozen, NormAct, ReluInside

@@ -9,7 +9,7 @@ import torch
 
 import normrewrite as nr
 from normrewrite import sites
-from normrewrite.lower import reference
+from normrewrite.backends import reference
 from normrewrite.norms import metric
 from tests.conftest import TARGETS, RealNetwork, real_images
 from tests.forms import same_bits

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, fx, nn
 
 import normrewrite as nr
+from normrewrite.diagnostics.least_squares import fittable
 from normrewrite.errors import NormRewriteError
-from normrewrite.measure.least_squares import fittable
 from normrewrite.nn.batch import BatchNorm, FrozenBatchNorm
 from normrewrite.nn.weights import BoundedWeightNorm, weight_norm_of
 from normrewrite.passes.reversion import reverted
-from normrewrite.records.report import Report
+from normrewrite.provenance.report import Report
 from normrewrite.targets import TARGETS, measures, rewrite
 from normrewrite.tolerances import SAME_NETWORK, worst
 from tests.forms import CASES, FOR_GOOD, FORMS, FROM_OURS, REVERSIBLE, fresh, inputs, rewritten, same_bits, start

@@ -12,7 +12,7 @@ from torch import nn
 
 import normrewrite as nr
 from normrewrite.files import with_manifest
-from normrewrite.records.history import History
+from normrewrite.provenance.history import History
 
 CODE = """
 from torch import nn

@@ -18,10 +18,10 @@ from torch import nn
 
 from normrewrite import files
 from normrewrite.commands.source import Source, by_key
+from normrewrite.diagnostics.remeasure import had_back, measure
 from normrewrite.errors import NormRewriteError
-from normrewrite.measure.remeasure import had_back, measure
-from normrewrite.records import digests, history, manifest
-from normrewrite.records.report import table
+from normrewrite.provenance import digests, history, manifest
+from normrewrite.provenance.report import table
 
 _STATISTICS = ("running_mean", "running_var", "running_scale", "num_batches_tracked")
 

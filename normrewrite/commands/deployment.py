@@ -8,26 +8,26 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from normrewrite.api.bench import Bench, Runtime
+from normrewrite.api.bench import bench as bench_networks
+from normrewrite.api.export import OPSET, Deploy, Exported
+from normrewrite.api.export import export as export_model
+from normrewrite.api.verify import verify as verify_networks
+from normrewrite.backends.onnx import DOMAIN
 from normrewrite.commands.source import Source
 from normrewrite.data import Batch, Data, argument_names, open_data
 from normrewrite.data import example as example_input
-from normrewrite.deployment.precision import Precision
-from normrewrite.deployment.quantise import Ranges
+from normrewrite.deploy.precision import Precision
+from normrewrite.deploy.quantise import Ranges
+from normrewrite.diagnostics.comparison import Comparison
+from normrewrite.diagnostics.layers import Layers, compare_layers
 from normrewrite.errors import NormRewriteError
 from normrewrite.execution import Network
-from normrewrite.lower.onnx import DOMAIN
-from normrewrite.measure.comparison import Comparison
-from normrewrite.measure.layers import Layers, compare_layers
 from normrewrite.plugins.runtimes import RUNTIMES
-from normrewrite.records.ranges import of_record
-from normrewrite.verbs.bench import Bench, Runtime
-from normrewrite.verbs.bench import bench as bench_networks
-from normrewrite.verbs.export import OPSET, Deploy, Exported
-from normrewrite.verbs.export import export as export_model
-from normrewrite.verbs.verify import verify as verify_networks
+from normrewrite.provenance.ranges import of_record
 
 if TYPE_CHECKING:
-    from normrewrite.verbs.build import Built
+    from normrewrite.api.build import Built
 
 Numbers = Sequence[float] | None
 
@@ -95,7 +95,7 @@ def build(
     each: Callable[..., object] = lambda phase, **_: None,
 ) -> "Built":
     """Build an engine from an ONNX file. gpu: names with commas, as in `sm86,sm89`."""
-    from normrewrite.verbs.build import (
+    from normrewrite.api.build import (
         build as build_engine,
     )  # it imports onnx, for which the other commands don't wait
 

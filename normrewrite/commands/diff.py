@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from normrewrite import files
 from normrewrite.commands.source import by_key
-from normrewrite.records import digests, manifest
-from normrewrite.records.report import table
+from normrewrite.provenance import digests, manifest
+from normrewrite.provenance.report import table
 
 
 @dataclass(frozen=True)

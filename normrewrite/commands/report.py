@@ -7,15 +7,15 @@ from typing import Any
 from torch import nn
 
 from normrewrite import files
+from normrewrite.api.bench import Runtime, bench
 from normrewrite.commands import words
 from normrewrite.commands.source import Source
 from normrewrite.data import Data, argument_names, open_data
 from normrewrite.errors import NormRewriteError
-from normrewrite.page.document import Document
-from normrewrite.page.facts import Facts, gather
-from normrewrite.page.terminal import Printout
-from normrewrite.records import digests, history, manifest
-from normrewrite.verbs.bench import Runtime, bench
+from normrewrite.provenance import digests, history, manifest
+from normrewrite.reporting.document import Document
+from normrewrite.reporting.facts import Facts, gather
+from normrewrite.reporting.terminal import Printout
 
 ROUNDS = 100
 
@@ -56,7 +56,7 @@ def report(
     command = words.step(report, source, asked)["command"]
     document = Document(facts, digests.of_file(source.path), named, seen, record, command)
     if output is not None:
-        from normrewrite.page import html
+        from normrewrite.reporting import html
 
         content = html.page(document)
         files.write_atomically(output, lambda temporary: Path(temporary).write_bytes(content), force)
@@ -87,7 +87,7 @@ def _digest(path: Path) -> dict[str, Any]:
 
 def _time(facts: Facts, original: nn.Module | None, data: Data, runtime: Runtime) -> None:
     """Latency of the rewritten network against the original, or against what it gives back."""
-    from normrewrite.measure.remeasure import had_back
+    from normrewrite.diagnostics.remeasure import had_back
 
     first = original if original is not None else had_back(facts.model)[0]
     if first is None:

@@ -8,35 +8,35 @@ from typing import Any
 from torch import Tensor, nn
 
 from normrewrite import files
+from normrewrite.api.advise import Advice
+from normrewrite.api.advise import advise as advise_model
+from normrewrite.api.calibrate import NOTHING, Calibration, calibratable
+from normrewrite.api.calibrate import calibrate_ as calibrate_model
+from normrewrite.api.convert import as_scopes
+from normrewrite.api.convert import plan as plan_model
+from normrewrite.api.initialise import Initialisation, initialise_
+from normrewrite.api.inspect import Inspection
+from normrewrite.api.inspect import inspect as inspect_model
+from normrewrite.api.plan import Plan, untouched
+from normrewrite.api.replay import rewritten_again
+from normrewrite.api.verify import verify as verify_networks
 from normrewrite.commands import words
 from normrewrite.commands.source import Source, derived, opened
 from normrewrite.data import Data, argument_names
 from normrewrite.data import example as example_input
+from normrewrite.diagnostics.comparison import Comparison
 from normrewrite.errors import NormRewriteError
 from normrewrite.execution import device_of
-from normrewrite.measure.comparison import Comparison
 from normrewrite.nn.affine import ChannelAffine
-from normrewrite.nn.rows import RowNorm
+from normrewrite.nn.sample import RowNorm
 from normrewrite.nn.stand_in import StandIn
 from normrewrite.nn.weights import gain_of
 from normrewrite.norms import Gain
 from normrewrite.passes.folding import fold, plain_state
 from normrewrite.passes.reversion import reverted
-from normrewrite.records.report import Report
+from normrewrite.provenance.report import Report
 from normrewrite.rules import Rules
 from normrewrite.targets import rewrite
-from normrewrite.verbs.advise import Advice
-from normrewrite.verbs.advise import advise as advise_model
-from normrewrite.verbs.calibrate import NOTHING, Calibration, calibratable
-from normrewrite.verbs.calibrate import calibrate_ as calibrate_model
-from normrewrite.verbs.convert import as_scopes
-from normrewrite.verbs.convert import plan as plan_model
-from normrewrite.verbs.initialise import Initialisation, initialise_
-from normrewrite.verbs.inspect import Inspection
-from normrewrite.verbs.inspect import inspect as inspect_model
-from normrewrite.verbs.plan import Plan, untouched
-from normrewrite.verbs.replay import rewritten_again
-from normrewrite.verbs.verify import verify as verify_networks
 
 
 @dataclass

@@ -9,15 +9,15 @@ from typing import Any
 from torch import nn
 
 from normrewrite import files, sites
+from normrewrite.api.finetune import finetune_
 from normrewrite.commands import words
 from normrewrite.commands.source import Source, derived
 from normrewrite.data import Data, argument_names, open_data
 from normrewrite.errors import NormRewriteError
-from normrewrite.records.history import History
+from normrewrite.provenance.history import History
 from normrewrite.training import checkpoints
 from normrewrite.training.recipe import Recipe, recipe
 from normrewrite.training.result import Finetuned
-from normrewrite.verbs.finetune import finetune_
 
 
 @dataclass

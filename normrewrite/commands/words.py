@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from normrewrite.commands.source import Source
-from normrewrite.records import digests, history
-from normrewrite.records.history import History
+from normrewrite.provenance import digests, history
+from normrewrite.provenance.history import History
 
 # What says where to write, what to print and what to insist on, and not what is computed.
 _SILENT = (

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from normrewrite.errors import NormRewriteError, nearest
 from normrewrite.outside import CODE, is_name
-from normrewrite.records import manifest
+from normrewrite.provenance import manifest
 
 Weights = nn.Module | dict[str, Tensor]
 

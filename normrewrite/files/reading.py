@@ -22,7 +22,7 @@ from normrewrite.files import soundness, unpickle
 from normrewrite.files.layout import Layout
 from normrewrite.files.writing import Form
 from normrewrite.nn.parts import deepcopy
-from normrewrite.records import manifest
+from normrewrite.provenance import manifest
 
 
 @dataclass

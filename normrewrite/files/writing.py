@@ -17,10 +17,10 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from normrewrite.files.layout import KEY, Layout
 from normrewrite.files.outputs import write_atomically, written_first
-from normrewrite.records import manifest
-from normrewrite.records.history import History
-from normrewrite.records.ranges import LearnedRanges
-from normrewrite.records.report import Report
+from normrewrite.provenance import manifest
+from normrewrite.provenance.history import History
+from normrewrite.provenance.ranges import LearnedRanges
+from normrewrite.provenance.report import Report
 
 Form = Literal["state_dict", "safetensors", "module"]
 

@@ -5,7 +5,7 @@ from normrewrite.nn.batch import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3
 from normrewrite.nn.mean_only import MeanOnlyBatchNorm
 from normrewrite.nn.rectify import norm_relu
 from normrewrite.nn.renorm import BatchRenorm
-from normrewrite.nn.rows import (
+from normrewrite.nn.sample import (
     GroupNorm,
     InstanceNorm,
     InstanceNorm1d,

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from normrewrite.lower.measuring import per_channel
+from normrewrite.backends.measuring import per_channel
 from normrewrite.nn.origin import Origin
 from normrewrite.nn.parts import require_rank, through_tail
 from normrewrite.nn.tracing import OneNode

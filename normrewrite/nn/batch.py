@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normrewrite.backends.families import statistics_dtype
 from normrewrite.errors import NormRewriteError
-from normrewrite.lower.families import statistics_dtype
 from normrewrite.nn.functional import averaging_factor, batch_norm, group_of
 from normrewrite.nn.origin import Origin
 from normrewrite.nn.parts import keep_wide, through_tail

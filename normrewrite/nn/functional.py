@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
+from normrewrite.backends import half, ranks, torch_batch
+from normrewrite.backends import relu as with_relu
+from normrewrite.backends.accumulate import Accumulator
+from normrewrite.backends.families import statistics_dtype
+from normrewrite.backends.watch import tell
 from normrewrite.errors import NormRewriteError
-from normrewrite.lower import distributed, eager, half
-from normrewrite.lower import relu as with_relu
-from normrewrite.lower.accumulate import Accumulator
-from normrewrite.lower.families import statistics_dtype
-from normrewrite.lower.watch import tell
 from normrewrite.norms import Gain
 from normrewrite.norms import metric as row_of
 
@@ -70,11 +70,13 @@ def batch_norm(
             )
         if together:
             return with_relu.affine(input, residual, running_mean, running_scale + eps, weight, bias)
-        y = eager.affine(input, running_mean, running_scale + eps, weight, bias)
+        y = torch_batch.affine(input, running_mean, running_scale + eps, weight, bias)
         return rectified(y, residual) if relu else y
     if is_empty(input, group):
         zeros = input.new_zeros(input.shape[1], dtype=statistics_dtype(input.dtype))
-        return eager.affine(input, zeros, zeros + 1, weight, bias)  # weight and bias get gradients of 0, as torch's
+        return torch_batch.affine(
+            input, zeros, zeros + 1, weight, bias
+        )  # weight and bias get gradients of 0, as torch's
     together = together and group is None
     if together:
         check_trainable(input)
@@ -106,9 +108,9 @@ def normalise(
         rule = half.Rule(row_of(metric), gain, eps, not_shared(accumulator, group))
         return half.normalise_batch(input, weight, bias, rule)
     if group is not None:
-        return distributed.normalise(input, weight, bias, metric, gain, eps, group)
+        return ranks.normalise(input, weight, bias, metric, gain, eps, group)
     check_trainable(input)
-    return eager.normalise(input, weight, bias, metric, gain, eps)
+    return torch_batch.normalise(input, weight, bias, metric, gain, eps)
 
 
 def not_shared(accumulator: Accumulator, group: Any) -> Accumulator:
@@ -133,7 +135,7 @@ def check_trainable(input: Tensor) -> None:
 
 def group_of(norm: Any) -> Any:
     """The process group that a norm measures with, None for this process alone: it asks for one, and there are others."""
-    return distributed.several(norm.process_group) if norm.synchronised else None
+    return ranks.several(norm.process_group) if norm.synchronised else None
 
 
 def averaging_factor(norm: Any, input: Tensor, group: Any = None) -> float | Tensor:
@@ -148,7 +150,7 @@ def averaging_factor(norm: Any, input: Tensor, group: Any = None) -> float | Ten
         norm.num_batches_tracked.add_(1)
         return norm.momentum  # type: ignore[no-any-return]
     finite = torch.isfinite(input).all()
-    enters = finite if group is None else distributed.summed(~finite, group) == 0
+    enters = finite if group is None else ranks.summed(~finite, group) == 0
     norm.num_batches_tracked.add_(enters)
     return torch.where(enters, norm.num_batches_tracked.double().reciprocal(), 0.0)
 

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normrewrite.backends import half, ranks
+from normrewrite.backends.accumulate import Accumulator
+from normrewrite.backends.families import statistics_dtype, wide
+from normrewrite.backends.measuring import over, per_channel
 from normrewrite.errors import NormRewriteError
-from normrewrite.lower import distributed, half
-from normrewrite.lower.accumulate import Accumulator
-from normrewrite.lower.families import statistics_dtype, wide
-from normrewrite.lower.measuring import over, per_channel
 from normrewrite.nn.functional import average_in, averaging_factor, group_of, is_empty, not_shared
 from normrewrite.nn.origin import Origin
 from normrewrite.nn.parts import keep_wide, require_rank, through_tail
@@ -78,7 +78,7 @@ class MeanOnlyBatchNorm(OneNode):
         if is_empty(x, group):
             averaging_factor(self, x)  # it counts, as with torch
             return self.running_mean
-        mean = x.mean(over(x)) if group is None else distributed.mean(x, group)
+        mean = x.mean(over(x)) if group is None else ranks.mean(x, group)
         self._average(x, mean, group)
         return mean
 

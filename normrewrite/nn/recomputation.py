@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from normrewrite.backends.plain import transformed
 from normrewrite.errors import NormRewriteError
-from normrewrite.lower.plain import transformed
 
 FORWARDS = (
     32  # that may lie between a forward and its recomputation: calls of a shared norm, micro-batches of a pipeline

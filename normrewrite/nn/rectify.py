@@ -5,7 +5,7 @@ from torch.fx import Proxy
 
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.functional import rectified
-from normrewrite.nn.rows import GroupNorm
+from normrewrite.nn.sample import GroupNorm
 from normrewrite.nn.tracing import as_one_function
 
 

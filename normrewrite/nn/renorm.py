@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normrewrite.lower import measuring
-from normrewrite.lower.plain import transformed
+from normrewrite.backends import measuring
+from normrewrite.backends.plain import transformed
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.functional import average_in, averaging_factor, group_of, is_empty, normalise, rectified
 from normrewrite.nn.recomputation import recalled, recomputing, remember

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
+from normrewrite.backends.families import statistics_dtype, wide
 from normrewrite.errors import NormRewriteError
-from normrewrite.lower.families import statistics_dtype, wide
 from normrewrite.nn.origin import Origin
 from normrewrite.nn.parts import assemble, keep_wide, shallow
 

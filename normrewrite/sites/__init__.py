@@ -16,7 +16,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.origin import Origin
-from normrewrite.nn.rows import RowNorm
+from normrewrite.nn.sample import RowNorm
 from normrewrite.nn.weights import WeightNorm, weight_norm_of
 from normrewrite.sites.hidden import Shelf, hidden
 

@@ -8,7 +8,7 @@ Each such module has an attribute that keeps it off the fused path; the value it
 
 from torch import nn
 
-from normrewrite.nn.rows import RowNorm
+from normrewrite.nn.sample import RowNorm
 
 _SWITCHES: dict[type[nn.Module], str] = {
     nn.TransformerEncoderLayer: "activation_relu_or_gelu",

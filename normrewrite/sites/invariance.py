@@ -21,17 +21,17 @@ from torch.fx import GraphModule, Node
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from normrewrite import sites
-from normrewrite.lower.families import wide
+from normrewrite.backends.families import wide
 from normrewrite.nn import GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from normrewrite.nn.batch import BatchNorm, FrozenBatchNorm
 from normrewrite.nn.parts import require_module
 from normrewrite.nn.renorm import BatchRenorm
-from normrewrite.nn.rows import RowNorm
+from normrewrite.nn.sample import RowNorm
 from normrewrite.sites import graph
 from normrewrite.sites.kinds import Kind, recognise
 from normrewrite.sites.modes import evaluating
 from normrewrite.sites.neighbours import has_hooks, is_layer
-from normrewrite.sites.row_kinds import RowKind, recognise_row
+from normrewrite.sites.sample_kinds import RowKind, recognise_row
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from normrewrite import sites
 from normrewrite.errors import NormRewriteError, nearest
 from normrewrite.nn.batch import BatchNorm, FrozenBatchNorm
 from normrewrite.norms import metric as row_of
-from normrewrite.records.ranges import SIDES, LearnedRanges, called, check
+from normrewrite.provenance.ranges import SIDES, LearnedRanges, called, check
 from normrewrite.training.descent import Descent
 from normrewrite.training.products import (
     SIMULATED,

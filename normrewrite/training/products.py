@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from normrewrite.deployment.quantise import PERCENTILE
-from normrewrite.lower.families import statistics_dtype
+from normrewrite.backends.families import statistics_dtype
+from normrewrite.deploy.quantise import PERCENTILE
 
 _SAMPLE = 1 << 17  # eight times as many take a fifth of a training step, and the moving average evens out
 _TINY = torch.finfo(torch.float32).tiny

@@ -25,8 +25,8 @@ from torch.optim import Optimizer
 
 from normrewrite import sites
 from normrewrite.arithmetic import half_arithmetic
+from normrewrite.backends import watch
 from normrewrite.errors import NormRewriteError
-from normrewrite.lower import watch
 from normrewrite.nn.batch import FrozenBatchNorm
 from normrewrite.nn.origin import Origin
 from normrewrite.nn.weights import WeightNorm

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args, get_origin
 
+from normrewrite.backends.accumulate import accumulator
 from normrewrite.errors import NormRewriteError, nearest
-from normrewrite.lower.accumulate import accumulator
 from normrewrite.training.int8 import RangesBy
 
 Precision = Literal["fp32", "bf16", "fp16", "fp16-pure", "int8"]
@@ -38,7 +38,7 @@ class Recipe:
     """How to train. A step is one update: `accumulate` batches of `batch_size` on each process.
 
     precision: what forward and backward compute in; fp16-pure (normrewrite.training.pure) keeps the parameters in half too.
-    accumulator: what its norms sum by, fp32, half or half:CHUNK (normrewrite.lower.accumulate).
+    accumulator: what its norms sum by, fp32, half or half:CHUNK (normrewrite.backends.accumulate).
     labels: learn from the data's labels by cross-entropy, else from the teacher. distill: the teacher's share beside labels.
     loss: how far from the teacher: mse, kl, cross-entropy; or `module:function` (outputs, teacher's outputs, labels) -> the
     whole loss. features: names or globs of modules whose outputs are to be the teacher's too.

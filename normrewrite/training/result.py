@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from normrewrite.records.ranges import LearnedRanges
-from normrewrite.records.report import table
+from normrewrite.provenance.ranges import LearnedRanges
+from normrewrite.provenance.report import table
 from normrewrite.training.progress import Epoch
 
 

@@ -11,12 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from normrewrite import sites
+from normrewrite.backends.accumulate import accumulator
 from normrewrite.data import Data, argument_names, as_data
 from normrewrite.errors import NormRewriteError
-from normrewrite.lower.accumulate import accumulator
 from normrewrite.nn.parts import deepcopy
 from normrewrite.passes.reversion import untrained
-from normrewrite.records.ranges import LearnedRanges
+from normrewrite.provenance.ranges import LearnedRanges
 from normrewrite.sites.modes import same_flags
 from normrewrite.training import feed, machine, pure, randomness
 from normrewrite.training.checkpoints import Checkpoints

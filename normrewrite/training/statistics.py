@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from normrewrite.lower.watch import Watch, tell, watching
+from normrewrite.backends.watch import Watch, tell, watching
 from normrewrite.nn.origin import Origin
 
 

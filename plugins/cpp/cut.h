@@ -1,4 +1,4 @@
-// How a tensor is cut: normrewrite/lower/triton/geometry.py's of_samples and fixed.py, number by number.
+// How a tensor is cut: normrewrite/backends/triton/geometry.py's of_samples and fixed.py, number by number.
 #pragma once
 
 #include <algorithm>

@@ -41,7 +41,7 @@ struct Kernel {
     std::vector<Code> codes;
 };
 
-// normrewrite/lower/triton/fixed.py's, in its order.
+// normrewrite/backends/triton/fixed.py's, in its order.
 struct Sizes {
     std::vector<std::int64_t> sides, runs, widths, extremes, searched_parts;
     std::int64_t part, members, tile, repeat, row_width, sparse_width, largest_k;

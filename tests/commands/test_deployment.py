@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import normrewrite as nr
-from normrewrite.measure.layers import compare_layers
+from normrewrite.diagnostics.layers import compare_layers
+from tests.api.test_build import rtx
 from tests.conftest import ROOT, Command
-from tests.verbs.test_build import rtx
 
 EXAMPLES = ROOT / "examples"
 DIGITS = "digits.pt --arch digits.py:digits_resnet"

@@ -15,8 +15,8 @@ import normrewrite as nr
 from normrewrite.commands.report import report
 from normrewrite.commands.rewriting import convert
 from normrewrite.commands.source import Source
-from normrewrite.page import terminal
-from normrewrite.page.columns import power, short
+from normrewrite.reporting import terminal
+from normrewrite.reporting.columns import power, short
 from tests.conftest import ROOT, Command, RealNetwork, enter_copy
 
 ARCH = "--arch digits.py:digits_resnet"

@@ -30,7 +30,7 @@ import normrewrite as nr
 from normrewrite import cli, targets
 from normrewrite.commands import rewriting
 from normrewrite.data import Batch, Data
-from normrewrite.records.report import Report
+from normrewrite.provenance.report import Report
 from tests.conftest import ROOT, TARGETS, Command, Outcome, randomise
 
 EXAMPLES = ROOT / "examples"

@@ -5,7 +5,7 @@ import torch
 from torch import fx, nn
 
 from normrewrite.nn import ChannelAffine
-from tests.lower.tolerances import TOLERANCES, check_close
+from tests.backends.tolerances import TOLERANCES, check_close
 
 SHAPES = [(4, 3), (4, 3, 7), (2, 3, 4, 5), (2, 3, 2, 3, 4)]
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from normrewrite.backends import reference
+from normrewrite.backends.measuring import per_channel
 from normrewrite.errors import NormRewriteError
-from normrewrite.lower import reference
-from normrewrite.lower.measuring import per_channel
 from normrewrite.nn import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from normrewrite.nn.functional import batch_norm
 from normrewrite.norms import metric
-from tests.lower.tolerances import TOLERANCES, check_close
+from tests.backends.tolerances import TOLERANCES, check_close
 
 SPECS = ("l2", "l1", "linf", "topk:3", "topk:20%", "range")
 SHAPES = ((9, 3), (5, 3, 7), (4, 3, 3, 7), (2, 3, 2, 3, 7), (2, 3, 2, 1, 3, 2))

@@ -25,8 +25,8 @@ from normrewrite.nn import (
 from normrewrite.nn.batch import FrozenBatchNorm
 from normrewrite.nn.weights import BoundedWeightNorm, WeightNorm
 from normrewrite.norms import metric
+from tests.backends.tolerances import check_close
 from tests.conftest import randomise
-from tests.lower.tolerances import check_close
 
 METRICS = ("l2", "l1", "linf", "topk:3", "range")
 WIDE = {"dtype": torch.float64}

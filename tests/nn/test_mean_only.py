@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from normrewrite import sites
+from normrewrite.backends.measuring import per_channel
 from normrewrite.errors import NormRewriteError
-from normrewrite.lower.measuring import per_channel
 from normrewrite.nn import BatchNorm, ChannelAffine, MeanOnlyBatchNorm, StandIn
 from normrewrite.nn.origin import Origin
-from tests.lower.tolerances import TOLERANCES, check_close
+from tests.backends.tolerances import TOLERANCES, check_close
 
 SHAPES = [(5, 3), (4, 3, 7), (2, 3, 4, 5), (2, 3, 2, 3, 4)]
 FP32 = TOLERANCES[torch.float32]

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from normrewrite.errors import NormRewriteError
 from normrewrite.nn import BatchNorm, BatchRenorm, recomputation
 from normrewrite.nn.renorm import SCHEDULE
-from tests.lower.tolerances import TOLERANCES, check_close
+from tests.backends.tolerances import TOLERANCES, check_close
 
 LIMITS = [(1.0, 0.0), (1.5, 0.4), (3.0, 5.0), (100.0, 100.0)]  # plain batch norm, both clipped, the paper's, free
 

@@ -16,7 +16,7 @@ from normrewrite import sites
 from normrewrite.errors import NormRewriteError
 from normrewrite.nn import BoundedWeightNorm, WeightNorm, normalise_weight
 from normrewrite.nn.weights import NORMS, gain_of, original, remember, unchanged, weight_norm_of
-from tests.lower.tolerances import check_close
+from tests.backends.tolerances import check_close
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv1d": (lambda: nn.Conv1d(4, 6, 3), (2, 4, 7)),

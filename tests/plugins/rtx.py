@@ -7,7 +7,7 @@ from typing import Any
 import onnx
 import pytest
 
-from normrewrite.verbs.build import Built, build
+from normrewrite.api.build import Built, build
 
 needs_rtx = pytest.mark.skipif(
     find_spec("tensorrt_rtx_bindings") is None, reason="TensorRT-RTX is not installed: pip install normrewrite[rtx]"

@@ -80,7 +80,7 @@ def module() -> tuple[ModuleType, Any]:
 
 def told_of(trt: Any, quick: Any, spec: str, shapes: Any = SHAPES) -> dict[str, Any]:
     """What TensorRT asks a plugin while it builds, in its order."""
-    from normrewrite.lower import onnx as nodes
+    from normrewrite.backends import onnx as nodes
     from normrewrite.norms import metric
 
     given = nodes.attributes(metric(spec), 147, eps=1e-5)

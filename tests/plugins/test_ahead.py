@@ -12,13 +12,13 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: pip install normrewrite[triton]")
 
+from normrewrite.backends.triton import launch
+from normrewrite.backends.triton.ahead import once
 from normrewrite.errors import NormRewriteError
-from normrewrite.lower.triton import launch
-from normrewrite.lower.triton.ahead import once
 from normrewrite.plugins import OPS, ahead
+from tests.backends.test_onnx import SPECS, TOLERANCE, drawn, node_model, off
+from tests.backends.triton import interpreter
 from tests.conftest import ROOT
-from tests.lower.test_onnx import SPECS, TOLERANCE, drawn, node_model, off
-from tests.lower.triton import interpreter
 from tests.plugins.test_compute import SCOPES
 from tests.plugins.test_spec import given_of
 

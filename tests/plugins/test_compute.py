@@ -7,12 +7,12 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed: pip install normrewrite[triton]")
 
-from normrewrite.lower import kernels
-from normrewrite.lower.triton import launch
+from normrewrite.backends import kernels
+from normrewrite.backends.triton import launch
 from normrewrite.plugins import OPS, compute
-from tests.lower import test_onnx_int8
-from tests.lower.test_onnx import SPECS, TOLERANCE, drawn, node_model, off
-from tests.lower.triton import interpreter
+from tests.backends import test_onnx_int8
+from tests.backends.test_onnx import SPECS, TOLERANCE, drawn, node_model, off
+from tests.backends.triton import interpreter
 from tests.plugins.test_spec import given_of
 
 interpreter.mend()

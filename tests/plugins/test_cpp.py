@@ -21,18 +21,18 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed: pip install normrewrite[triton]")
 
-from normrewrite.lower import onnx as nodes
-from normrewrite.lower.triton import forward, launch, rows
-from normrewrite.lower.triton.geometry import why_not
+from normrewrite.backends import onnx as nodes
+from normrewrite.backends.triton import forward, launch, resident
+from normrewrite.backends.triton.geometry import why_not
 from normrewrite.norms import metric
 from normrewrite.plugins import OPS, embedded
 from normrewrite.plugins.built import SOURCES
 from normrewrite.plugins.compute import strides
 from normrewrite.plugins.spec import INT8
+from tests.backends import test_onnx_int8
+from tests.backends.test_onnx import TOLERANCE, drawn, off
+from tests.backends.triton import interpreter
 from tests.conftest import ROOT
-from tests.lower import test_onnx_int8
-from tests.lower.test_onnx import TOLERANCE, drawn, off
-from tests.lower.triton import interpreter
 from tests.plugins.test_compute import room
 
 interpreter.mend()
@@ -47,7 +47,7 @@ KERNELS = {
     "settle": forward.settle,
     "select": forward.select,
     "apply": forward.apply,
-    "row_forward": rows.row_forward,
+    "row_forward": resident.row_forward,
 }
 
 

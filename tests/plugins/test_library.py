@@ -16,14 +16,14 @@ from click.testing import CliRunner
 
 pytest.importorskip("triton", reason="triton is not installed: pip install normrewrite[triton]")
 
+from normrewrite.backends.onnx_int8 import absorb
 from normrewrite.cli import app
 from normrewrite.errors import NormRewriteError
-from normrewrite.lower.onnx_int8 import absorb
 from normrewrite.plugins import OPS, built
 from normrewrite.plugins.built import SOURCES
+from tests.backends import test_onnx_int8
+from tests.backends.test_onnx import node_model
 from tests.conftest import ROOT
-from tests.lower import test_onnx_int8
-from tests.lower.test_onnx import node_model
 from tests.plugins.rtx import OPEN, needs_rtx
 from tests.plugins.rtx import built as build
 

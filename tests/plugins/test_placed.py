@@ -13,14 +13,14 @@ from torch import nn
 
 import normrewrite as nr
 from benchmarks.networks import convnext, transformer_encoder
+from normrewrite.api.build import build
+from normrewrite.backends import onnx as nodes
+from normrewrite.backends.onnx_int8 import absorb
 from normrewrite.errors import NormRewriteError
-from normrewrite.lower import onnx as nodes
-from normrewrite.lower.onnx_int8 import absorb
 from normrewrite.plugins import OPS, placed
-from normrewrite.verbs.build import build
+from tests.backends import test_onnx_int8
+from tests.backends.test_onnx import SPECS, node_model
 from tests.conftest import RealNetwork
-from tests.lower import test_onnx_int8
-from tests.lower.test_onnx import SPECS, node_model
 from tests.plugins.rtx import OPEN, built, needs_rtx, without
 from tests.plugins.test_spec import given_of
 

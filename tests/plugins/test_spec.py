@@ -6,11 +6,11 @@ import numpy as np
 import onnx
 import pytest
 
+from normrewrite.backends import onnx as nodes
 from normrewrite.errors import NormRewriteError
-from normrewrite.lower import onnx as nodes
 from normrewrite.norms import METRICS, metric
 from normrewrite.plugins import OPS, spec
-from tests.lower.test_onnx import SPECS, TOLERANCE, drawn, node_model, off, run
+from tests.backends.test_onnx import SPECS, TOLERANCE, drawn, node_model, off, run
 
 FULL = {"reads": [1.0, 0, 0, 0, 0], "eps": 1e-5, "centred": 1}
 

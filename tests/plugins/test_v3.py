@@ -15,8 +15,8 @@ pytest.importorskip("triton", reason="triton is not installed: pip install normr
 from normrewrite.errors import NormRewriteError
 from normrewrite.plugins import OPS, v3
 from normrewrite.plugins import compute as memory
-from tests.lower.test_onnx import SPECS, TOLERANCE, drawn, node_model, off
-from tests.lower.triton import interpreter
+from tests.backends.test_onnx import SPECS, TOLERANCE, drawn, node_model, off
+from tests.backends.triton import interpreter
 from tests.plugins.test_compute import room
 from tests.plugins.test_spec import given_of
 

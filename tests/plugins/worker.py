@@ -8,7 +8,7 @@ import re
 import sys
 from typing import Any
 
-from normrewrite.lower import onnx as nodes
+from normrewrite.backends import onnx as nodes
 from normrewrite.norms import metric
 from normrewrite.plugins import OPS, ahead
 from tests.ptxas import assembled

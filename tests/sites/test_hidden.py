@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import normrewrite as nr
+from normrewrite.api.traps import find_traps
 from normrewrite.sites.undo import undone_on_error
-from normrewrite.verbs.traps import find_traps
 from tests.conftest import randomise
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -13,9 +13,9 @@ from torch.nn import BatchNorm1d as Aliased
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import normrewrite as nr
+from normrewrite.api.verify import verify
 from normrewrite.sites.code import Function
 from normrewrite.sites.questions import questions
-from normrewrite.verbs.verify import verify
 from tests.conftest import randomise
 
 TARGETS = ["l1", "none", "wn", "bwn", "group", "frozen"]

@@ -9,9 +9,9 @@ from torch import nn
 
 import normrewrite as nr
 from normrewrite import sites
+from normrewrite.api import convert
 from normrewrite.passes import FoldAffine, NormaliseWeights, RestoreNative, SwapMetric
 from normrewrite.passes.base import Rewrite
-from normrewrite.verbs import convert
 from tests.conftest import randomise
 
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import normrewrite as nr
+from normrewrite.api.passage import Passage, passage, why_apart
 from normrewrite.passes.folding import fold
 from normrewrite.sites import graph
-from normrewrite.verbs.passage import Passage, passage, why_apart
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}

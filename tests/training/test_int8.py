@@ -14,9 +14,9 @@ import normrewrite as nr
 from normrewrite import LearnedRanges, NormRewriteError
 from normrewrite.training.int8 import MOMENTUM, Int8, int8, notes
 from normrewrite.training.products import nearest, scale_of
+from tests.api.test_export import images, residual
 from tests.forms import Chain
 from tests.ranks import on_ranks
-from tests.verbs.test_export import images, residual
 
 
 def learned(model: nn.Module, *batches: Tensor, **options: Any) -> LearnedRanges:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 import normrewrite as nr
 from normrewrite import NormRewriteError
+from normrewrite.api.finetune import finetune, finetune_
 from normrewrite.data import Batch, Data
 from normrewrite.training.loop import Step
 from normrewrite.training.pure import HalfWeights, LossScale
-from normrewrite.verbs.finetune import finetune, finetune_
 
 PURE: dict[str, Any] = {"labels": True, "precision": "fp16-pure", "batch_size": 20}
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 import normrewrite as nr
+from normrewrite.api.finetune import finetune
 from normrewrite.data import Batch, Data
 from normrewrite.training.statistics import Statistics
-from normrewrite.verbs.finetune import finetune
 
 HUGE = 1e25  # its square is beyond fp32: torch's norms make a variance of inf of it, and their bias of the input
 

@@ -1,0 +1,226 @@
+"""The main job: plan which norm becomes what, and carry it out.
+
+>>> twin = convert(model, to="l1")
+>>> plan_ = plan(model, to="topk:10"); print(plan_); twin, report = plan_.apply()
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypedDict, Unpack
+
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim import Optimizer
+
+from normrewrite import rules as rules_
+from normrewrite import sites
+from normrewrite.api import trial
+from normrewrite.api.passage import passage
+from normrewrite.api.plan import Choice, Plan
+from normrewrite.errors import NormRewriteError
+from normrewrite.execution import dtype_of, fitted_to
+from normrewrite.nn.parts import deepcopy, require_module
+from normrewrite.norms import Gain
+from normrewrite.passes import Rewrite
+from normrewrite.passes.lift_functional import candidates, lifted
+from normrewrite.passes.swap_metric import SCOPES
+from normrewrite.provenance.report import Report
+from normrewrite.rules import KEEP, Rules
+from normrewrite.sites import Site
+from normrewrite.sites.undo import undone_on_error
+from normrewrite.targets import require_text, rewrite
+
+Names = str | Sequence[str]
+
+
+def plan(
+    model: nn.Module,
+    to: str = "l1",
+    *,
+    rules: Mapping[str, str | None] | Rules | None = None,
+    include: Names = (),
+    exclude: Names = (),
+    gain: Gain = "exact",
+    scope: Names = "batch",
+    example_inputs: Sequence[Tensor] | None = None,
+) -> Plan:
+    """Decide for every norm of `model` what it becomes; touches nothing.
+
+    >>> twin, report = plan(model, to="l1", rules={"layer4.*": "linf", "stem.bn": None}).apply()
+
+    to: a target of normrewrite.targets: `l1`, `topk:1%`, `group:4`, `wn`, ..., or `l2` for torch's own norms back from ours.
+    scope: for metrics, which norms are meant: `batch`, `layer`, `group`, `instance`, `rms`, several of them, or `all`.
+    example_inputs: forward's arguments. They tell which norms are never called, and what linear layers a norm can be folded
+    into; and original and twin are compared on them as a whole. Where the network's code looks at its norms, those are left
+    without.
+    rules: PATTERN -> target (None or `keep` leaves a site), first match wins, before `to`.
+    include, exclude: globs or `re:` patterns of dotted names; each must match a site.
+    Raises NormRewriteError for an unknown target or pattern, or a model wrapped for data-parallel training.
+    """
+    require_module(model)
+    if isinstance(model, DistributedDataParallel | DataParallel):
+        raise NormRewriteError(
+            f"the model is wrapped in {type(model).__name__}. Convert model.module, then wrap the result again."
+        )
+    _require_tensors(example_inputs)
+    if example_inputs is not None:
+        dtype = dtype_of(model)
+        example_inputs = [fitted_to(dtype, value) for value in example_inputs]
+    scopes = as_scopes(scope)
+    pairs = rules_.as_rules(rules)
+    require_text(to)
+    asked = dict.fromkeys([to, *(target for _, target in pairs if target != KEEP)])
+    passes = {target: rewrite(target, gain, scopes, example_inputs) for target in asked}
+    found, lifts, refused = _find(model, list(passes.values()))
+    include, exclude = rules_.as_names(include, "include"), rules_.as_names(exclude, "exclude")
+    if found:
+        for option, patterns in (("--include", include), ("--exclude", exclude), ("--rule", [p for p, _ in pairs])):
+            rules_.must_match(patterns, found, option)
+    seen = {}
+    for name, each in passes.items():
+        own = [site for site in found if each.wants(site.module)]
+        seen[name] = {site.name: site for site in each.look(model, own)}
+    choices, fast = [Choice(site, KEEP, None, reason) for site, reason in refused], sites.held_fast(model)
+    for site in found:
+        target = next((t for pattern, t in pairs if rules_.matches(pattern, site)), to)
+        known = site if target == KEEP else seen[target].get(site.name)
+        if known is not None:
+            choices.append(_choose(known, target, include, exclude, passes, fast))
+    out_of_sight = sites.out_of_sight(model, _wanted_by(passes.values()))
+    choices += [Choice(site, KEEP, None, _OUT_OF_SIGHT) for site in out_of_sight]
+    wanted = [name for name in lifts if any(_within(c.site.name, name) for c in choices if c.rewrite is not None)]
+    missing = "no batch norm" if scopes == ("batch",) else f"no norm of scope {', '.join(scopes)}"
+    return _tried(Plan(model, choices, wanted, list(passes.values()), missing), example_inputs)
+
+
+def _tried(draft: Plan, inputs: Sequence[Tensor] | None) -> Plan:
+    """The plan without the rewrites that a look at the whole network forbids, and with what inputs show."""
+    names = [choice.site.name for choice in draft.choices]
+    called = set(names) if inputs is None else passage(draft.model, names, inputs).called
+    unused = (set(names) & sites.by_name(draft.model).keys()) - called
+    refused = trial.refused(draft, inputs)
+    choices = [
+        replace(choice, target=KEEP, rewrite=None, reason=refused[choice.site.name])
+        if choice.rewrite is not None and choice.site.name in refused
+        else replace(choice, unused=choice.site.name in unused)
+        for choice in draft.choices
+    ]
+    return replace(draft, choices=choices, example_inputs=inputs)
+
+
+_OUT_OF_SIGHT = (
+    "is held in a plain list or attribute, where torch does not find it either. Put it into an nn.ModuleList"
+)
+
+
+def _require_tensors(inputs: Any) -> None:
+    each = isinstance(inputs, Sequence) and all(isinstance(value, Tensor) for value in inputs)
+    if inputs is not None and not each:
+        raise NormRewriteError(
+            "example_inputs: needed are forward's arguments as a sequence of tensors, as in (torch.zeros(1, 3, 32, 32),)."
+        )
+
+
+_COMPILED = "is compiled by TorchScript, with a batch norm inside. Convert the network before it is compiled"
+
+
+def as_scopes(scope: Names) -> tuple[str, ...]:
+    """`all`, a name, several with commas, or a sequence of names."""
+    names = tuple(
+        name.strip() for name in rules_.as_names(scope.split(",") if isinstance(scope, str) else scope, "scope")
+    )
+    return SCOPES if "all" in names else names
+
+
+def _within(name: str, module: str) -> bool:
+    return not module or name.startswith(f"{module}.")
+
+
+def _find(model: nn.Module, passes: list[Rewrite]) -> tuple[list[Site], list[str], list[tuple[Site, str]]]:
+    """Sites that are modules, or will be once their F.batch_norm is lifted; the modules to lift; and those that can't be."""
+    found = sites.find(model, _wanted_by(passes))
+    lifts, refused = [], [(site, _COMPILED) for site in sites.compiled(model)]
+    for candidate in candidates(model):
+        new = lifted(deepcopy(candidate.module))  # a trace runs the module's own code
+        found = [site for site in found if site.module is not candidate.module]
+        if isinstance(new, str):
+            refused.append((candidate, new))
+            continue
+        lifts.append(candidate.name)
+        known = {name for site in found for name in site.names}
+        inside = [
+            Site(tuple(f"{candidate.name}.{name}".removeprefix(".") for name in site.names), site.module, ())
+            for site in sites.find(new)
+        ]
+        found += [site for site in inside if site.name not in known]
+    return found, lifts, refused
+
+
+def _wanted_by(passes: Iterable[Rewrite]) -> Callable[[nn.Module], bool]:
+    """Whether any of the passes has a module for a site."""
+    each = list(passes)
+    return lambda module: any(rewrite.wants(module) for rewrite in each)
+
+
+def _choose(
+    site: Site,
+    target: str,
+    include: list[str],
+    exclude: list[str],
+    passes: dict[str, Rewrite],
+    fast: Mapping[int, str],
+) -> Choice:
+    if include and not any(rules_.matches(pattern, site) for pattern in include):
+        return Choice(site, KEEP, None, "not in --include")
+    if any(rules_.matches(pattern, site) for pattern in exclude):
+        return Choice(site, KEEP, None, "in --exclude")
+    if target == KEEP:
+        return Choice(site, KEEP, None, "kept by a rule")
+    places = [fast[id(each.module)] for each in (site, site.before) if each is not None and id(each.module) in fast]
+    held = (
+        f"what can't be changed holds it or its layer too ({places[0]}), and would keep the old one. Make that a list"
+        if places
+        else None
+    )
+    refusal = passes[target].refusal(site) or held
+    return Choice(site, KEEP, None, refusal) if refusal else Choice(site, target, passes[target], None)
+
+
+class Options(TypedDict, total=False):
+    """What `plan` takes beside a model and a target."""
+
+    rules: Mapping[str, str | None] | Rules | None
+    include: Names
+    exclude: Names
+    gain: Gain
+    scope: Names
+    example_inputs: Sequence[Tensor] | None
+
+
+def convert(
+    model: nn.Module, to: str = "l1", *, optimizers: Iterable[Optimizer] = (), **options: Unpack[Options]
+) -> nn.Module:
+    """A copy of `model` with its norms rewritten to `to`; in eval the same function, unless the target can't be (group,
+    layer, instance, rms, bwn:strict; see `plan`). Options are those of `plan`.
+
+    >>> twin = convert(model, to="topk:10", exclude="stem.*", optimizers=[optimizer])
+
+    optimizers: made for `model`; they step the copy from now on, with the state they have.
+
+    Raises NormRewriteError where no site can be rewritten, or where a rewritten site differs beyond tolerance (exit_code 1).
+    """
+    return _checked(*plan(model, to, **options).apply(optimizers))
+
+
+def convert_(
+    model: nn.Module, to: str = "l1", *, optimizers: Iterable[Optimizer] = (), **options: Unpack[Options]
+) -> nn.Module:
+    """`convert` in place. Returns the model, or the new root where the model itself is a norm. On an error it is as it was."""
+    chosen = plan(model, to, **options)
+    with undone_on_error(model):
+        return _checked(*chosen.apply_(optimizers))
+
+
+def _checked(model: nn.Module, report: Report) -> nn.Module:
+    report.require_exact()
+    return model

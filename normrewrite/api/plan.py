@@ -1,0 +1,170 @@
+"""Which norm of a network becomes what, and what carries that out.
+
+>>> plan_ = nr.plan(model, to="topk:10"); print(plan_); twin, report = plan_.apply()
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from normrewrite import sites
+from normrewrite.api.passage import Passage, limit, passage, why_apart
+from normrewrite.diagnostics.exactness import Probe, measured, tolerance
+from normrewrite.errors import NormRewriteError
+from normrewrite.nn.parts import deepcopy
+from normrewrite.optimizers import inherited, parameters_of, rebind
+from normrewrite.passes import Rewrite
+from normrewrite.passes.lift_functional import lift_
+from normrewrite.passes.renormalise import is_fresh
+from normrewrite.provenance.report import Report, SiteResult, table
+from normrewrite.sites import Site
+from normrewrite.sites.undo import undone_on_error
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a plan has in mind for one site: a rewrite, or the reason why it stays."""
+
+    site: Site
+    target: str
+    rewrite: Rewrite | None
+    reason: str | None
+    unused: bool = False  # forward does not call it, on the example inputs
+
+    @property
+    def note(self) -> str:
+        """What is to be said of a site that will be rewritten: where it is folded, why eval can't stay the same."""
+        note = "" if self.rewrite is None else self.rewrite.note(self.site)
+        return "; ".join(filter(None, ("never called on the example inputs" if self.unused else "", note)))
+
+
+@dataclass
+class Plan:
+    """Which site becomes what. Print it, then `apply()` for a new module or `apply_()` to rewrite the model in place."""
+
+    model: nn.Module
+    choices: list[Choice]
+    lifts: list[str] = field(default_factory=list)  # modules whose own forward calls F.batch_norm, and will be traced
+    passes: list[Rewrite] = field(default_factory=list)
+    missing: str = "no batch norm"  # what it was looked through for in vain, where nothing was found
+    example_inputs: Sequence[Tensor] | None = None  # the whole network is compared on these
+
+    @property
+    def rewritten(self) -> list[Choice]:
+        return [choice for choice in self.choices if choice.rewrite is not None]
+
+    @property
+    def kept(self) -> list[Choice]:
+        return [choice for choice in self.choices if choice.rewrite is None]
+
+    @property
+    def fresh(self) -> bool:
+        """Whether nothing was trained yet: every batch norm has the statistics that it was made with."""
+        return untouched(self.model)
+
+    def __str__(self) -> str:
+        rows = [
+            (c.site.label, c.site.kind, str(c.site.channels or ""), c.target, c.reason or c.note) for c in self.choices
+        ]
+        head = f"{len(self.rewritten)} of {len(self.choices)} sites to be rewritten"
+        return f"{head}\n{table(('site', 'was', 'channels', 'becomes', 'note'), rows)}"
+
+    def apply(self, optimizers: Iterable[Optimizer] = ()) -> tuple[nn.Module, Report]:
+        """A rewritten copy of the model, and the report. The model itself is not touched.
+
+        optimizers: made for the model; they step the copy from now on, with the state they have.
+        """
+        self.require()
+        twin = deepcopy(self.model)
+        copies = dict(twin.named_parameters())
+        twin, report, heirs = self._carry_out(twin)
+        if report.ok:  # else the copy is not for use
+            copied = {id(old): copies[name] for name, old in self.model.named_parameters() if name in copies}
+            rebind(optimizers, {key: heirs.get(id(new), [new]) for key, new in copied.items()})
+        return twin, report
+
+    def apply_(self, optimizers: Iterable[Optimizer] = ()) -> tuple[nn.Module, Report]:
+        """Rewrite the model in place; returns it (a new root where the root itself was a norm) and the report.
+
+        Parameters stay the same objects where the target has them, so that optimisers need nothing; where it brings
+        parameters of its own (weight norms, affines), the optimizers that are given step those from now on.
+        """
+        self.require()
+        with undone_on_error(self.model):
+            model, report, heirs = self._carry_out(self.model)
+            if report.ok:
+                rebind(optimizers, {id(parameter): [parameter] for parameter in model.parameters()} | heirs)
+        return model, report
+
+    def _carry_out(self, model: nn.Module) -> tuple[nn.Module, Report, dict[int, list[nn.Parameter]]]:
+        original = self._passage(model)
+        model = lift_(model, self.lifts) if self.lifts else model
+        found = {
+            (id(rewrite), site.name): site
+            for rewrite in self.passes
+            for site in rewrite.look(model, sites.find(model, rewrite.wants))
+        }
+        probe, results = Probe(), []
+        heirs: dict[int, list[nn.Parameter]] = {}
+        for choice in self.choices:
+            site = found.get((id(choice.rewrite), choice.site.name))
+            if choice.rewrite is None or site is None:
+                results.append(SiteResult.kept(choice.site, choice.reason or "the traced forward does not use it"))
+                continue
+            model, [(_, before, new)] = choice.rewrite.apply(model, [site])
+            results.append(_measured(site, before, new, choice, probe))
+            heirs |= inherited(parameters_of(site.before, site), parameters_of(before, new))
+        report = Report(results)
+        if original is not None and report.ok and not report.live:
+            self._compare(original, model)
+        return model, report, heirs
+
+    def _passage(self, model: nn.Module) -> Passage | None:
+        """What the model does on the example inputs, where there are any and the twin has to do the same."""
+        exact = all(choice.rewrite is None or not choice.rewrite.inexact(choice.site) for choice in self.choices)
+        names = [choice.site.name for choice in self.rewritten]
+        return passage(model, names, self.example_inputs) if exact and self.example_inputs is not None else None
+
+    def _compare(self, before: Passage, twin: nn.Module) -> None:
+        after = self._passage(twin)
+        apart = None if after is None else why_apart(before, after, limit(self.model))
+        if apart is not None:
+            raise NormRewriteError(
+                f"on the example inputs the twin computes another function: {apart}. Code of the network may look at what was "
+                "rewritten: find the site by --exclude, and leave it.",
+                exit_code=1,
+            )
+
+    def require(self, expect: int | None = None) -> None:
+        """Raises where no site, or not `expect` sites, would be rewritten; the message carries the reasons."""
+        reasons = sorted({f"{c.site.label}: {c.reason}" for c in self.kept})
+        because = f" Left: {'; '.join(reasons[:5])}{' ...' if len(reasons) > 5 else ''}." if reasons else ""
+        if not self.choices:
+            raise NormRewriteError(
+                f"{type(self.model).__name__} holds {self.missing}, so there is nothing to rewrite. "
+                "`normrewrite inspect` lists its norms; metrics reach other scopes with --scope."
+            )
+        if not self.rewritten:
+            raise NormRewriteError(f"none of {len(self.choices)} sites can be rewritten.{because}")
+        if expect is not None and len(self.rewritten) != expect:
+            raise NormRewriteError(f"expected {expect} sites to be rewritten, found {len(self.rewritten)}.{because}")
+
+
+def untouched(model: nn.Module) -> bool:
+    """Whether nothing was trained yet: every batch norm has the statistics that it was made with."""
+    norms = sites.find(model)
+    return bool(norms) and all(is_fresh(site.module) for site in norms)
+
+
+def _measured(site: Site, before: nn.Module | None, new: nn.Module, choice: Choice, probe: Probe) -> SiteResult:
+    assert choice.rewrite is not None
+    reason = choice.rewrite.inexact(site)
+    halves = choice.rewrite.halves(site, before, new)
+    gap, error = (None, None) if halves is None else measured(*halves, reason, probe)
+    origin = sites.origin_of(new)
+    if origin is not None:
+        origin.difference, origin.error = gap, error
+    limit = None if reason or halves is None else tolerance(halves[0][0] or site.module)
+    return SiteResult(site.names, site.kind, site.channels, choice.target, gap, limit, None, choice.note, error)
