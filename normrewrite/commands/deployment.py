@@ -1,10 +1,9 @@
 """The commands of deployment: export, build, verify, bench."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -13,14 +12,14 @@ from normrewrite.api.bench import bench as bench_networks
 from normrewrite.api.export import OPSET, Deploy, Exported
 from normrewrite.api.export import export as export_model
 from normrewrite.api.verify import verify as verify_networks
-from normrewrite.backends.onnx import DOMAIN
+from normrewrite.commands.results import Listed, Verified
 from normrewrite.commands.source import Source
 from normrewrite.data import Batch, Data, argument_names, open_data
 from normrewrite.data import example as example_input
 from normrewrite.deploy.precision import Precision
 from normrewrite.deploy.quantise import Ranges
 from normrewrite.diagnostics.comparison import Comparison
-from normrewrite.diagnostics.layers import Layers, compare_layers
+from normrewrite.diagnostics.layers import compare_layers
 from normrewrite.errors import NormRewriteError
 from normrewrite.execution import Network
 from normrewrite.plugins.runtimes import RUNTIMES
@@ -113,27 +112,6 @@ def build(
     )
 
 
-@dataclass
-class Listed:
-    """What `plugins list` found: operators with their attributes, and where each kind of plugin can be made here."""
-
-    operators: dict[str, dict[str, str]]
-    runtimes: dict[str, bool]
-    library: str | None
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"operators": self.operators, "runtimes": self.runtimes, "library": self.library}
-
-    def __str__(self) -> str:
-        lines = []
-        for name, attributes in self.operators.items():
-            lines += [f"{DOMAIN}::{name}", *(f"  {key}: {words}" for key, words in attributes.items())]
-        here = [f"{name} ({'installed' if there else 'not installed'})" for name, there in self.runtimes.items()]
-        lines.append(f"as IPluginV3 in Python, for {', '.join(here)}")
-        lines.append(f"as IPluginV3 in C++: {self.library or 'not built; normrewrite plugins path says how'}")
-        return "\n".join([*lines, "enqueue has not been run on a GPU"])
-
-
 def plugins_list() -> Listed:
     """The operators that there are plugins for."""
     from normrewrite.plugins import OPS  # as above
@@ -145,24 +123,6 @@ def plugins_list() -> Listed:
     }
     here = {name: find_spec(runtime.module) is not None for name, runtime in RUNTIMES.items()}
     return Listed(operators, here, str(place()) if place().is_file() else None)
-
-
-@dataclass
-class Verified:
-    """What `verify --layers` found: the outputs, and the layers on the way there."""
-
-    comparison: Comparison
-    layers: Layers
-
-    @property
-    def ok(self) -> bool:
-        return self.comparison.ok
-
-    def as_dict(self) -> dict[str, Any]:
-        return {**self.comparison.as_dict(), **self.layers.as_dict()}
-
-    def __str__(self) -> str:
-        return f"{self.layers}\n\n{self.comparison}"
 
 
 def verify(

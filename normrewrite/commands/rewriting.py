@@ -1,14 +1,13 @@
 """The commands around a rewrite: inspect, convert, calibrate, revert."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from normrewrite import files
-from normrewrite.api.advise import Advice
 from normrewrite.api.advise import advise as advise_model
 from normrewrite.api.calibrate import NOTHING, Calibration, calibratable
 from normrewrite.api.calibrate import calibrate_ as calibrate_model
@@ -21,6 +20,7 @@ from normrewrite.api.plan import Plan, untouched
 from normrewrite.api.replay import rewritten_again
 from normrewrite.api.verify import verify as verify_networks
 from normrewrite.commands import words
+from normrewrite.commands.results import Advised, Calibrated, Converted, Planned, Reverted
 from normrewrite.commands.source import Source, derived, opened
 from normrewrite.data import Data, argument_names
 from normrewrite.data import example as example_input
@@ -37,61 +37,6 @@ from normrewrite.passes.reversion import reverted
 from normrewrite.provenance.report import Report
 from normrewrite.rules import Rules
 from normrewrite.targets import rewrite
-
-
-@dataclass
-class Converted:
-    """What `convert` did: the sites, the whole network's difference where it was measured, and the file."""
-
-    report: Report
-    output: str
-    form: str
-    network: Comparison | None = None
-    calibration: Calibration | Initialisation | None = None
-    note: str = ""
-
-    def as_dict(self) -> dict[str, Any]:
-        network = None if self.network is None else self.network.as_dict()
-        calibration = None if self.calibration is None else self.calibration.as_dict()
-        record = {"output": self.output, "form": self.form, "network": network, "calibration": calibration}
-        return record | self.report.as_dict()
-
-    def __str__(self) -> str:
-        whole = f"whole network: {self.network.verdict}" if self.network else ""
-        calibrated = str(self.calibration) if self.calibration else ""
-        lines = (str(self.report), whole, calibrated, f"wrote {self.output}", self.note)
-        return "\n".join(line for line in lines if line)
-
-
-@dataclass
-class Planned:
-    """What `convert --dry-run` would do."""
-
-    plan: Plan
-
-    def as_dict(self) -> dict[str, Any]:
-        rows = [
-            {"names": c.site.names, "was": c.site.kind, "target": c.target, "reason": c.reason}
-            for c in self.plan.choices
-        ]
-        return {"dry_run": True, "rewritten": len(self.plan.rewritten), "kept": len(self.plan.kept), "sites": rows}
-
-    def __str__(self) -> str:
-        return f"{self.plan}\nnothing was written (--dry-run)"
-
-
-@dataclass
-class Advised:
-    """What `inspect --advise` found: the norms, and which target suits each."""
-
-    inspection: Inspection
-    advice: Advice
-
-    def as_dict(self) -> dict[str, Any]:
-        return self.inspection.as_dict() | {"advice": self.advice.as_dict()}
-
-    def __str__(self) -> str:
-        return f"{self.inspection}\n\n{self.advice}"
 
 
 def inspect(
@@ -319,20 +264,6 @@ def slug(target: str) -> str:
     return rewrite(target).target.replace(":", "-").replace("%", "pct")
 
 
-@dataclass
-class Calibrated:
-    """What `calibrate` did."""
-
-    calibration: Calibration
-    output: str
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"output": self.output, **self.calibration.as_dict()}
-
-    def __str__(self) -> str:
-        return f"{self.calibration}\nwrote {self.output}"
-
-
 def calibrate(
     source: Source,
     *,
@@ -354,25 +285,6 @@ def calibrate(
     came = words.begun(source, file.manifest).then(words.step(calibrate, source, asked))
     source.save(file, twin.cpu(), output, history=came, force=force)
     return Calibrated(calibration, str(output))
-
-
-@dataclass
-class Reverted:
-    """What `revert` did."""
-
-    sites: list[str]
-    trained: list[str]
-    output: str
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"output": self.output, "reverted": self.sites, "nearest": self.trained}
-
-    def __str__(self) -> str:
-        exact = len(self.sites) - len(self.trained)
-        lines = [f"{len(self.sites)} norms are torch's again, {exact} of them to the bit", f"wrote {self.output}"]
-        if self.trained:
-            lines.insert(1, f"trained since the rewrite, so the nearest was taken: {', '.join(self.trained[:8])}")
-        return "\n".join(lines)
 
 
 def revert(source: Source, *, output: Path | None = None, force: bool = False) -> Reverted:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import nn
 from normrewrite import files, sites
 from normrewrite.api.finetune import finetune_
 from normrewrite.commands import words
+from normrewrite.commands.results import Written
 from normrewrite.commands.source import Source, derived
 from normrewrite.data import Data, argument_names, open_data
 from normrewrite.errors import NormRewriteError
@@ -18,20 +19,6 @@ from normrewrite.provenance.history import History
 from normrewrite.training import checkpoints
 from normrewrite.training.recipe import Recipe, recipe
 from normrewrite.training.result import Finetuned
-
-
-@dataclass
-class Written:
-    """What `finetune` did."""
-
-    record: dict[str, Any]
-    text: str
-
-    def as_dict(self) -> dict[str, Any]:
-        return self.record
-
-    def __str__(self) -> str:
-        return self.text
 
 
 def finetune(

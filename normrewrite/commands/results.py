@@ -1,0 +1,155 @@
+"""What commands return: what they did, in words and for machines."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from normrewrite.api.advise import Advice
+from normrewrite.api.calibrate import Calibration
+from normrewrite.api.initialise import Initialisation
+from normrewrite.api.inspect import Inspection
+from normrewrite.api.plan import Plan
+from normrewrite.backends.onnx import DOMAIN
+from normrewrite.diagnostics.comparison import Comparison
+from normrewrite.diagnostics.layers import Layers
+from normrewrite.provenance.report import Report
+
+
+@dataclass
+class Converted:
+    """What `convert` did: the sites, the whole network's difference where it was measured, and the file."""
+
+    report: Report
+    output: str
+    form: str
+    network: Comparison | None = None
+    calibration: Calibration | Initialisation | None = None
+    note: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        network = None if self.network is None else self.network.as_dict()
+        calibration = None if self.calibration is None else self.calibration.as_dict()
+        record = {"output": self.output, "form": self.form, "network": network, "calibration": calibration}
+        return record | self.report.as_dict()
+
+    def __str__(self) -> str:
+        whole = f"whole network: {self.network.verdict}" if self.network else ""
+        calibrated = str(self.calibration) if self.calibration else ""
+        lines = (str(self.report), whole, calibrated, f"wrote {self.output}", self.note)
+        return "\n".join(line for line in lines if line)
+
+
+@dataclass
+class Planned:
+    """What `convert --dry-run` would do."""
+
+    plan: Plan
+
+    def as_dict(self) -> dict[str, Any]:
+        rows = [
+            {"names": c.site.names, "was": c.site.kind, "target": c.target, "reason": c.reason}
+            for c in self.plan.choices
+        ]
+        return {"dry_run": True, "rewritten": len(self.plan.rewritten), "kept": len(self.plan.kept), "sites": rows}
+
+    def __str__(self) -> str:
+        return f"{self.plan}\nnothing was written (--dry-run)"
+
+
+@dataclass
+class Advised:
+    """What `inspect --advise` found: the norms, and which target suits each."""
+
+    inspection: Inspection
+    advice: Advice
+
+    def as_dict(self) -> dict[str, Any]:
+        return self.inspection.as_dict() | {"advice": self.advice.as_dict()}
+
+    def __str__(self) -> str:
+        return f"{self.inspection}\n\n{self.advice}"
+
+
+@dataclass
+class Calibrated:
+    """What `calibrate` did."""
+
+    calibration: Calibration
+    output: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"output": self.output, **self.calibration.as_dict()}
+
+    def __str__(self) -> str:
+        return f"{self.calibration}\nwrote {self.output}"
+
+
+@dataclass
+class Reverted:
+    """What `revert` did."""
+
+    sites: list[str]
+    trained: list[str]
+    output: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"output": self.output, "reverted": self.sites, "nearest": self.trained}
+
+    def __str__(self) -> str:
+        exact = len(self.sites) - len(self.trained)
+        lines = [f"{len(self.sites)} norms are torch's again, {exact} of them to the bit", f"wrote {self.output}"]
+        if self.trained:
+            lines.insert(1, f"trained since the rewrite, so the nearest was taken: {', '.join(self.trained[:8])}")
+        return "\n".join(lines)
+
+
+@dataclass
+class Listed:
+    """What `plugins list` found: operators with their attributes, and where each kind of plugin can be made here."""
+
+    operators: dict[str, dict[str, str]]
+    runtimes: dict[str, bool]
+    library: str | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"operators": self.operators, "runtimes": self.runtimes, "library": self.library}
+
+    def __str__(self) -> str:
+        lines = []
+        for name, attributes in self.operators.items():
+            lines += [f"{DOMAIN}::{name}", *(f"  {key}: {words}" for key, words in attributes.items())]
+        here = [f"{name} ({'installed' if there else 'not installed'})" for name, there in self.runtimes.items()]
+        lines.append(f"as IPluginV3 in Python, for {', '.join(here)}")
+        lines.append(f"as IPluginV3 in C++: {self.library or 'not built; normrewrite plugins path says how'}")
+        return "\n".join([*lines, "enqueue has not been run on a GPU"])
+
+
+@dataclass
+class Verified:
+    """What `verify --layers` found: the outputs, and the layers on the way there."""
+
+    comparison: Comparison
+    layers: Layers
+
+    @property
+    def ok(self) -> bool:
+        return self.comparison.ok
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**self.comparison.as_dict(), **self.layers.as_dict()}
+
+    def __str__(self) -> str:
+        return f"{self.layers}\n\n{self.comparison}"
+
+
+@dataclass
+class Written:
+    """What `finetune` did."""
+
+    record: dict[str, Any]
+    text: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return self.record
+
+    def __str__(self) -> str:
+        return self.text
