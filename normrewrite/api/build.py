@@ -22,6 +22,7 @@ from normrewrite.errors import NormRewriteError
 from normrewrite.files import check_outputs, write_atomically
 from normrewrite.plugins import OPS, check_library, placed
 from normrewrite.plugins.runtimes import RUNTIMES, Runtime
+from normrewrite.results import Result, Summary
 
 Shape = tuple[int, ...]
 _ENDS = ("min", "opt", "max")  # of a profile,
@@ -35,7 +36,7 @@ _ENGINE_TYPES = {"FLOAT": "Float", "FLOAT16": "Half", "BFLOAT16": "BFloat16", "I
 
 
 @dataclass
-class Built:
+class Built(Result):
     """An engine: for which GPUs, how many products compute as the ONNX file says, and which could not be checked."""
 
     path: str
@@ -54,7 +55,7 @@ class Built:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def __str__(self) -> str:
+    def summary(self) -> Summary:
         where = ", ".join(self.gpus) or "the GPU of this machine"
         lines = [
             f"{self.path}: {self.runtime} {self.version} for {where}, {self.size:,} bytes in {self.seconds:.1f} s",
@@ -68,7 +69,7 @@ class Built:
             lines.append("this engine runs only where those plugins are registered")
         if self.unchecked:
             lines.append(f"the engine doesn't tell of {len(self.unchecked)}: {', '.join(self.unchecked[:6])}")
-        return "\n".join([*lines, "not run: that needs the GPU"])
+        return [*lines, "not run: that needs the GPU"]
 
 
 def build(

@@ -28,7 +28,7 @@ from normrewrite.nn.batch import BatchNorm, FrozenBatchNorm
 from normrewrite.nn.parts import deepcopy
 from normrewrite.norms import metric
 from normrewrite.passes.reversion import untrained
-from normrewrite.provenance.report import table
+from normrewrite.results import Result, Summary, Table
 from normrewrite.sites import Site
 from normrewrite.tolerances import worst
 
@@ -56,7 +56,7 @@ class SiteCalibration:
 
 
 @dataclass
-class Calibration:
+class Calibration(Result):
     """Every site of a calibration, what of the data was left out, and what it did to training (None: that wasn't measured)."""
 
     sites: list[SiteCalibration]
@@ -69,40 +69,42 @@ class Calibration:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def __str__(self) -> str:
-        training = "" if self.training is None else str(self.training)
-        return "\n".join(part for part in (self._fitted(), self._matched(), training, *self.notes) if part)
+    def summary(self) -> Summary:
+        training = [] if self.training is None else self.training.summary()
+        return [*self._fitted(), *self._matched(), *training, *self.notes]
 
-    def _fitted(self) -> str:
+    def _fitted(self) -> Summary:
         if not self.fits:
-            return ""
-        rows = [
+            return []
+        lines = [
             (fit.name, str(fit.channels or ""), f"{100 * fit.copied:.1f} %", f"{100 * fit.explained:.1f} %", fit.note)
             for fit in self.fits
         ]
-        head = ("site", "channels", "explained as copied", "explained", "note")
-        return f"{len(self.fits)} sites fitted to the original on {self.inputs} inputs\n{table(head, rows)}"
+        heads = ("site", "channels", "explained as copied", "explained", "note")
+        return [f"{len(self.fits)} sites fitted to the original on {self.inputs} inputs", Table(heads, lines)]
 
-    def _matched(self) -> str:
+    def _matched(self) -> Summary:
         if not self.sites:
-            return ""
-        head = (
-            "site",
-            "kappa",
-            "ratio (smallest, largest)",
-            "dead",
-            "fp16 sums",
-            "fp16 squares",
-            "eval difference",
-            "note",
-        )
-        told = f"{sum(site.ratio is not None for site in self.sites)} sites calibrated on {self.inputs} inputs"
+            return []
+        count = f"{sum(site.ratio is not None for site in self.sites)} sites calibrated on {self.inputs} inputs"
         if self.skipped_batches:
-            told += f"; {self.skipped_batches} batches left out, as they were not finite"
-        return f"{told}\n{table(head, map(_row, self.sites))}"
+            count += f"; {self.skipped_batches} batches left out, as they were not finite"
+        return [count, Table(_HEADS, [_cells(site) for site in self.sites])]
 
 
-def _row(site: SiteCalibration) -> tuple[str, ...]:
+_HEADS = (
+    "site",
+    "kappa",
+    "ratio (smallest, largest)",
+    "dead",
+    "fp16 sums",
+    "fp16 squares",
+    "eval difference",
+    "note",
+)
+
+
+def _cells(site: SiteCalibration) -> tuple[str, ...]:
     if site.kappa is None or site.ratio is None:
         return (site.name, "", "", "", "", "", "", site.note)
     middle, low, high = site.ratio

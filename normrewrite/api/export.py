@@ -33,6 +33,7 @@ from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.parts import deepcopy
 from normrewrite.passes.folding import fold
 from normrewrite.provenance.ranges import LearnedRanges
+from normrewrite.results import Result, Summary
 from normrewrite.sites import graph
 from normrewrite.sites.neighbours import has_hooks
 
@@ -45,7 +46,7 @@ _NORM_OPS = {"BatchNormalization", "InstanceNormalization"}
 
 
 @dataclass
-class Exported:
+class Exported(Result):
     """What was written: where each norm went, and what nodes the file holds."""
 
     path: str
@@ -65,14 +66,14 @@ class Exported:
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "norms_left": self.norms_left}
 
-    def __str__(self) -> str:
-        text = (
+    def summary(self) -> Summary:
+        counts = (
             f"{self.path}: {self.precision}, opset {self.opset}, {sum(self.nodes.values())} nodes; {len(self.into_neighbour)} "
             f"norms folded into a neighbour, {len(self.to_affine)} became Mul and Add, {self.norms_left} norm nodes left"
         )
         form = "one node each" if self.deploy == "op" else "standard operators"
         measured = [f"{len(self.live)} norms measure at inference, as {form}"] if self.live else []
-        return "\n".join([text, *measured, *self.notes])
+        return [counts, *measured, *self.notes]
 
 
 def export(

@@ -19,7 +19,7 @@ from normrewrite.backends.families import wide
 from normrewrite.errors import NormRewriteError, first_line
 from normrewrite.nn.origin import Origin
 from normrewrite.nn.weights import WeightNorm, gain_of, weight_norm_of
-from normrewrite.provenance.report import table
+from normrewrite.results import Result, Summary, Table
 
 Batch = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
@@ -34,7 +34,7 @@ class InitialisedLayer:
 
 
 @dataclass(frozen=True)
-class Initialisation:
+class Initialisation(Result):
     """The layers in the order in which they ran, and the names of those that the batch did not reach."""
 
     layers: list[InitialisedLayer]
@@ -44,15 +44,14 @@ class Initialisation:
         layers = [{"name": layer.name, "std": layer.std.tolist(), "left": layer.left} for layer in self.layers]
         return {"initialised": layers, "unreached": self.unreached}
 
-    def __str__(self) -> str:
-        rows = [
+    def summary(self) -> Summary:
+        lines = [
             (layer.name, f"{layer.std.median():.3g} ({layer.std.min():.3g}, {layer.std.max():.3g})", _left(layer))
             for layer in self.layers
         ]
-        lines = [f"{len(rows)} layers initialised", table(("layer", "std before (smallest, largest)", "left"), rows)]
-        if self.unreached:
-            lines.append(f"not reached by the batch: {', '.join(self.unreached)}")
-        return "\n".join(lines)
+        unreached = [f"not reached by the batch: {', '.join(self.unreached)}"] if self.unreached else []
+        table = Table(("layer", "std before (smallest, largest)", "left"), lines)
+        return [f"{len(lines)} layers initialised", table, *unreached]
 
 
 def _left(layer: InitialisedLayer) -> str:

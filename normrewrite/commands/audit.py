@@ -21,7 +21,7 @@ from normrewrite.commands.source import Source, by_key
 from normrewrite.diagnostics.remeasure import had_back, measure
 from normrewrite.errors import NormRewriteError
 from normrewrite.provenance import digests, history, manifest
-from normrewrite.provenance.report import table
+from normrewrite.results import Result, Summary, Table, Verdict
 
 _STATISTICS = ("running_mean", "running_var", "running_scale", "num_batches_tracked")
 
@@ -37,7 +37,7 @@ class Finding:
 
 
 @dataclass
-class Audit:
+class Audit(Result):
     """Every check of one manifest, and what could not be checked."""
 
     name: str
@@ -56,13 +56,16 @@ class Audit:
         failed = [asdict(finding) for finding in self.failed]
         return {"ok": self.ok, "checks": len(self.findings), "failed": failed, "unchecked": self.unchecked}
 
-    def __str__(self) -> str:
-        rows = [(finding.what, finding.name, finding.told) for finding in self.failed]
-        lines = [table(("changed", "name", "what was found"), rows)] if rows else []
-        lines += [f"not checked: {what}" for what in self.unchecked]
+    def summary(self) -> Summary:
+        lines = [(finding.what, finding.name, finding.told) for finding in self.failed]
+        failed = [Table(("changed", "name", "what was found"), lines)] if lines else []
         checks = f"{len(self.findings)} checks of {self.name}'s manifest"
-        same = f"same: nothing that the manifest covers has changed ({checks})"
-        return "\n".join([*lines, same if self.ok else f"DIFFERENT: {len(rows)} of {checks} failed"])
+        verdict = (
+            Verdict(f"same: nothing that the manifest covers has changed ({checks})", "good")
+            if self.ok
+            else Verdict(f"DIFFERENT: {len(lines)} of {checks} failed", "bad")
+        )
+        return [*failed, *(f"not checked: {what}" for what in self.unchecked), verdict]
 
 
 def audit(source: Source, record_file: Path | None = None, original: Path | None = None) -> Audit:

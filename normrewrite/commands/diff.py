@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from normrewrite import files
 from normrewrite.commands.source import by_key
 from normrewrite.provenance import digests, manifest
-from normrewrite.provenance.report import table
+from normrewrite.results import Result, Summary, Table, Verdict, apart
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class TensorDifference:
 
 
 @dataclass
-class Difference:
+class Difference(Result):
     """What `diff` found."""
 
     names: tuple[str, str]
@@ -72,20 +72,26 @@ class Difference:
     def as_dict(self) -> dict[str, Any]:
         return {"same": self.ok, **asdict(self)}
 
-    def __str__(self) -> str:
-        a, b = self.names
-        parts = []
+    def summary(self) -> Summary:
+        sides = [f"in {name}" for name in self.names]
+        tables: list[Summary] = []
         if self.sites:
-            parts.append(table(("site", f"in {a}", f"in {b}"), [(s.name, s.a or "–", s.b or "–") for s in self.sites]))
+            lines = [(site.name, site.a or "–", site.b or "–") for site in self.sites]
+            tables.append([Table(("site", *sides), lines)])
         if self.tensors:
-            head = ("tensor", f"in {a}", f"in {b}", "elements that differ", "largest difference", "of largest")
-            parts.append(table(head, map(_row, self.tensors)))
+            heads = ("tensor", *sides, "elements that differ", "largest difference", "of largest")
+            tables.append([Table(heads, [_cells(tensor) for tensor in self.tensors])])
+        return apart([*tables, [self._verdict()]])
+
+    def _verdict(self) -> Verdict:
         sites, tensors = self.compared
-        of = f"{len(self.sites)} of {sites} sites and {len(self.tensors)} of {tensors} tensors"
-        return "\n\n".join([*parts, f"DIFFERENT: {of}" if parts else f"same: {sites} sites, {tensors} tensors"])
+        if self.ok:
+            return Verdict(f"same: {sites} sites, {tensors} tensors", "good")
+        different = f"{len(self.sites)} of {sites} sites and {len(self.tensors)} of {tensors} tensors"
+        return Verdict(f"DIFFERENT: {different}", "bad")
 
 
-def _row(tensor: TensorDifference) -> tuple[str, ...]:
+def _cells(tensor: TensorDifference) -> tuple[str, ...]:
     figures = [tensor.largest, tensor.relative]
     elements = "" if tensor.elements is None else f"{tensor.elements:,}"
     return (tensor.name, tensor.a, tensor.b, elements, *("" if x is None else f"{x:.2e}" for x in figures))

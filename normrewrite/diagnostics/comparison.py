@@ -19,7 +19,7 @@ from torch.masked import MaskedTensor
 
 from normrewrite.diagnostics.sums import Columns, Rows, Slices, masked
 from normrewrite.errors import NormRewriteError
-from normrewrite.provenance.report import table
+from normrewrite.results import Mood, Result, Summary, Table, Verdict
 from normrewrite.tolerances import Limit
 
 _ENOUGH = 8  # numbers that vary, for a part of an output to be judged by its variation
@@ -146,7 +146,7 @@ class OutputDifference:
             self.right = [self.right[0] + int((a == labels).sum()), self.right[1] + int((b == labels).sum())]
 
     def cells(self, limit: Limit, labelled: bool) -> tuple[str, ...]:
-        """As a row of `Comparison.head`."""
+        """As a line of the table in `Comparison.summary`."""
         top1 = [f"{100 * right / self.rows:.2f} %" if self.judged else "" for right in self.right if labelled]
         agreement = self.agreement(limit)
         same = "" if agreement is None else f"{100 * agreement:.2f} %"
@@ -178,7 +178,7 @@ def _real(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @dataclass
-class Comparison:
+class Comparison(Result):
     """What `verify` found.
 
     limit: of one number, in units of its output's largest, and floors of signal to noise and of agreement; precision: whose
@@ -230,23 +230,16 @@ class Comparison:
 
     def as_dict(self) -> dict[str, Any]:
         floors = {"min_snr": self.limit.min_snr, "min_agreement": self.limit.min_agreement}
-        found = {
+        return {
             "ok": self.ok,
             "precision": self.precision,
             "tolerance": self.tolerance,
             **floors,
             "inputs": self.inputs,
+            "outputs": [output.as_dict(self.limit, self.labelled) for output in self.outputs],
+            "not_compared": self.left,
+            "verdict": self.verdict,
         }
-        rows = [output.as_dict(self.limit, self.labelled) for output in self.outputs]
-        return found | {"outputs": rows, "not_compared": self.left, "verdict": self.verdict}
-
-    def rows(self) -> list[tuple[str, ...]]:
-        return [output.cells(self.limit, self.labelled) for output in self.outputs]
-
-    @property
-    def head(self) -> tuple[str, ...]:
-        labelled = ("top-1 of A", "top-1 of B") if self.labelled else ()
-        return ("output", "max difference", "relative", "SNR (dB)", "of variation", "same class", *labelled)
 
     @property
     def word(self) -> str:
@@ -258,9 +251,16 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        found = f"{self.word}: largest difference {self.max_abs:.2e} over {self.inputs} inputs"
+        figures = f"largest difference {self.max_abs:.2e} over {self.inputs} inputs, tolerance {self.tolerance:g}"
         left = [f"not compared: {', '.join(self.left)}"] if self.left else []
-        return "; ".join([f"{found}, tolerance {self.tolerance:g} of the largest output", *self._floors(), *left])
+        return "; ".join([f"{self.word}: {figures} of the largest output", *self._floors(), *left])
+
+    @property
+    def mood(self) -> Mood:
+        """Agreement within a tolerance that was asked for is no judgement of ours."""
+        if not self.ok:
+            return "bad"
+        return "plain" if self.given and not self.exact else "good"
 
     def _floors(self) -> list[str]:
         """What else decided."""
@@ -268,13 +268,16 @@ class Comparison:
             return self.faults[:4]
         if self.exact:
             return []
-        told = [f"SNR of variation {self.variation_db:.1f} dB, {self.limit.min_snr:g} needed"]
+        floors = [f"SNR of variation {self.variation_db:.1f} dB, {self.limit.min_snr:g} needed"]
         if self.agreement is not None:
-            told.append(f"same class {100 * self.agreement:.1f} %, {100 * self.limit.min_agreement:g} needed")
-        return told
+            floors.append(f"same class {100 * self.agreement:.1f} %, {100 * self.limit.min_agreement:g} needed")
+        return floors
 
-    def __str__(self) -> str:
-        return f"{table(self.head, self.rows())}\n{self.verdict}"
+    def summary(self) -> Summary:
+        labelled = ("top-1 of A", "top-1 of B") if self.labelled else ()
+        heads = ("output", "max difference", "relative", "SNR (dB)", "of variation", "same class", *labelled)
+        lines = [output.cells(self.limit, self.labelled) for output in self.outputs]
+        return [Table(heads, lines), Verdict(self.verdict, self.mood)]
 
 
 def _is_something(left: str) -> bool:

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from normrewrite import sites
 from normrewrite.data import Batch, argument_names
 from normrewrite.execution import call, device_of, flat
+from normrewrite.results import Printable, Summary, Verdict
 from normrewrite.sites.modes import evaluating
 
 Mode = Callable[[nn.Module], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True)
-class TrainingDistance:
+class TrainingDistance(Printable):
     """Of a twin in training, before and after it was calibrated. from_training: None where the original isn't at hand.
 
     original: how far the original's own training is from its eval.
@@ -34,18 +35,20 @@ class TrainingDistance:
     from_training: tuple[float, float] | None
     original: float | None
 
-    def __str__(self) -> str:
+    def summary(self) -> Summary:
         """One line, and another where the calibration was of no use."""
         whose = "the original's" if self.original is not None else "its own"
-        told = f"outputs in training, relative difference on {self.inputs} inputs: from {whose} eval {_both(self.from_eval)}"
+        figures = [f"from {whose} eval {_both(self.from_eval)}"]
         if self.from_training is not None:
-            told += f"; from the original's training {_both(self.from_training)}"
+            figures.append(f"from the original's training {_both(self.from_training)}")
         if self.original is not None:
-            told += f"; of the original's training from its eval {self.original:.3f}"
+            figures.append(f"of the original's training from its eval {self.original:.3f}")
+        line = f"outputs in training, relative difference on {self.inputs} inputs: {'; '.join(figures)}"
         before, now = self.from_eval
-        if now >= before:
-            told += "\ntraining has come no nearer to eval by it: leave the network as it was, or give larger batches"
-        return told
+        return [line, Verdict(_NO_NEARER, "mixed")] if now >= before else [line]
+
+
+_NO_NEARER = "training has come no nearer to eval by it: leave the network as it was, or give larger batches"
 
 
 def _both(pair: tuple[float, float]) -> str:
