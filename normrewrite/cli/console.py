@@ -95,17 +95,6 @@ def _console(*, stderr: bool = False) -> Any:
     return Console(file=stream, highlight=False)
 
 
-class Shown:
-    """What Rich draws, with the control characters of its texts written out."""
-
-    def __init__(self, drawn: Any) -> None:
-        self.drawn = drawn
-
-    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
-        for segment in console.render(self.drawn, options):
-            yield segment if segment.control else segment._replace(text=visible(segment.text))
-
-
 def show(result: Result, *, as_json: bool = False, quiet: bool = False) -> None:
     """Print a result: one JSON object for machines, nothing, or its summary, drawn by Rich on a terminal."""
     if as_json:
@@ -116,7 +105,8 @@ def show(result: Result, *, as_json: bool = False, quiet: bool = False) -> None:
         else:
             from normrewrite.reporting.terminal import drawn
 
-            _console().print(Shown(drawn(result.summary())), crop=False)
+            console = _console()
+            console.print(drawn(result.summary(), console), crop=False)
     sys.stdout.flush()  # here, where a full disk behind it is told
 
 

@@ -111,7 +111,7 @@ def test_what_can_t_serve(run: Command, folder: Path, line: str, said: str) -> N
 def test_terminal(folder: Path) -> None:
     told = report(Source(folder / "twin.pt", "digits.py:digits_resnet"), data="digits.npz", batch_size=50)
     console = Console(record=True, width=250, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
-    console.print(drawn(told.summary()), crop=False)
+    console.print(drawn(told.summary(), console), crop=False)
     shown = console.export_text()
     console.file.close()
     for site in told.facts.sites:
