@@ -157,25 +157,27 @@ def calibrate_(
     examples = as_data(data, argument_names(twin))
     fits: list[Fit] = []
     if fittable(twin):
-        given = original or untrained(twin, "Give that one as `original`.")
-        fits = fit_(twin, given, examples, batch_size=batch_size, each=each)
-    found = [site for site in sites.find(twin) if isinstance(site.module, BatchNorm)]
-    if not found and fits:
+        teacher = original or untrained(twin, "Give that one as `original`.")
+        fits = fit_(twin, teacher, examples, batch_size=batch_size, each=each)
+    norms = [site for site in sites.find(twin) if isinstance(site.module, BatchNorm)]
+    if not norms and fits:
         return twin, _fits_alone(fits, examples, batch_size)
-    if not found:
+    if not norms:
         raise NormRewriteError(f"{type(twin).__name__} holds no norm of normrewrite's. Convert it first.")
     shared = sites.shared_parameters(twin)
-    usable = [site for site in found if _why_not(site, shared) is None]
+    usable = [site for site in norms if _why_not(site, shared) is None]
     if not usable:
-        raise NormRewriteError(f"no site can be calibrated. {found[0].label}: {_why_not(found[0], shared)}.")
+        raise NormRewriteError(f"no site can be calibrated. {norms[0].label}: {_why_not(norms[0], shared)}.")
     readings = read(twin, usable, examples, _rows, batch_size=batch_size, each=each)
-    probe, rows = Probe(), list[SiteCalibration]()
+    probe, calibrated = Probe(), list[SiteCalibration]()
 
     def apply() -> None:
-        rows.extend(_apply(site, readings.by_site.get(site.name), probe, _why_not(site, shared)) for site in found)
+        calibrated.extend(
+            _apply(site, readings.by_site.get(site.name), probe, _why_not(site, shared)) for site in norms
+        )
 
     distance, notes = _around(apply, twin, original, readings.first)
-    return twin, Calibration(rows, fits, readings.inputs, readings.skipped_batches, notes, distance)
+    return twin, Calibration(calibrated, fits, readings.inputs, readings.skipped_batches, notes, distance)
 
 
 def _around(

@@ -150,9 +150,9 @@ def export(
         del proto.functions[:]
         notes.append("no bodies: only a runtime with normrewrite's plugins can run this file")
     _describe(proto, precision=precision, deploy=deploy, fitted=str(formulas))
-    given = onnx_file.opset_of(proto)
-    if given != opset:
-        raise NormRewriteError(f"--opset {opset}: torch's exporter gave opset {given} instead. Ask for that one.")
+    written = onnx_file.opset_of(proto)
+    if written != opset:
+        raise NormRewriteError(f"--opset {opset}: torch's exporter gave opset {written} instead. Ask for that one.")
     onnx_file.write(proto, path, force)
     nodes = dict(Counter(node.op_type for node in proto.graph.node))
     return Exported(str(path), opset, outcome.into_neighbour, outcome.to_affine, notes, nodes, live, precision, deploy)
@@ -249,8 +249,8 @@ def _check_request(
 
 def _check_dtype(model: nn.Module, opset: int, precision: Precision) -> None:
     mixed = dtype_of(model) is None  # one dtype throughout becomes fp32, and what `precision` asks for then
-    kept = precision != "fp16" and mixed and any(p.dtype == torch.bfloat16 for p in model.parameters())
-    if (precision == "bf16" or kept) and opset < _BF16_OPSET:
+    keeps_bf16 = precision != "fp16" and mixed and any(p.dtype == torch.bfloat16 for p in model.parameters())
+    if (precision == "bf16" or keeps_bf16) and opset < _BF16_OPSET:
         what = "" if precision == "bf16" else f" The {type(model).__name__} is in bf16."
         raise NormRewriteError(
             f"--opset {opset}: many operators take bf16 only from opset {_BF16_OPSET}. Ask for that.{what}"

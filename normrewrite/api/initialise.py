@@ -122,7 +122,7 @@ def _channel_axis(layer: nn.Module, output: Tensor) -> int:
 def _nothing_else_moves(model: nn.Module) -> Iterator[None]:
     """Random state and buffers come back, but for those of weight norms; statistics may live on any other module."""
     others = [module for module in model.modules() if not isinstance(module, WeightNorm | Origin)]
-    kept = [
+    buffers = [
         (module, name, buffer, buffer.clone())
         for module in others
         for name, buffer in module._buffers.items()
@@ -133,7 +133,7 @@ def _nothing_else_moves(model: nn.Module) -> Iterator[None]:
         with torch.random.fork_rng(gpus):
             yield
     finally:
-        for module, name, buffer, before in kept:
+        for module, name, buffer, before in buffers:
             module._buffers[name] = buffer.copy_(before)
 
 

@@ -162,8 +162,8 @@ def _tensors(a: Side, b: Side, names: list[str]) -> Iterator[TensorDifference]:
         if left == right:
             continue
         values = [None if side.tensors is None else side.tensors.get(name) for side in (a, b)]
-        told = ["–" if digest is None else _shape(value) for digest, value in zip((left, right), values, strict=True)]
-        yield TensorDifference(name, told[0], told[1], *_amount(*values))
+        shapes = ["–" if digest is None else _shape(value) for digest, value in zip((left, right), values, strict=True)]
+        yield TensorDifference(name, shapes[0], shapes[1], *_amount(*values))
 
 
 def _shape(tensor: Tensor | None) -> str:
@@ -174,7 +174,7 @@ def _amount(a: Tensor | None, b: Tensor | None) -> tuple[int | None, float | Non
     """(elements that differ, largest |a - b|, that over the largest |b|), where both have the same shape and values."""
     if a is None or b is None or a.shape != b.shape or a.is_meta or b.is_meta or a.is_complex() or b.is_complex():
         return None, None, None
-    left, right = (digests.plain(each).double() for each in (a, b))
+    left, right = (digests.plain(tensor).double() for tensor in (a, b))
     apart = ~((left == right) | (left.isnan() & right.isnan()))
     gap = torch.where(apart, (left - right).abs(), 0.0).nan_to_num(nan=math.inf)
     largest = float(gap.max()) if gap.numel() else 0.0

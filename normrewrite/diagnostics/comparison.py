@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.masked import MaskedTensor
 
-from normrewrite.diagnostics.sums import Columns, Rows, Slices, masked
+from normrewrite.diagnostics.sums import Columns, Samples, Slices, masked
 from normrewrite.errors import NormRewriteError
 from normrewrite.results import Mood, Result, Summary, Table, Verdict
 from normrewrite.tolerances import Limit
@@ -50,7 +50,7 @@ class OutputDifference:
     differing: int = 0
     unit: float = 0.0
     columns: dict[tuple[int, ...], Columns] = field(default_factory=dict)
-    by_row: Rows = field(default_factory=Rows)
+    by_sample: Samples = field(default_factory=Samples)
 
     @property
     def max_rel(self) -> float:
@@ -73,11 +73,12 @@ class OutputDifference:
         """
         columns = self.columns.values()
         count, total = (
-            sum(float(x.sum()) for x in each) for each in zip(*((c.count, c.total) for c in columns), strict=True)
+            sum(float(values.sum()) for values in sums)
+            for sums in zip(*((c.count, c.total) for c in columns), strict=True)
         )
-        by_row = sum(float(column.variation.sum()) for column in columns)
+        by_sample = sum(float(column.variation.sum()) for column in columns)
         whole = self.signal - total**2 / max(count, 1)
-        for variation, least in ((by_row, limit.least), (whole, limit.least / 10)):
+        for variation, least in ((by_sample, limit.least), (whole, limit.least / 10)):
             if variation > least**2 * self.signal:
                 return self._decibels(variation)
         return limit.min_snr + self._decibels(limit.constant**2 * self.signal)
@@ -92,13 +93,13 @@ class OutputDifference:
         are no classes."""
         if not self.rows:
             return None
-        return int((torch.cat(self.by_row.short) <= limit.constant).sum()) / self.rows
+        return int((torch.cat(self.by_sample.short) <= limit.constant).sum()) / self.rows
 
     def part_faults(self, limit: Limit) -> list[str]:
         """What is wrong with single rows and columns: the larger ones tell nothing of the others."""
-        found = [_row_fault(self.by_row, self.largest, limit)]
-        found += [_column_fault(each, limit) for columns in self.columns.values() for each in columns.slices()]
-        return [fault for fault in found if fault]
+        faults = [_sample_fault(self.by_sample, self.largest, limit)]
+        faults += [_column_fault(part, limit) for columns in self.columns.values() for part in columns.slices()]
+        return [fault for fault in faults if fault]
 
     def add(self, a: Tensor, b: Tensor, labels: Tensor | None = None) -> None:
         if a.shape != b.shape:
@@ -117,24 +118,24 @@ class OutputDifference:
         self.nan += int(none.sum())
         self.finite += int((a.isfinite() | b.isfinite()).sum())
         self.max_abs = max(self.max_abs, float(gap.max()) if gap.numel() else 0.0)
-        kept = b.isfinite() & ~masked(a, b)
-        b_kept = torch.where(kept, b, 0.0)
-        self.largest = max(self.largest, float(b_kept.abs().max()) if b.numel() else 0.0)
-        self._sum(b_kept, gap, kept)
+        counted = b.isfinite() & ~masked(a, b)
+        signal = torch.where(counted, b, 0.0)
+        self.largest = max(self.largest, float(signal.abs().max()) if b.numel() else 0.0)
+        self._sum(signal, gap, counted)
         if has_classes(a) and not self.whole and not is_complex:
             fits = labels is not None and len(labels) == len(a) > 0 and int(labels.max()) < a.shape[1]
             self._classes(a.argmax(1), b.argmax(1), labels if fits else None)
-            self.by_row.add_classes(a, b, b_kept.abs().amax(1))
+            self.by_sample.add_classes(a, b, signal.abs().amax(1))
 
-    def _sum(self, b: Tensor, gap: Tensor, kept: Tensor) -> None:
-        b, gap, kept = (values if values.dim() else values[None] for values in (b, gap, kept))
-        self.by_row.add(b, gap)
+    def _sum(self, b: Tensor, gap: Tensor, counted: Tensor) -> None:
+        b, gap, counted = (values if values.dim() else values[None] for values in (b, gap, counted))
+        self.by_sample.add(b, gap)
         self.unit = self.unit or 2.0 ** max(-1000, min(1000, math.frexp(self.largest)[1] if self.largest else 0))
         b, gap = b / self.unit, gap / self.unit
         shape = tuple(b.shape[1:])
         if shape not in self.columns:
             self.columns[shape] = Columns.of(torch.empty(shape))
-        self.columns[shape].add(b, gap, kept)
+        self.columns[shape].add(b, gap, counted)
         self.signal += float((b * b).sum())
         self.noise += float((gap * gap).sum())
 
@@ -211,8 +212,8 @@ class Comparison(Result):
 
     @property
     def agreement(self) -> float | None:
-        found = [output.agreement(self.limit) for output in self.outputs]
-        return min((share for share in found if share is not None), default=None)
+        shares = [output.agreement(self.limit) for output in self.outputs]
+        return min((share for share in shares if share is not None), default=None)
 
     @property
     def ok(self) -> bool:
@@ -304,10 +305,10 @@ def _part_snr(limit: Limit) -> float:
     return min(limit.min_snr, 0.3 * limit.min_snr)
 
 
-def _row_fault(rows: Rows, largest: float, limit: Limit) -> str:
+def _sample_fault(samples: Samples, largest: float, limit: Limit) -> str:
     """Rows with a number off by more than the tolerance of the row's own largest, of a median row's where it is smaller, as it
     may be so by cancellation; or half of the rows with noise near their size."""
-    size, gap, signal, noise = rows.all()
+    size, gap, signal, noise = samples.all()
     if not size.numel():
         return ""
     floor = max(float(size.median()), limit.small * largest)
@@ -351,9 +352,9 @@ def matched(
     By name where both have the same names; else in order, where one has none or is a file, which has its own. Raises
     NormRewriteError where one has outputs that the other has not.
     """
-    whole = [{name: comparable(value) for name, value in each.items()} for each in (a, b)]
-    left = {name: type((a, b)[i][name]).__name__ for i in (0, 1) for name, value in whole[i].items() if value is None}
-    sides = [{name: value for name, value in each.items() if value is not None} for each in whole]
+    tensors = [{name: comparable(value) for name, value in each.items()} for each in (a, b)]
+    left = {name: type((a, b)[i][name]).__name__ for i in (0, 1) for name, value in tensors[i].items() if value is None}
+    sides = [{name: value for name, value in each.items() if value is not None} for each in tensors]
     one, other = sides
     if set(one) == set(other):
         return [(name, values, other[name]) for name, values in one.items()], left

@@ -65,8 +65,8 @@ class TrainingMode:
 
     def apart(self, twin: nn.Module) -> tuple[float, float | None]:
         """The relative differences of the twin in training to eval, and to training."""
-        found = _outputs(twin, self.batches, measuring)
-        return _apart(found, self.eval), None if self.training is None else _apart(found, self.training)
+        outputs = _outputs(twin, self.batches, measuring)
+        return _apart(outputs, self.eval), None if self.training is None else _apart(outputs, self.training)
 
     def distance(self, before: tuple[float, float | None], after: tuple[float, float | None]) -> TrainingDistance:
         training = None if before[1] is None or after[1] is None else (before[1], after[1])
@@ -100,10 +100,10 @@ def measuring(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(value)
 
 
-def _apart(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+def _apart(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """NaN where they have other shapes."""
-    if [value.shape for value in found] != [value.shape for value in expected]:
+    if [value.shape for value in outputs] != [value.shape for value in expected]:
         return float("nan")
-    gap = sum(float((a - b).square().sum()) for a, b in zip(found, expected, strict=True))
+    gap = sum(float((a - b).square().sum()) for a, b in zip(outputs, expected, strict=True))
     size = sum(float(b.square().sum()) for b in expected)
     return (gap / size) ** 0.5 if size else float("nan")
