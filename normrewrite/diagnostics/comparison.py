@@ -29,9 +29,9 @@ _ENOUGH = 8  # numbers that vary, for a part of an output to be judged by its va
 class OutputDifference:
     """One output of A against B. Signal and noise are sums of squares; B is the signal.
 
-    whole: numbers are whole, and compared exactly: `differing` of them differ. columns: by the shape of one row, the sums over
-    rows, which tell how the output varies from row to row; squares are in units of `unit`, so that none overflows. Constants
-    that stand for masked numbers count in none.
+    whole: numbers are whole, and compared exactly: `differing` of them differ. columns: by the shape of one sample, the sums
+    over samples, which tell how the output varies from one to another; squares are in units of `unit`, so that none overflows.
+    Constants that stand for masked numbers count in none.
     """
 
     name: str
@@ -39,7 +39,7 @@ class OutputDifference:
     largest: float = 0.0
     signal: float = 0.0
     noise: float = 0.0
-    rows: int = 0
+    rows: int = 0  # samples that have classes
     agreeing: int = 0
     finite: int = 0  # numbers that at least one of the two gave
     right: list[int] = field(default_factory=lambda: [0, 0])
@@ -156,15 +156,15 @@ class OutputDifference:
 
     def as_dict(self, limit: Limit, labelled: bool) -> dict[str, Any]:
         snr, variation = (x if math.isfinite(x) else None for x in (self.snr_db, self.variation_db(limit)))
-        row: dict[str, Any] = {"name": self.name, "max_abs": self.max_abs, "max_rel": self.max_rel, "snr_db": snr}
-        row |= {"variation_snr_db": variation}
+        record: dict[str, Any] = {"name": self.name, "max_abs": self.max_abs, "max_rel": self.max_rel, "snr_db": snr}
+        record |= {"variation_snr_db": variation}
         if self.whole:
-            row["differing"] = self.differing
+            record["differing"] = self.differing
         if self.rows:
-            row["agreement"] = self.agreement(limit)
+            record["agreement"] = self.agreement(limit)
         if self.judged and labelled:
-            row["top1"] = [right / self.rows for right in self.right]
-        return row
+            record["top1"] = [right / self.rows for right in self.right]
+        return record
 
 
 def has_classes(output: Tensor) -> bool:
@@ -387,9 +387,11 @@ def comparable(value: object) -> Tensor | None:
 def check_labels(labels: Tensor, outputs: Sequence[Tensor]) -> None:
     """Raises where labels are given that no output has classes for."""
     classes = [output for output in outputs if has_classes(output)]
-    rows = {len(output) for output in classes}
-    if classes and len(labels) not in rows:
-        raise NormRewriteError(f"{len(labels)} labels for outputs of {sorted(rows)} rows. One label a row is needed.")
+    lengths = {len(output) for output in classes}
+    if classes and len(labels) not in lengths:
+        raise NormRewriteError(
+            f"{len(labels)} labels for outputs of {sorted(lengths)} rows. One label a row is needed."
+        )
     low, high = (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
     most = max((output.shape[1] for output in classes), default=high + 1)
     if low < 0 or high >= most:
