@@ -147,7 +147,7 @@ class OutputDifference:
             self.right = [self.right[0] + int((a == labels).sum()), self.right[1] + int((b == labels).sum())]
 
     def cells(self, limit: Limit, labelled: bool) -> tuple[str, ...]:
-        """As a line of the table in `Comparison.summary`."""
+        """As a line below `Comparison.head`."""
         top1 = [f"{100 * right / self.rows:.2f} %" if self.judged else "" for right in self.right if labelled]
         agreement = self.agreement(limit)
         same = "" if agreement is None else f"{100 * agreement:.2f} %"
@@ -274,11 +274,16 @@ class Comparison(Result):
             floors.append(f"same class {100 * self.agreement:.1f} %, {100 * self.limit.min_agreement:g} needed")
         return floors
 
-    def summary(self) -> Summary:
+    def rows(self) -> list[tuple[str, ...]]:
+        return [output.cells(self.limit, self.labelled) for output in self.outputs]
+
+    @property
+    def head(self) -> tuple[str, ...]:
         labelled = ("top-1 of A", "top-1 of B") if self.labelled else ()
-        heads = ("output", "max difference", "relative", "SNR (dB)", "of variation", "same class", *labelled)
-        lines = [output.cells(self.limit, self.labelled) for output in self.outputs]
-        return [Table(heads, lines), Verdict(self.verdict, self.mood)]
+        return ("output", "max difference", "relative", "SNR (dB)", "of variation", "same class", *labelled)
+
+    def summary(self) -> Summary:
+        return [Table(self.head, self.rows()), Verdict(self.verdict, self.mood)]
 
 
 def _is_something(left: str) -> bool:
