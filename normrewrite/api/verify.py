@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from normrewrite.backends.onnx import is_fitted
 from normrewrite.data import Batch, Data, argument_names, as_data, check_finite
 from normrewrite.deploy import onnx_file, precision
-from normrewrite.diagnostics.comparison import Comparison, OutputDifference, check_labels, matched
+from normrewrite.diagnostics.comparison import Comparison, OutputDifference
+from normrewrite.diagnostics.outputs import check_labels, matched
 from normrewrite.errors import NormRewriteError
 from normrewrite.execution import Network, leaves, require_network, runner
 from normrewrite.tolerances import FITTED, LIMITS, Limit
