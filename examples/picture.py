@@ -1,19 +1,22 @@
-"""Draws docs/demo.svg, the picture in the README, from what the commands really print.
+"""Draws docs/demo.svg, the picture in the README, from what the commands really print on a terminal.
 
 python examples/picture.py
 """
 
+import io
+import os
 import shlex
-import subprocess
 import sys
 import tempfile
+from contextlib import chdir, redirect_stdout
 from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
-from normrewrite.cli.console import style_of
+from normrewrite.cli import app
 
+WIDTH = 118
 HERE = Path(__file__).resolve().parent
 COMMANDS = (
     "normrewrite convert digits.pt --arch digits.py:digits_resnet --to l1 --input-shape 8,1,8,8",
@@ -24,18 +27,23 @@ COMMANDS = (
 )
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
 def main() -> None:
-    console = Console(record=True, width=118, file=sys.stdout)
-    with tempfile.TemporaryDirectory() as folder:
+    os.environ |= {"COLUMNS": str(WIDTH), "TERM": "xterm"}
+    console = Console(record=True, width=WIDTH, file=sys.stdout)
+    with tempfile.TemporaryDirectory() as folder, chdir(folder):
         for name in ("digits.pt", "digits.py", "digits.npz"):
-            (Path(folder) / name).write_bytes((HERE / name).read_bytes())
+            Path(name).write_bytes((HERE / name).read_bytes())
         for command in COMMANDS:
             console.print(Text(f"$ {command}", style="bold cyan"), soft_wrap=False)
-            program, *arguments = shlex.split(command)
-            run = [str(Path(sys.executable).with_name(program)), *arguments]
-            done = subprocess.run(run, cwd=folder, capture_output=True, text=True, check=True)
-            for line in done.stdout.splitlines():
-                console.print(Text(line, style=style_of(line)), soft_wrap=True)
+            with redirect_stdout(Terminal()) as screen:
+                app(shlex.split(command)[1:], standalone_mode=False)
+            for line in screen.getvalue().splitlines():
+                console.print(Text.from_ansi(line.rstrip()), soft_wrap=True)
             console.print()
     target = HERE.parent / "docs" / "demo.svg"
     target.parent.mkdir(exist_ok=True)

@@ -6,8 +6,6 @@ import sys
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
-from rich.text import Text
 
 from normrewrite.cli import console
 from normrewrite.outside import DEEPEST, LARGEST, count, endless, is_name, swells, visible
@@ -101,12 +99,3 @@ def test_who_puts_another_stream_in_place_keeps_it(monkeypatch: pytest.MonkeyPat
     with console.visible_streams():
         sys.stdout = other
     assert sys.stdout is other
-
-
-def test_tables_keep_their_colours_and_lose_those_of_texts() -> None:
-    file = io.StringIO()
-    Console(file=file, force_terminal=True, color_system="standard").print(
-        console.Shown(Text("norm\x1b[2J", style="red"))
-    )
-    assert "\x1b[31m" in file.getvalue() and "norm\\x1b[2J" in file.getvalue()
-    assert "\x1b[2J" not in file.getvalue()

@@ -51,7 +51,7 @@ from normrewrite.diagnostics.moments import (
 )
 from normrewrite.errors import NormRewriteError
 from normrewrite.execution import device_of, dtype_of, fitted_to
-from normrewrite.provenance.report import table
+from normrewrite.results import Result, Summary, Table
 from normrewrite.sites import Site, neighbours
 
 FEW = 16  # elements a statistic
@@ -88,7 +88,7 @@ class SiteAdvice:
 
 
 @dataclass(frozen=True)
-class Advice:
+class Advice(Result):
     """Every site of a model, and what was read."""
 
     sites: list[SiteAdvice]
@@ -109,11 +109,11 @@ class Advice:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"options": self.options}
 
-    def __str__(self) -> str:
+    def summary(self) -> Summary:
         head = f"advice for training in batches of {self.batch_size}, from {self.inputs} inputs"
         if self.skipped_batches:
             head += f"; {self.skipped_batches} batches left out, as they were not finite"
-        return "\n".join([head, table(_HEAD, map(_row, self.sites)), *self._notes()])
+        return [head, Table(_HEADS, [_cells(site) for site in self.sites]), *self._notes()]
 
     def _notes(self) -> list[str]:
         calibrated = f" --calibrate DATA --batch-size {self.batch_size}" if any(map(_to_calibrate, self.sites)) else ""
@@ -122,7 +122,7 @@ class Advice:
         return [f"- {note}" for note in notes]
 
 
-_HEAD = (
+_HEADS = (
     "site",
     "target",
     "also",
@@ -140,7 +140,7 @@ _HEAD = (
 )
 
 
-def _row(site: SiteAdvice) -> tuple[str, ...]:
+def _cells(site: SiteAdvice) -> tuple[str, ...]:
     if site.kappa is None or site.noise is None:
         return (site.name, site.target or "keep", *[""] * 11, "; ".join(site.why))
     kappa = site.kappa.get(site.target or "", site.kappa.get("l1", math.nan))
@@ -241,13 +241,13 @@ def study(
     each: Callable[..., object] = lambda done, **_: None,
 ) -> tuple[Advice, Readings]:
     """`advise`, with the readings that the advice is drawn from; rows, watch: as of normrewrite.diagnostics.moments.read."""
-    found = sites.find(model)
-    if not found:
+    norms = sites.find(model)
+    if not norms:
         raise NormRewriteError(f"{type(model).__name__} holds no batch norm, so there is nothing to advise on.")
     examples = _drawn(as_data(data, argument_names(model)))
-    readable = [site for site in found if _why_not(site) is None]
+    readable = [site for site in norms if _why_not(site) is None]
     readings = read(model, readable, examples, rows, batch_size=batch_size, watch=watch, each=each)
-    attached = neighbours.attach(model, found, _example(model, examples))
+    attached = neighbours.attach(model, norms, _example(model, examples))
     advised = [_advised(site, readings) for site in attached]
     return Advice(advised, readings.inputs, readings.batch, readings.skipped_batches), readings
 

@@ -18,14 +18,14 @@ from normrewrite.api.export import export
 from normrewrite.api.verify import named
 from normrewrite.data import Batch, argument_names
 from normrewrite.execution import Network, runner
-from normrewrite.provenance.report import table
+from normrewrite.results import Result, Summary, Table
 
 Runtime = Literal["torch", "onnxruntime"]
 _WARM = 3
 
 
 @dataclass
-class Bench:
+class Bench(Result):
     """Seconds a batch, by form, in the order measured. `ratio`: the median of B's time over A's, run by run."""
 
     names: tuple[str, str]
@@ -50,15 +50,15 @@ class Bench:
             "ratio": self.ratio,
         }
 
-    def __str__(self) -> str:
-        rows = []
+    def summary(self) -> Summary:
+        lines = []
         for name, values in zip(self.names, self.seconds, strict=True):
             middle = statistics.median(values)
-            rows.append((name, f"{1000 * middle:.3f}", f"{1000 * min(values):.3f}", f"{self.inputs / middle:.1f}"))
-        head = ("form", "ms a batch (median)", "smallest", "inputs a second")
+            lines.append((name, f"{1000 * middle:.3f}", f"{1000 * min(values):.3f}", f"{self.inputs / middle:.1f}"))
+        heads = ("form", "ms a batch (median)", "smallest", "inputs a second")
         rounds = len(self.seconds[0])
-        last = f"B takes {self.ratio:.3f} times A's time: {self.runtime}, batches of {self.inputs}, {rounds} rounds"
-        return f"{table(head, rows)}\n{last}"
+        ratio = f"B takes {self.ratio:.3f} times A's time: {self.runtime}, batches of {self.inputs}, {rounds} rounds"
+        return [Table(heads, lines), ratio]
 
 
 def bench(

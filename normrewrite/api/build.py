@@ -22,6 +22,7 @@ from normrewrite.errors import NormRewriteError
 from normrewrite.files import check_outputs, write_atomically
 from normrewrite.plugins import OPS, check_library, placed
 from normrewrite.plugins.runtimes import RUNTIMES, Runtime
+from normrewrite.results import Result, Summary
 
 Shape = tuple[int, ...]
 _ENDS = ("min", "opt", "max")  # of a profile,
@@ -35,7 +36,7 @@ _ENGINE_TYPES = {"FLOAT": "Float", "FLOAT16": "Half", "BFLOAT16": "BFloat16", "I
 
 
 @dataclass
-class Built:
+class Built(Result):
     """An engine: for which GPUs, how many products compute as the ONNX file says, and which could not be checked."""
 
     path: str
@@ -54,7 +55,7 @@ class Built:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def __str__(self) -> str:
+    def summary(self) -> Summary:
         where = ", ".join(self.gpus) or "the GPU of this machine"
         lines = [
             f"{self.path}: {self.runtime} {self.version} for {where}, {self.size:,} bytes in {self.seconds:.1f} s",
@@ -68,7 +69,7 @@ class Built:
             lines.append("this engine runs only where those plugins are registered")
         if self.unchecked:
             lines.append(f"the engine doesn't tell of {len(self.unchecked)}: {', '.join(self.unchecked[:6])}")
-        return "\n".join([*lines, "not run: that needs the GPU"])
+        return [*lines, "not run: that needs the GPU"]
 
 
 def build(
@@ -205,13 +206,13 @@ def _largest(tensor: Any) -> int:
 def profile_of(proto: Any, shapes: Mapping[str, Sequence[str]]) -> dict[str, list[Shape]]:
     """min, opt and max of every input with an open size; {} where all are fixed."""
     inputs = {value.name: _sizes(value) for value in proto.graph.input}
-    given = {end: _by_input(end, texts, inputs) for end, texts in shapes.items()}
-    for end, wanted in given.items():
+    asked = {end: _by_input(end, texts, inputs) for end, texts in shapes.items()}
+    for end, wanted in asked.items():
         for name, shape in wanted.items():
             _check_shape(f"--{end}", name, shape, inputs[name])
     opened = {name: sizes for name, sizes in inputs.items() if None in sizes}
     return {
-        name: _profile(name, sizes, {end: given.get(end, {}).get(name) for end in _ENDS})
+        name: _profile(name, sizes, {end: asked.get(end, {}).get(name) for end in _ENDS})
         for name, sizes in opened.items()
     }
 
@@ -222,7 +223,7 @@ def _sizes(value: Any) -> list[int | None]:
 
 
 def _by_input(end: str, texts: Sequence[str], inputs: Mapping[str, Any]) -> dict[str, Shape]:
-    found: dict[str, Shape] = {}
+    shapes: dict[str, Shape] = {}
     for text in texts:
         name, colon, sizes = text.rpartition(":")
         name = name if colon else next(iter(inputs))
@@ -230,12 +231,12 @@ def _by_input(end: str, texts: Sequence[str], inputs: Mapping[str, Any]) -> dict
             raise NormRewriteError(f"--{end} {text}: the model has no input {name!r}; it has {', '.join(inputs)}.")
         if not re.fullmatch(r"[1-9]\d{0,9}(,[1-9]\d{0,9})*", sizes):
             raise NormRewriteError(f"--{end} {text}: write whole numbers, as in 1,3,32,32 or {name}:1,3,32,32.")
-        found[name] = tuple(int(size) for size in sizes.split(","))
-    return found
+        shapes[name] = tuple(int(size) for size in sizes.split(","))
+    return shapes
 
 
 def _check_shape(option: str, name: str, shape: Shape, sizes: Sequence[int | None]) -> None:
-    fits = len(shape) == len(sizes) and all(size in (None, given) for given, size in zip(shape, sizes, strict=True))
+    fits = len(shape) == len(sizes) and all(size in (None, length) for length, size in zip(shape, sizes, strict=True))
     if not fits:
         wanted = ",".join("?" if size is None else str(size) for size in sizes)
         raise NormRewriteError(
@@ -326,16 +327,16 @@ def check_precision(proto: Any, layers: str) -> tuple[int, list[str]]:
 
     layers: the engine's layer information, one layer a line. Raises NormRewriteError where another type was used.
     """
-    told = _inputs_by_node(layers)
+    types = _inputs_by_node(layers)
     wrong, honoured, unchecked = [], 0, []
     for name, wanted in _products(proto).items():
-        found = told.get(name)
-        if not found:
+        used = types.get(name)
+        if not used:
             unchecked.append(name)
-        elif _ENGINE_TYPES.get(wanted, wanted) in found:
+        elif _ENGINE_TYPES.get(wanted, wanted) in used:
             honoured += 1
         else:
-            wrong.append(f"{name} wants {_ENGINE_TYPES.get(wanted, wanted)} and computes in {'/'.join(sorted(found))}")
+            wrong.append(f"{name} wants {_ENGINE_TYPES.get(wanted, wanted)} and computes in {'/'.join(sorted(used))}")
     if wrong:
         raise NormRewriteError(
             f"the engine doesn't keep the file's precision: {'; '.join(wrong[:4])} ({len(wrong)} of {honoured + len(wrong)} "
@@ -347,13 +348,13 @@ def check_precision(proto: Any, layers: str) -> tuple[int, list[str]]:
 
 def _inputs_by_node(layers: str) -> dict[str, set[str]]:
     """By ONNX node, the types that go into the engine's layers that it became."""
-    found: dict[str, set[str]] = {}
+    types: dict[str, set[str]] = {}
     for line in layers.splitlines():
         inputs = re.search(r"Inputs: \[(.*?)\], (?:Constants|Outputs): \[", line)
-        types = set(re.findall(r"Datatype: (\w+)", inputs[1])) if inputs else set()
+        used = set(re.findall(r"Datatype: (\w+)", inputs[1])) if inputs else set()
         for name in re.findall(r"\[ONNX Layer: ([^\]]+)\]", line):
-            found.setdefault(name, set()).update(types)
-    return found
+            types.setdefault(name, set()).update(used)
+    return types
 
 
 def _products(proto: Any) -> dict[str, str]:

@@ -28,7 +28,7 @@ from normrewrite.nn.batch import BatchNorm, FrozenBatchNorm
 from normrewrite.nn.parts import deepcopy
 from normrewrite.norms import metric
 from normrewrite.passes.reversion import untrained
-from normrewrite.provenance.report import table
+from normrewrite.results import Result, Summary, Table
 from normrewrite.sites import Site
 from normrewrite.tolerances import worst
 
@@ -56,7 +56,7 @@ class SiteCalibration:
 
 
 @dataclass
-class Calibration:
+class Calibration(Result):
     """Every site of a calibration, what of the data was left out, and what it did to training (None: that wasn't measured)."""
 
     sites: list[SiteCalibration]
@@ -69,40 +69,42 @@ class Calibration:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def __str__(self) -> str:
-        training = "" if self.training is None else str(self.training)
-        return "\n".join(part for part in (self._fitted(), self._matched(), training, *self.notes) if part)
+    def summary(self) -> Summary:
+        training = [] if self.training is None else self.training.summary()
+        return [*self._fitted(), *self._matched(), *training, *self.notes]
 
-    def _fitted(self) -> str:
+    def _fitted(self) -> Summary:
         if not self.fits:
-            return ""
-        rows = [
+            return []
+        lines = [
             (fit.name, str(fit.channels or ""), f"{100 * fit.copied:.1f} %", f"{100 * fit.explained:.1f} %", fit.note)
             for fit in self.fits
         ]
-        head = ("site", "channels", "explained as copied", "explained", "note")
-        return f"{len(self.fits)} sites fitted to the original on {self.inputs} inputs\n{table(head, rows)}"
+        heads = ("site", "channels", "explained as copied", "explained", "note")
+        return [f"{len(self.fits)} sites fitted to the original on {self.inputs} inputs", Table(heads, lines)]
 
-    def _matched(self) -> str:
+    def _matched(self) -> Summary:
         if not self.sites:
-            return ""
-        head = (
-            "site",
-            "kappa",
-            "ratio (smallest, largest)",
-            "dead",
-            "fp16 sums",
-            "fp16 squares",
-            "eval difference",
-            "note",
-        )
-        told = f"{sum(site.ratio is not None for site in self.sites)} sites calibrated on {self.inputs} inputs"
+            return []
+        count = f"{sum(site.ratio is not None for site in self.sites)} sites calibrated on {self.inputs} inputs"
         if self.skipped_batches:
-            told += f"; {self.skipped_batches} batches left out, as they were not finite"
-        return f"{told}\n{table(head, map(_row, self.sites))}"
+            count += f"; {self.skipped_batches} batches left out, as they were not finite"
+        return [count, Table(_HEADS, [_cells(site) for site in self.sites])]
 
 
-def _row(site: SiteCalibration) -> tuple[str, ...]:
+_HEADS = (
+    "site",
+    "kappa",
+    "ratio (smallest, largest)",
+    "dead",
+    "fp16 sums",
+    "fp16 squares",
+    "eval difference",
+    "note",
+)
+
+
+def _cells(site: SiteCalibration) -> tuple[str, ...]:
     if site.kappa is None or site.ratio is None:
         return (site.name, "", "", "", "", "", "", site.note)
     middle, low, high = site.ratio
@@ -155,25 +157,27 @@ def calibrate_(
     examples = as_data(data, argument_names(twin))
     fits: list[Fit] = []
     if fittable(twin):
-        given = original or untrained(twin, "Give that one as `original`.")
-        fits = fit_(twin, given, examples, batch_size=batch_size, each=each)
-    found = [site for site in sites.find(twin) if isinstance(site.module, BatchNorm)]
-    if not found and fits:
+        teacher = original or untrained(twin, "Give that one as `original`.")
+        fits = fit_(twin, teacher, examples, batch_size=batch_size, each=each)
+    norms = [site for site in sites.find(twin) if isinstance(site.module, BatchNorm)]
+    if not norms and fits:
         return twin, _fits_alone(fits, examples, batch_size)
-    if not found:
+    if not norms:
         raise NormRewriteError(f"{type(twin).__name__} holds no norm of normrewrite's. Convert it first.")
     shared = sites.shared_parameters(twin)
-    usable = [site for site in found if _why_not(site, shared) is None]
+    usable = [site for site in norms if _why_not(site, shared) is None]
     if not usable:
-        raise NormRewriteError(f"no site can be calibrated. {found[0].label}: {_why_not(found[0], shared)}.")
+        raise NormRewriteError(f"no site can be calibrated. {norms[0].label}: {_why_not(norms[0], shared)}.")
     readings = read(twin, usable, examples, _rows, batch_size=batch_size, each=each)
-    probe, rows = Probe(), list[SiteCalibration]()
+    probe, calibrated = Probe(), list[SiteCalibration]()
 
     def apply() -> None:
-        rows.extend(_apply(site, readings.by_site.get(site.name), probe, _why_not(site, shared)) for site in found)
+        calibrated.extend(
+            _apply(site, readings.by_site.get(site.name), probe, _why_not(site, shared)) for site in norms
+        )
 
     distance, notes = _around(apply, twin, original, readings.first)
-    return twin, Calibration(rows, fits, readings.inputs, readings.skipped_batches, notes, distance)
+    return twin, Calibration(calibrated, fits, readings.inputs, readings.skipped_batches, notes, distance)
 
 
 def _around(

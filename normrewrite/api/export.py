@@ -33,6 +33,7 @@ from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.parts import deepcopy
 from normrewrite.passes.folding import fold
 from normrewrite.provenance.ranges import LearnedRanges
+from normrewrite.results import Result, Summary
 from normrewrite.sites import graph
 from normrewrite.sites.neighbours import has_hooks
 
@@ -45,7 +46,7 @@ _NORM_OPS = {"BatchNormalization", "InstanceNormalization"}
 
 
 @dataclass
-class Exported:
+class Exported(Result):
     """What was written: where each norm went, and what nodes the file holds."""
 
     path: str
@@ -65,14 +66,14 @@ class Exported:
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "norms_left": self.norms_left}
 
-    def __str__(self) -> str:
-        text = (
+    def summary(self) -> Summary:
+        counts = (
             f"{self.path}: {self.precision}, opset {self.opset}, {sum(self.nodes.values())} nodes; {len(self.into_neighbour)} "
             f"norms folded into a neighbour, {len(self.to_affine)} became Mul and Add, {self.norms_left} norm nodes left"
         )
         form = "one node each" if self.deploy == "op" else "standard operators"
         measured = [f"{len(self.live)} norms measure at inference, as {form}"] if self.live else []
-        return "\n".join([text, *measured, *self.notes])
+        return [counts, *measured, *self.notes]
 
 
 def export(
@@ -149,9 +150,9 @@ def export(
         del proto.functions[:]
         notes.append("no bodies: only a runtime with normrewrite's plugins can run this file")
     _describe(proto, precision=precision, deploy=deploy, fitted=str(formulas))
-    given = onnx_file.opset_of(proto)
-    if given != opset:
-        raise NormRewriteError(f"--opset {opset}: torch's exporter gave opset {given} instead. Ask for that one.")
+    written = onnx_file.opset_of(proto)
+    if written != opset:
+        raise NormRewriteError(f"--opset {opset}: torch's exporter gave opset {written} instead. Ask for that one.")
     onnx_file.write(proto, path, force)
     nodes = dict(Counter(node.op_type for node in proto.graph.node))
     return Exported(str(path), opset, outcome.into_neighbour, outcome.to_affine, notes, nodes, live, precision, deploy)
@@ -248,8 +249,8 @@ def _check_request(
 
 def _check_dtype(model: nn.Module, opset: int, precision: Precision) -> None:
     mixed = dtype_of(model) is None  # one dtype throughout becomes fp32, and what `precision` asks for then
-    kept = precision != "fp16" and mixed and any(p.dtype == torch.bfloat16 for p in model.parameters())
-    if (precision == "bf16" or kept) and opset < _BF16_OPSET:
+    keeps_bf16 = precision != "fp16" and mixed and any(p.dtype == torch.bfloat16 for p in model.parameters())
+    if (precision == "bf16" or keeps_bf16) and opset < _BF16_OPSET:
         what = "" if precision == "bf16" else f" The {type(model).__name__} is in bf16."
         raise NormRewriteError(
             f"--opset {opset}: many operators take bf16 only from opset {_BF16_OPSET}. Ask for that.{what}"

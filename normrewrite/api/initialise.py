@@ -19,7 +19,7 @@ from normrewrite.backends.families import wide
 from normrewrite.errors import NormRewriteError, first_line
 from normrewrite.nn.origin import Origin
 from normrewrite.nn.weights import WeightNorm, gain_of, weight_norm_of
-from normrewrite.provenance.report import table
+from normrewrite.results import Result, Summary, Table
 
 Batch = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
@@ -34,7 +34,7 @@ class InitialisedLayer:
 
 
 @dataclass(frozen=True)
-class Initialisation:
+class Initialisation(Result):
     """The layers in the order in which they ran, and the names of those that the batch did not reach."""
 
     layers: list[InitialisedLayer]
@@ -44,15 +44,14 @@ class Initialisation:
         layers = [{"name": layer.name, "std": layer.std.tolist(), "left": layer.left} for layer in self.layers]
         return {"initialised": layers, "unreached": self.unreached}
 
-    def __str__(self) -> str:
-        rows = [
+    def summary(self) -> Summary:
+        lines = [
             (layer.name, f"{layer.std.median():.3g} ({layer.std.min():.3g}, {layer.std.max():.3g})", _left(layer))
             for layer in self.layers
         ]
-        lines = [f"{len(rows)} layers initialised", table(("layer", "std before (smallest, largest)", "left"), rows)]
-        if self.unreached:
-            lines.append(f"not reached by the batch: {', '.join(self.unreached)}")
-        return "\n".join(lines)
+        unreached = [f"not reached by the batch: {', '.join(self.unreached)}"] if self.unreached else []
+        table = Table(("layer", "std before (smallest, largest)", "left"), lines)
+        return [f"{len(lines)} layers initialised", table, *unreached]
 
 
 def _left(layer: InitialisedLayer) -> str:
@@ -123,7 +122,7 @@ def _channel_axis(layer: nn.Module, output: Tensor) -> int:
 def _nothing_else_moves(model: nn.Module) -> Iterator[None]:
     """Random state and buffers come back, but for those of weight norms; statistics may live on any other module."""
     others = [module for module in model.modules() if not isinstance(module, WeightNorm | Origin)]
-    kept = [
+    buffers = [
         (module, name, buffer, buffer.clone())
         for module in others
         for name, buffer in module._buffers.items()
@@ -134,7 +133,7 @@ def _nothing_else_moves(model: nn.Module) -> Iterator[None]:
         with torch.random.fork_rng(gpus):
             yield
     finally:
-        for module, name, buffer, before in kept:
+        for module, name, buffer, before in buffers:
             module._buffers[name] = buffer.copy_(before)
 
 

@@ -14,7 +14,7 @@ from normrewrite.api.traps import Trap, find_traps
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.sample import RowNorm
 from normrewrite.passes.swap_sample import scope_of
-from normrewrite.provenance.report import table
+from normrewrite.results import Mood, Result, Summary, Table
 from normrewrite.sites import Site
 from normrewrite.sites.kinds import Kind, recognise
 from normrewrite.sites.sample_kinds import RowKind, recognise_row
@@ -40,7 +40,7 @@ class SiteFacts:
 
 
 @dataclass(frozen=True)
-class Inspection:
+class Inspection(Result):
     """Every norm of a model, its size, and the traps it holds."""
 
     model: str
@@ -51,13 +51,14 @@ class Inspection:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def __str__(self) -> str:
+    def summary(self) -> Summary:
         counts = Counter(f"{facts.scope} norms" if facts.scope else "rewritten sites" for facts in self.sites)
         counted = ", ".join(f"{count} {what}" for what, count in counts.items()) or "no norms"
         head = f"{self.model}: {self.parameters:,} parameters, {counted}"
+        traps = map(_explained, self.traps)
         if not self.sites:
-            return "\n".join([head, *map(_explained, self.traps)])
-        rows = [
+            return [head, *traps]
+        lines = [
             (
                 facts.names[0] or "(the model itself)",
                 facts.kind,
@@ -70,10 +71,11 @@ class Inspection:
             )
             for facts in self.sites
         ]
-        return "\n".join([head, table(_HEAD, rows), *map(_explained, self.traps)])
+        moods: list[Mood] = ["bad" if facts.refusal else "plain" for facts in self.sites]
+        return [head, Table(_HEADS, lines, moods=moods), *traps]
 
 
-_HEAD = ("site", "class", "scope", "metric", "channels", "eps", "momentum", "note")
+_HEADS = ("site", "class", "scope", "metric", "channels", "eps", "momentum", "note")
 
 
 def _explained(trap: Trap) -> str:

@@ -18,7 +18,8 @@ from normrewrite.optimizers import inherited, parameters_of, rebind
 from normrewrite.passes import Rewrite
 from normrewrite.passes.lift_functional import lift_
 from normrewrite.passes.renormalise import is_fresh
-from normrewrite.provenance.report import Report, SiteResult, table
+from normrewrite.provenance.report import Report, SiteResult
+from normrewrite.results import Printable, Summary, Table
 from normrewrite.sites import Site
 from normrewrite.sites.undo import undone_on_error
 
@@ -41,7 +42,7 @@ class Choice:
 
 
 @dataclass
-class Plan:
+class Plan(Printable):
     """Which site becomes what. Print it, then `apply()` for a new module or `apply_()` to rewrite the model in place."""
 
     model: nn.Module
@@ -64,12 +65,12 @@ class Plan:
         """Whether nothing was trained yet: every batch norm has the statistics that it was made with."""
         return untouched(self.model)
 
-    def __str__(self) -> str:
-        rows = [
+    def summary(self) -> Summary:
+        lines = [
             (c.site.label, c.site.kind, str(c.site.channels or ""), c.target, c.reason or c.note) for c in self.choices
         ]
-        head = f"{len(self.rewritten)} of {len(self.choices)} sites to be rewritten"
-        return f"{head}\n{table(('site', 'was', 'channels', 'becomes', 'note'), rows)}"
+        count = f"{len(self.rewritten)} of {len(self.choices)} sites to be rewritten"
+        return [count, Table(("site", "was", "channels", "becomes", "note"), lines)]
 
     def apply(self, optimizers: Iterable[Optimizer] = ()) -> tuple[nn.Module, Report]:
         """A rewritten copy of the model, and the report. The model itself is not touched.

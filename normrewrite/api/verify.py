@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from normrewrite.backends.onnx import is_fitted
 from normrewrite.data import Batch, Data, argument_names, as_data, check_finite
 from normrewrite.deploy import onnx_file, precision
-from normrewrite.diagnostics.comparison import Comparison, OutputDifference, check_labels, matched
+from normrewrite.diagnostics.comparison import Comparison, OutputDifference
+from normrewrite.diagnostics.outputs import check_labels, matched
 from normrewrite.errors import NormRewriteError
 from normrewrite.execution import Network, leaves, require_network, runner
 from normrewrite.tolerances import FITTED, LIMITS, Limit
@@ -74,8 +75,8 @@ def verify(
     wider = (
         limit.tolerance > usual.tolerance or limit.min_snr < usual.min_snr or limit.min_agreement < usual.min_agreement
     )
-    told = [f"{name} ({kind})" for name, kind in left.items()]
-    return Comparison(outputs, limit, kind, labelled, count, wider, told)
+    not_compared = [f"{name} ({kind})" for name, kind in left.items()]
+    return Comparison(outputs, limit, kind, labelled, count, wider, not_compared)
 
 
 def _compared(differences: Mapping[str, OutputDifference], left: dict[str, str]) -> list[OutputDifference]:
@@ -135,7 +136,7 @@ _DTYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", 
 
 def _limit(*networks: Network) -> tuple[str, Limit]:
     """The limit of the coarser of two networks, and whose it is."""
-    return max((own_limit(network) for network in networks), key=lambda found: found[1].tolerance)
+    return max((own_limit(network) for network in networks), key=lambda own: own[1].tolerance)
 
 
 def own_limit(network: Network) -> tuple[str, Limit]:

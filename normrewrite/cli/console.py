@@ -12,9 +12,10 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 from normrewrite.outside import visible
+from normrewrite.results import Result
 
 
 class Visible:
@@ -94,34 +95,18 @@ def _console(*, stderr: bool = False) -> Any:
     return Console(file=stream, highlight=False)
 
 
-class Shown:
-    """What Rich draws, with the control characters of its texts written out."""
-
-    def __init__(self, drawn: Any) -> None:
-        self.drawn = drawn
-
-    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
-        for segment in console.render(self.drawn, options):
-            yield segment if segment.control else segment._replace(text=visible(segment.text))
-
-
-class Result(Protocol):
-    """What a command returns."""
-
-    def as_dict(self) -> dict[str, Any]: ...
-
-
 def show(result: Result, *, as_json: bool = False, quiet: bool = False) -> None:
-    """Print a result: one JSON object for machines, nothing, or its text with tables in colour."""
+    """Print a result: one JSON object for machines, nothing, or its summary, drawn by Rich on a terminal."""
     if as_json:
         print(json.dumps(_finite(result.as_dict()), allow_nan=False))
     elif not quiet:
         if not sys.stdout.isatty():
             print(result)
-        elif hasattr(result, "rich"):  # it draws its own tables
-            _console().print(Shown(result.rich()))
         else:
-            _coloured(str(result))
+            from normrewrite.reporting.terminal import drawn
+
+            console = _console()
+            console.print(drawn(result.summary(), console), crop=False)
     sys.stdout.flush()  # here, where a full disk behind it is told
 
 
@@ -132,29 +117,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _coloured(text: str) -> None:
-    from rich.text import Text
-
-    console = _console()
-    for line in text.splitlines():
-        console.print(Text(visible(line), style=style_of(line)), soft_wrap=True)
-
-
-# First words of tables.
-_HEADS = ("site ", "output ", "layer ", "tensor ", "form ", "changed ", "engine ")
-
-
-def style_of(line: str) -> str:
-    """Heads of tables stand out, good verdicts are green, and what needs a look is red or yellow."""
-    if line.startswith(_HEADS) and "  " in line:
-        return "bold"
-    if "DIFFERENT" in line or "can't be" in line:
-        return "red"
-    if "same function" in line or "'s tolerance: " in line or " sites rewritten" in line or "to the bit" in line:
-        return "green"
-    return "dim" if line.startswith("wrote ") else ""
 
 
 @contextmanager

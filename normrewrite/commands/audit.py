@@ -21,7 +21,7 @@ from normrewrite.commands.source import Source, by_key
 from normrewrite.diagnostics.remeasure import had_back, measure
 from normrewrite.errors import NormRewriteError
 from normrewrite.provenance import digests, history, manifest
-from normrewrite.provenance.report import table
+from normrewrite.results import Result, Summary, Table, Verdict
 
 _STATISTICS = ("running_mean", "running_var", "running_scale", "num_batches_tracked")
 
@@ -37,7 +37,7 @@ class Finding:
 
 
 @dataclass
-class Audit:
+class Audit(Result):
     """Every check of one manifest, and what could not be checked."""
 
     name: str
@@ -56,13 +56,16 @@ class Audit:
         failed = [asdict(finding) for finding in self.failed]
         return {"ok": self.ok, "checks": len(self.findings), "failed": failed, "unchecked": self.unchecked}
 
-    def __str__(self) -> str:
-        rows = [(finding.what, finding.name, finding.told) for finding in self.failed]
-        lines = [table(("changed", "name", "what was found"), rows)] if rows else []
-        lines += [f"not checked: {what}" for what in self.unchecked]
+    def summary(self) -> Summary:
+        lines = [(finding.what, finding.name, finding.told) for finding in self.failed]
+        failed = [Table(("changed", "name", "what was found"), lines)] if lines else []
         checks = f"{len(self.findings)} checks of {self.name}'s manifest"
-        same = f"same: nothing that the manifest covers has changed ({checks})"
-        return "\n".join([*lines, same if self.ok else f"DIFFERENT: {len(rows)} of {checks} failed"])
+        verdict = (
+            Verdict(f"same: nothing that the manifest covers has changed ({checks})", "good")
+            if self.ok
+            else Verdict(f"DIFFERENT: {len(lines)} of {checks} failed", "bad")
+        )
+        return [*failed, *(f"not checked: {what}" for what in self.unchecked), verdict]
 
 
 def audit(source: Source, record_file: Path | None = None, original: Path | None = None) -> Audit:
@@ -71,8 +74,8 @@ def audit(source: Source, record_file: Path | None = None, original: Path | None
     source: the twin; without an architecture only bytes are compared. original: the network before the rewrite.
     Raises NormRewriteError where there is no manifest, or an older one without digests.
     """
-    given = [] if original is None else [original]
-    content = _content(source, given)
+    others = [] if original is None else [original]
+    content = _content(source, others)
     record = content.manifest if record_file in (None, source.path) else _record_in(record_file, source)
     record = _with_digests(record, source.path)
     findings = [_record(record), *_tensors(record["tensors"], content.state)]
@@ -83,19 +86,19 @@ def audit(source: Source, record_file: Path | None = None, original: Path | None
         findings.append(_original(record, original))
     if not (isinstance(content.found, nn.Module) or source.arch or (source.trust and "arch" in record)):
         return Audit(source.path.name, findings, [*unchecked, "the sites: name the code they belong to with --arch"])
-    twin, *originals = (file.model for file in source.read_all(source.path, *given))
+    twin, *originals = (file.model for file in source.read_all(source.path, *others))
     first = next(iter(originals), None)
     return Audit(source.path.name, [*findings, *_sites(record, twin), *_figures(record, twin, first)], unchecked)
 
 
-def _content(source: Source, given: list[Path]) -> files.Content:
+def _content(source: Source, others: list[Path]) -> files.Content:
     if source.path.suffix == ".json":
         raise NormRewriteError(
             f"{source.path} is a manifest alone. Name the model that it is about, too: "
             f"normrewrite verify MODEL --manifest {source.path.name}."
         )
     look = partial(files.look, allow=source.allow, trust=source.trust)
-    contents = by_key(look, source.key, source.path, *given)
+    contents = by_key(look, source.key, source.path, *others)
     source.notes.extend(note for content in contents for note in content.notes if note not in source.notes)
     return contents[0]
 
@@ -121,17 +124,17 @@ def _with_digests(record: dict[str, Any] | None, path: Path) -> dict[str, Any]:
 
 def _record(record: dict[str, Any]) -> Finding:
     same = record["sha256"] == digests.of_record(record)
-    told = "as it was written" if same else "a field is not what was written: the record's digest differs"
-    return Finding("manifest", "the record", same, told)
+    words = "as it was written" if same else "a field is not what was written: the record's digest differs"
+    return Finding("manifest", "the record", same, words)
 
 
 def _tensors(wanted: Mapping[str, str], state: Mapping[str, Any]) -> list[Finding]:
-    found = digests.of_tensors(state)
-    rows = [(name, wanted.get(name), found.get(name)) for name in dict.fromkeys((*wanted, *found))]
-    return [Finding("tensor", name, before == now, _told(name, before, now)) for name, before, now in rows]
+    current = digests.of_tensors(state)
+    pairs = [(name, wanted.get(name), current.get(name)) for name in dict.fromkeys((*wanted, *current))]
+    return [Finding("tensor", name, before == now, _change(name, before, now)) for name, before, now in pairs]
 
 
-def _told(name: str, before: str | None, now: str | None) -> str:
+def _change(name: str, before: str | None, now: str | None) -> str:
     last = name.rpartition(".")[2]
     kind = "kept of the original" if ".origin." in f".{name}" else "statistics" if last in _STATISTICS else "weights"
     if before == now:
@@ -141,24 +144,26 @@ def _told(name: str, before: str | None, now: str | None) -> str:
 
 def _original(record: Mapping[str, Any], path: Path) -> Finding:
     files.recognise(path)
-    known, found = record.get("original"), digests.of_file(path)
+    known, current = record.get("original"), digests.of_file(path)
     if known is None:
         return Finding("original", path.name, False, "the manifest names no original")
-    same = known.get("sha256") == found["sha256"]
-    told = "the file that was rewritten" if same else f"another file than {known['file']!r} that was rewritten"
-    return Finding("original", path.name, same, told)
+    same = known.get("sha256") == current["sha256"]
+    words = "the file that was rewritten" if same else f"another file than {known['file']!r} that was rewritten"
+    return Finding("original", path.name, same, words)
 
 
 def _sites(record: Mapping[str, Any], twin: nn.Module) -> list[Finding]:
     """What the record says of each site against what the twin itself tells."""
-    found = {entry["names"][0]: entry for entry in manifest.describe(twin)["sites"]}
+    entries = {entry["names"][0]: entry for entry in manifest.describe(twin)["sites"]}
     findings = []
     for entry in record["sites"]:
-        own = found.pop(entry["names"][0], {})
-        wrong = [key for key in manifest.TOLD if own.get(key) != entry.get(key)]
-        told = "; ".join(f"{key} {entry.get(key)!r}, and the twin says {own.get(key)!r}" for key in wrong)
-        findings.append(Finding("site", entry["names"][0], not wrong, told or f"{entry['was']} -> {entry['to']}"))
-    return findings + [Finding("site", name, False, "rewritten, and not in the manifest") for name in found]
+        own = entries.pop(entry["names"][0], {})
+        differing = [key for key in manifest.TOLD if own.get(key) != entry.get(key)]
+        differences = "; ".join(f"{key} {entry.get(key)!r}, and the twin says {own.get(key)!r}" for key in differing)
+        findings.append(
+            Finding("site", entry["names"][0], not differing, differences or f"{entry['was']} -> {entry['to']}")
+        )
+    return findings + [Finding("site", name, False, "rewritten, and not in the manifest") for name in entries]
 
 
 def _figures(record: Mapping[str, Any], twin: nn.Module, original: nn.Module | None) -> list[Finding]:
@@ -171,8 +176,8 @@ def _figures(record: Mapping[str, Any], twin: nn.Module, original: nn.Module | N
         if site.tolerance is None or site.difference is None:
             continue
         pairs = [(entry.get("difference"), site.difference), (entry.get("error"), site.error)]
-        told = [f"{was!r}, measured again {now:.2g}" for was, now in pairs if not _alike(was, now, site.tolerance)]
-        findings.append(Finding("figures", site.label, not told, "; ".join(told) or f"error {site.error:.1e}"))
+        beyond = [f"{was!r}, measured again {now:.2g}" for was, now in pairs if not _alike(was, now, site.tolerance)]
+        findings.append(Finding("figures", site.label, not beyond, "; ".join(beyond) or f"error {site.error:.1e}"))
     return findings
 
 

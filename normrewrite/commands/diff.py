@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from normrewrite import files
 from normrewrite.commands.source import by_key
 from normrewrite.provenance import digests, manifest
-from normrewrite.provenance.report import table
+from normrewrite.results import Result, Summary, Table, Verdict, apart
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class TensorDifference:
 
 
 @dataclass
-class Difference:
+class Difference(Result):
     """What `diff` found."""
 
     names: tuple[str, str]
@@ -72,20 +72,26 @@ class Difference:
     def as_dict(self) -> dict[str, Any]:
         return {"same": self.ok, **asdict(self)}
 
-    def __str__(self) -> str:
-        a, b = self.names
-        parts = []
+    def summary(self) -> Summary:
+        sides = [f"in {name}" for name in self.names]
+        tables: list[Summary] = []
         if self.sites:
-            parts.append(table(("site", f"in {a}", f"in {b}"), [(s.name, s.a or "–", s.b or "–") for s in self.sites]))
+            lines = [(site.name, site.a or "–", site.b or "–") for site in self.sites]
+            tables.append([Table(("site", *sides), lines)])
         if self.tensors:
-            head = ("tensor", f"in {a}", f"in {b}", "elements that differ", "largest difference", "of largest")
-            parts.append(table(head, map(_row, self.tensors)))
+            heads = ("tensor", *sides, "elements that differ", "largest difference", "of largest")
+            tables.append([Table(heads, [_cells(tensor) for tensor in self.tensors])])
+        return apart([*tables, [self._verdict()]])
+
+    def _verdict(self) -> Verdict:
         sites, tensors = self.compared
-        of = f"{len(self.sites)} of {sites} sites and {len(self.tensors)} of {tensors} tensors"
-        return "\n\n".join([*parts, f"DIFFERENT: {of}" if parts else f"same: {sites} sites, {tensors} tensors"])
+        if self.ok:
+            return Verdict(f"same: {sites} sites, {tensors} tensors", "good")
+        different = f"{len(self.sites)} of {sites} sites and {len(self.tensors)} of {tensors} tensors"
+        return Verdict(f"DIFFERENT: {different}", "bad")
 
 
-def _row(tensor: TensorDifference) -> tuple[str, ...]:
+def _cells(tensor: TensorDifference) -> tuple[str, ...]:
     figures = [tensor.largest, tensor.relative]
     elements = "" if tensor.elements is None else f"{tensor.elements:,}"
     return (tensor.name, tensor.a, tensor.b, elements, *("" if x is None else f"{x:.2e}" for x in figures))
@@ -156,8 +162,8 @@ def _tensors(a: Side, b: Side, names: list[str]) -> Iterator[TensorDifference]:
         if left == right:
             continue
         values = [None if side.tensors is None else side.tensors.get(name) for side in (a, b)]
-        told = ["–" if digest is None else _shape(value) for digest, value in zip((left, right), values, strict=True)]
-        yield TensorDifference(name, told[0], told[1], *_amount(*values))
+        shapes = ["–" if digest is None else _shape(value) for digest, value in zip((left, right), values, strict=True)]
+        yield TensorDifference(name, shapes[0], shapes[1], *_amount(*values))
 
 
 def _shape(tensor: Tensor | None) -> str:
@@ -168,7 +174,7 @@ def _amount(a: Tensor | None, b: Tensor | None) -> tuple[int | None, float | Non
     """(elements that differ, largest |a - b|, that over the largest |b|), where both have the same shape and values."""
     if a is None or b is None or a.shape != b.shape or a.is_meta or b.is_meta or a.is_complex() or b.is_complex():
         return None, None, None
-    left, right = (digests.plain(each).double() for each in (a, b))
+    left, right = (digests.plain(tensor).double() for tensor in (a, b))
     apart = ~((left == right) | (left.isnan() & right.isnan()))
     gap = torch.where(apart, (left - right).abs(), 0.0).nan_to_num(nan=math.inf)
     largest = float(gap.max()) if gap.numel() else 0.0

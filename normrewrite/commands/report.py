@@ -15,7 +15,7 @@ from normrewrite.errors import NormRewriteError
 from normrewrite.provenance import digests, history, manifest
 from normrewrite.reporting.document import Document
 from normrewrite.reporting.facts import Facts, gather
-from normrewrite.reporting.terminal import Printout
+from normrewrite.reporting.printout import Printout
 
 ROUNDS = 100
 

@@ -1,4 +1,4 @@
-"""What commands return: what they did, in words and for machines."""
+"""What commands return beside what the functions of normrewrite do: these with their files."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +12,11 @@ from normrewrite.backends.onnx import DOMAIN
 from normrewrite.diagnostics.comparison import Comparison
 from normrewrite.diagnostics.layers import Layers
 from normrewrite.provenance.report import Report
+from normrewrite.results import Part, Result, Summary, Verdict, Wrote, apart
 
 
 @dataclass
-class Converted:
+class Converted(Result):
     """What `convert` did: the sites, the whole network's difference where it was measured, and the file."""
 
     report: Report
@@ -31,32 +32,32 @@ class Converted:
         record = {"output": self.output, "form": self.form, "network": network, "calibration": calibration}
         return record | self.report.as_dict()
 
-    def __str__(self) -> str:
-        whole = f"whole network: {self.network.verdict}" if self.network else ""
-        calibrated = str(self.calibration) if self.calibration else ""
-        lines = (str(self.report), whole, calibrated, f"wrote {self.output}", self.note)
-        return "\n".join(line for line in lines if line)
+    def summary(self) -> Summary:
+        network = [Verdict(f"whole network: {self.network.verdict}", self.network.mood)] if self.network else []
+        calibration = self.calibration.summary() if self.calibration else []
+        notes = [self.note] if self.note else []
+        return [*self.report.summary(), *network, *calibration, Wrote(self.output), *notes]
 
 
 @dataclass
-class Planned:
+class Planned(Result):
     """What `convert --dry-run` would do."""
 
     plan: Plan
 
     def as_dict(self) -> dict[str, Any]:
-        rows = [
+        sites = [
             {"names": c.site.names, "was": c.site.kind, "target": c.target, "reason": c.reason}
             for c in self.plan.choices
         ]
-        return {"dry_run": True, "rewritten": len(self.plan.rewritten), "kept": len(self.plan.kept), "sites": rows}
+        return {"dry_run": True, "rewritten": len(self.plan.rewritten), "kept": len(self.plan.kept), "sites": sites}
 
-    def __str__(self) -> str:
-        return f"{self.plan}\nnothing was written (--dry-run)"
+    def summary(self) -> Summary:
+        return [*self.plan.summary(), "nothing was written (--dry-run)"]
 
 
 @dataclass
-class Advised:
+class Advised(Result):
     """What `inspect --advise` found: the norms, and which target suits each."""
 
     inspection: Inspection
@@ -65,12 +66,12 @@ class Advised:
     def as_dict(self) -> dict[str, Any]:
         return self.inspection.as_dict() | {"advice": self.advice.as_dict()}
 
-    def __str__(self) -> str:
-        return f"{self.inspection}\n\n{self.advice}"
+    def summary(self) -> Summary:
+        return apart([self.inspection.summary(), self.advice.summary()])
 
 
 @dataclass
-class Calibrated:
+class Calibrated(Result):
     """What `calibrate` did."""
 
     calibration: Calibration
@@ -79,12 +80,12 @@ class Calibrated:
     def as_dict(self) -> dict[str, Any]:
         return {"output": self.output, **self.calibration.as_dict()}
 
-    def __str__(self) -> str:
-        return f"{self.calibration}\nwrote {self.output}"
+    def summary(self) -> Summary:
+        return [*self.calibration.summary(), Wrote(self.output)]
 
 
 @dataclass
-class Reverted:
+class Reverted(Result):
     """What `revert` did."""
 
     sites: list[str]
@@ -94,16 +95,17 @@ class Reverted:
     def as_dict(self) -> dict[str, Any]:
         return {"output": self.output, "reverted": self.sites, "nearest": self.trained}
 
-    def __str__(self) -> str:
+    def summary(self) -> Summary:
         exact = len(self.sites) - len(self.trained)
-        lines = [f"{len(self.sites)} norms are torch's again, {exact} of them to the bit", f"wrote {self.output}"]
-        if self.trained:
-            lines.insert(1, f"trained since the rewrite, so the nearest was taken: {', '.join(self.trained[:8])}")
-        return "\n".join(lines)
+        text = f"{len(self.sites)} norms are torch's again, {exact} of them to the bit"
+        if not self.trained:
+            return [Verdict(text, "good"), Wrote(self.output)]
+        nearest = f"trained since the rewrite, so the nearest was taken: {', '.join(self.trained[:8])}"
+        return [Verdict(text, "mixed"), nearest, Wrote(self.output)]
 
 
 @dataclass
-class Listed:
+class Listed(Result):
     """What `plugins list` found: operators with their attributes, and where each kind of plugin can be made here."""
 
     operators: dict[str, dict[str, str]]
@@ -113,18 +115,18 @@ class Listed:
     def as_dict(self) -> dict[str, Any]:
         return {"operators": self.operators, "runtimes": self.runtimes, "library": self.library}
 
-    def __str__(self) -> str:
-        lines = []
+    def summary(self) -> Summary:
+        lines: list[Part] = []
         for name, attributes in self.operators.items():
             lines += [f"{DOMAIN}::{name}", *(f"  {key}: {words}" for key, words in attributes.items())]
         here = [f"{name} ({'installed' if there else 'not installed'})" for name, there in self.runtimes.items()]
         lines.append(f"as IPluginV3 in Python, for {', '.join(here)}")
         lines.append(f"as IPluginV3 in C++: {self.library or 'not built; normrewrite plugins path says how'}")
-        return "\n".join([*lines, "enqueue has not been run on a GPU"])
+        return [*lines, "enqueue has not been run on a GPU"]
 
 
 @dataclass
-class Verified:
+class Verified(Result):
     """What `verify --layers` found: the outputs, and the layers on the way there."""
 
     comparison: Comparison
@@ -137,19 +139,19 @@ class Verified:
     def as_dict(self) -> dict[str, Any]:
         return {**self.comparison.as_dict(), **self.layers.as_dict()}
 
-    def __str__(self) -> str:
-        return f"{self.layers}\n\n{self.comparison}"
+    def summary(self) -> Summary:
+        return apart([self.layers.summary(), self.comparison.summary()])
 
 
 @dataclass
-class Written:
+class Written(Result):
     """What `finetune` did."""
 
     record: dict[str, Any]
-    text: str
+    parts: Summary
 
     def as_dict(self) -> dict[str, Any]:
         return self.record
 
-    def __str__(self) -> str:
-        return self.text
+    def summary(self) -> Summary:
+        return self.parts

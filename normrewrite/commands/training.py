@@ -16,6 +16,7 @@ from normrewrite.commands.source import Source, derived
 from normrewrite.data import Data, argument_names, open_data
 from normrewrite.errors import NormRewriteError
 from normrewrite.provenance.history import History
+from normrewrite.results import Wrote
 from normrewrite.training import checkpoints
 from normrewrite.training.recipe import Recipe, recipe
 from normrewrite.training.result import Finetuned
@@ -47,7 +48,7 @@ def finetune(
     folder, last = folder_of(output), derived(output, "last") if val or plan.val_split else None
     before = checkpoints.finished(folder, plan.identity()) if resume and output.exists() else None
     if before is not None:
-        return Written(before, f"{output} is finished already: there is nothing to resume")
+        return Written(before, [f"{output} is finished already: there is nothing to resume"])
     with checkpoints.claimed(folder, output):
         going_on = resume and checkpoints.newest_of(folder) is not None
         inputs = {"--data": data, "--val": val, "--teacher": teacher, "its folder of checkpoints": folder, "--log": log}
@@ -103,6 +104,6 @@ def _written(
             source.save(file, model, derived(output, "last"), learned=result.last_ranges, history=came, force=force)
             outputs.append(f"{record['last']} (the weights at the end)")
         checkpoints.finish(folder_of(output), record)
-    nearest = "\nrevert gives the nearest of torch's norms now, no longer the original's bits"
-    way_back = nearest if any(map(sites.is_rewritten, model.modules())) else ""
-    return Written(record, "\n".join([f"{result}{way_back}", *(f"wrote {name}" for name in outputs)]))
+    nearest = "revert gives the nearest of torch's norms now, no longer the original's bits"
+    way_back = [nearest] if any(map(sites.is_rewritten, model.modules())) else []
+    return Written(record, [*result.summary(), *way_back, *map(Wrote, outputs)])

@@ -1,4 +1,4 @@
-"""What a comparison of two networks is: their outputs matched by name, how far each is apart, and what that amounts to.
+"""What a comparison of two networks is: how far their outputs are apart, and what that amounts to.
 
 >>> output = OutputDifference("logits")
 >>> output.add(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 2.5]]))
@@ -7,19 +7,16 @@
 """
 
 import math
-import re
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.masked import MaskedTensor
 
-from normrewrite.diagnostics.sums import Columns, Rows, Slices, masked
+from normrewrite.diagnostics.outputs import has_classes
+from normrewrite.diagnostics.sums import Columns, Samples, Slices, masked
 from normrewrite.errors import NormRewriteError
-from normrewrite.provenance.report import table
+from normrewrite.results import Mood, Result, Summary, Table, Verdict
 from normrewrite.tolerances import Limit
 
 _ENOUGH = 8  # numbers that vary, for a part of an output to be judged by its variation
@@ -29,9 +26,9 @@ _ENOUGH = 8  # numbers that vary, for a part of an output to be judged by its va
 class OutputDifference:
     """One output of A against B. Signal and noise are sums of squares; B is the signal.
 
-    whole: numbers are whole, and compared exactly: `differing` of them differ. columns: by the shape of one row, the sums over
-    rows, which tell how the output varies from row to row; squares are in units of `unit`, so that none overflows. Constants
-    that stand for masked numbers count in none.
+    whole: numbers are whole, and compared exactly: `differing` of them differ. columns: by the shape of one sample, the sums
+    over samples, which tell how the output varies from one to another; squares are in units of `unit`, so that none overflows.
+    Constants that stand for masked numbers count in none.
     """
 
     name: str
@@ -39,7 +36,7 @@ class OutputDifference:
     largest: float = 0.0
     signal: float = 0.0
     noise: float = 0.0
-    rows: int = 0
+    rows: int = 0  # samples that have classes
     agreeing: int = 0
     finite: int = 0  # numbers that at least one of the two gave
     right: list[int] = field(default_factory=lambda: [0, 0])
@@ -50,7 +47,7 @@ class OutputDifference:
     differing: int = 0
     unit: float = 0.0
     columns: dict[tuple[int, ...], Columns] = field(default_factory=dict)
-    by_row: Rows = field(default_factory=Rows)
+    by_sample: Samples = field(default_factory=Samples)
 
     @property
     def max_rel(self) -> float:
@@ -73,11 +70,12 @@ class OutputDifference:
         """
         columns = self.columns.values()
         count, total = (
-            sum(float(x.sum()) for x in each) for each in zip(*((c.count, c.total) for c in columns), strict=True)
+            sum(float(values.sum()) for values in sums)
+            for sums in zip(*((c.count, c.total) for c in columns), strict=True)
         )
-        by_row = sum(float(column.variation.sum()) for column in columns)
+        by_sample = sum(float(column.variation.sum()) for column in columns)
         whole = self.signal - total**2 / max(count, 1)
-        for variation, least in ((by_row, limit.least), (whole, limit.least / 10)):
+        for variation, least in ((by_sample, limit.least), (whole, limit.least / 10)):
             if variation > least**2 * self.signal:
                 return self._decibels(variation)
         return limit.min_snr + self._decibels(limit.constant**2 * self.signal)
@@ -92,13 +90,13 @@ class OutputDifference:
         are no classes."""
         if not self.rows:
             return None
-        return int((torch.cat(self.by_row.short) <= limit.constant).sum()) / self.rows
+        return int((torch.cat(self.by_sample.short) <= limit.constant).sum()) / self.rows
 
     def part_faults(self, limit: Limit) -> list[str]:
         """What is wrong with single rows and columns: the larger ones tell nothing of the others."""
-        found = [_row_fault(self.by_row, self.largest, limit)]
-        found += [_column_fault(each, limit) for columns in self.columns.values() for each in columns.slices()]
-        return [fault for fault in found if fault]
+        faults = [_sample_fault(self.by_sample, self.largest, limit)]
+        faults += [_column_fault(part, limit) for columns in self.columns.values() for part in columns.slices()]
+        return [fault for fault in faults if fault]
 
     def add(self, a: Tensor, b: Tensor, labels: Tensor | None = None) -> None:
         if a.shape != b.shape:
@@ -117,24 +115,24 @@ class OutputDifference:
         self.nan += int(none.sum())
         self.finite += int((a.isfinite() | b.isfinite()).sum())
         self.max_abs = max(self.max_abs, float(gap.max()) if gap.numel() else 0.0)
-        kept = b.isfinite() & ~masked(a, b)
-        b_kept = torch.where(kept, b, 0.0)
-        self.largest = max(self.largest, float(b_kept.abs().max()) if b.numel() else 0.0)
-        self._sum(b_kept, gap, kept)
+        counted = b.isfinite() & ~masked(a, b)
+        signal = torch.where(counted, b, 0.0)
+        self.largest = max(self.largest, float(signal.abs().max()) if b.numel() else 0.0)
+        self._sum(signal, gap, counted)
         if has_classes(a) and not self.whole and not is_complex:
             fits = labels is not None and len(labels) == len(a) > 0 and int(labels.max()) < a.shape[1]
             self._classes(a.argmax(1), b.argmax(1), labels if fits else None)
-            self.by_row.add_classes(a, b, b_kept.abs().amax(1))
+            self.by_sample.add_classes(a, b, signal.abs().amax(1))
 
-    def _sum(self, b: Tensor, gap: Tensor, kept: Tensor) -> None:
-        b, gap, kept = (values if values.dim() else values[None] for values in (b, gap, kept))
-        self.by_row.add(b, gap)
+    def _sum(self, b: Tensor, gap: Tensor, counted: Tensor) -> None:
+        b, gap, counted = (values if values.dim() else values[None] for values in (b, gap, counted))
+        self.by_sample.add(b, gap)
         self.unit = self.unit or 2.0 ** max(-1000, min(1000, math.frexp(self.largest)[1] if self.largest else 0))
         b, gap = b / self.unit, gap / self.unit
         shape = tuple(b.shape[1:])
         if shape not in self.columns:
             self.columns[shape] = Columns.of(torch.empty(shape))
-        self.columns[shape].add(b, gap, kept)
+        self.columns[shape].add(b, gap, counted)
         self.signal += float((b * b).sum())
         self.noise += float((gap * gap).sum())
 
@@ -146,7 +144,7 @@ class OutputDifference:
             self.right = [self.right[0] + int((a == labels).sum()), self.right[1] + int((b == labels).sum())]
 
     def cells(self, limit: Limit, labelled: bool) -> tuple[str, ...]:
-        """As a row of `Comparison.head`."""
+        """As a line below `Comparison.head`."""
         top1 = [f"{100 * right / self.rows:.2f} %" if self.judged else "" for right in self.right if labelled]
         agreement = self.agreement(limit)
         same = "" if agreement is None else f"{100 * agreement:.2f} %"
@@ -155,19 +153,15 @@ class OutputDifference:
 
     def as_dict(self, limit: Limit, labelled: bool) -> dict[str, Any]:
         snr, variation = (x if math.isfinite(x) else None for x in (self.snr_db, self.variation_db(limit)))
-        row: dict[str, Any] = {"name": self.name, "max_abs": self.max_abs, "max_rel": self.max_rel, "snr_db": snr}
-        row |= {"variation_snr_db": variation}
+        record: dict[str, Any] = {"name": self.name, "max_abs": self.max_abs, "max_rel": self.max_rel, "snr_db": snr}
+        record |= {"variation_snr_db": variation}
         if self.whole:
-            row["differing"] = self.differing
+            record["differing"] = self.differing
         if self.rows:
-            row["agreement"] = self.agreement(limit)
+            record["agreement"] = self.agreement(limit)
         if self.judged and labelled:
-            row["top1"] = [right / self.rows for right in self.right]
-        return row
-
-
-def has_classes(output: Tensor) -> bool:
-    return output.dim() == 2 and output.shape[1] > 1
+            record["top1"] = [right / self.rows for right in self.right]
+        return record
 
 
 def _real(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,7 +172,7 @@ def _real(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @dataclass
-class Comparison:
+class Comparison(Result):
     """What `verify` found.
 
     limit: of one number, in units of its output's largest, and floors of signal to noise and of agreement; precision: whose
@@ -211,8 +205,8 @@ class Comparison:
 
     @property
     def agreement(self) -> float | None:
-        found = [output.agreement(self.limit) for output in self.outputs]
-        return min((share for share in found if share is not None), default=None)
+        shares = [output.agreement(self.limit) for output in self.outputs]
+        return min((share for share in shares if share is not None), default=None)
 
     @property
     def ok(self) -> bool:
@@ -230,23 +224,16 @@ class Comparison:
 
     def as_dict(self) -> dict[str, Any]:
         floors = {"min_snr": self.limit.min_snr, "min_agreement": self.limit.min_agreement}
-        found = {
+        return {
             "ok": self.ok,
             "precision": self.precision,
             "tolerance": self.tolerance,
             **floors,
             "inputs": self.inputs,
+            "outputs": [output.as_dict(self.limit, self.labelled) for output in self.outputs],
+            "not_compared": self.left,
+            "verdict": self.verdict,
         }
-        rows = [output.as_dict(self.limit, self.labelled) for output in self.outputs]
-        return found | {"outputs": rows, "not_compared": self.left, "verdict": self.verdict}
-
-    def rows(self) -> list[tuple[str, ...]]:
-        return [output.cells(self.limit, self.labelled) for output in self.outputs]
-
-    @property
-    def head(self) -> tuple[str, ...]:
-        labelled = ("top-1 of A", "top-1 of B") if self.labelled else ()
-        return ("output", "max difference", "relative", "SNR (dB)", "of variation", "same class", *labelled)
 
     @property
     def word(self) -> str:
@@ -258,9 +245,16 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        found = f"{self.word}: largest difference {self.max_abs:.2e} over {self.inputs} inputs"
+        figures = f"largest difference {self.max_abs:.2e} over {self.inputs} inputs, tolerance {self.tolerance:g}"
         left = [f"not compared: {', '.join(self.left)}"] if self.left else []
-        return "; ".join([f"{found}, tolerance {self.tolerance:g} of the largest output", *self._floors(), *left])
+        return "; ".join([f"{self.word}: {figures} of the largest output", *self._floors(), *left])
+
+    @property
+    def mood(self) -> Mood:
+        """Agreement within a tolerance that was asked for is no judgement of ours."""
+        if not self.ok:
+            return "bad"
+        return "plain" if self.given and not self.exact else "good"
 
     def _floors(self) -> list[str]:
         """What else decided."""
@@ -268,13 +262,21 @@ class Comparison:
             return self.faults[:4]
         if self.exact:
             return []
-        told = [f"SNR of variation {self.variation_db:.1f} dB, {self.limit.min_snr:g} needed"]
+        floors = [f"SNR of variation {self.variation_db:.1f} dB, {self.limit.min_snr:g} needed"]
         if self.agreement is not None:
-            told.append(f"same class {100 * self.agreement:.1f} %, {100 * self.limit.min_agreement:g} needed")
-        return told
+            floors.append(f"same class {100 * self.agreement:.1f} %, {100 * self.limit.min_agreement:g} needed")
+        return floors
 
-    def __str__(self) -> str:
-        return f"{table(self.head, self.rows())}\n{self.verdict}"
+    def rows(self) -> list[tuple[str, ...]]:
+        return [output.cells(self.limit, self.labelled) for output in self.outputs]
+
+    @property
+    def head(self) -> tuple[str, ...]:
+        labelled = ("top-1 of A", "top-1 of B") if self.labelled else ()
+        return ("output", "max difference", "relative", "SNR (dB)", "of variation", "same class", *labelled)
+
+    def summary(self) -> Summary:
+        return [Table(self.head, self.rows()), Verdict(self.verdict, self.mood)]
 
 
 def _is_something(left: str) -> bool:
@@ -301,10 +303,10 @@ def _part_snr(limit: Limit) -> float:
     return min(limit.min_snr, 0.3 * limit.min_snr)
 
 
-def _row_fault(rows: Rows, largest: float, limit: Limit) -> str:
+def _sample_fault(samples: Samples, largest: float, limit: Limit) -> str:
     """Rows with a number off by more than the tolerance of the row's own largest, of a median row's where it is smaller, as it
     may be so by cancellation; or half of the rows with noise near their size."""
-    size, gap, signal, noise = rows.all()
+    size, gap, signal, noise = samples.all()
     if not size.numel():
         return ""
     floor = max(float(size.median()), limit.small * largest)
@@ -333,62 +335,3 @@ def _column_fault(columns: Slices, limit: Limit) -> str:
 
 def _decibels(ratio: float) -> float:
     return 10 * math.log10(ratio) if 0 < ratio < math.inf else -math.inf
-
-
-# --- which output is which --------------------------------------------------------------------------------------------
-
-_UNNAMED = re.compile(r"output(_\d+)*")
-
-
-def matched(
-    a: Mapping[str, object], b: Mapping[str, object], files: bool
-) -> tuple[list[tuple[str, Tensor, Tensor]], dict[str, str]]:
-    """Outputs of two networks in pairs, and what can't be compared, with its kind, by name.
-
-    By name where both have the same names; else in order, where one has none or is a file, which has its own. Raises
-    NormRewriteError where one has outputs that the other has not.
-    """
-    whole = [{name: comparable(value) for name, value in each.items()} for each in (a, b)]
-    left = {name: type((a, b)[i][name]).__name__ for i in (0, 1) for name, value in whole[i].items() if value is None}
-    sides = [{name: value for name, value in each.items() if value is not None} for each in whole]
-    one, other = sides
-    if set(one) == set(other):
-        return [(name, values, other[name]) for name, values in one.items()], left
-    shared = set(one) & set(other)
-    in_place = all(list(one).index(name) == list(other).index(name) for name in shared)
-    unnamed = any(all(map(_UNNAMED.fullmatch, side)) for side in sides)
-    if len(one) != len(other) or not ((files and in_place) or (unnamed and not shared)):
-        names = [", ".join(side) or "none" for side in sides]
-        raise NormRewriteError(
-            f"A has {len(one)} outputs and B {len(other)}, so they can't be compared: A gives {names[0]}; B gives {names[1]}."
-            if len(one) != len(other)
-            else f"the outputs have other names, so they can't be compared: A gives {names[0]}; B gives {names[1]}."
-        )
-    return [(name, *pair) for name, pair in zip(one, zip(one.values(), other.values(), strict=True), strict=True)], left
-
-
-def comparable(value: object) -> Tensor | None:
-    """An output as a dense tensor on the CPU, of numbers too; None where it is none."""
-    if isinstance(value, bool | int | float | complex | np.generic | np.ndarray):
-        array = np.asarray(value)
-        return torch.from_numpy(array.copy()) if array.dtype.kind in "biufc" else None
-    if not isinstance(value, Tensor) or isinstance(value, MaskedTensor) or value.is_meta:
-        return None
-    value = value.detach()
-    if value.is_quantized:
-        value = value.dequantize()
-    return (value if value.layout == torch.strided else value.to_dense()).cpu()
-
-
-def check_labels(labels: Tensor, outputs: Sequence[Tensor]) -> None:
-    """Raises where labels are given that no output has classes for."""
-    classes = [output for output in outputs if has_classes(output)]
-    rows = {len(output) for output in classes}
-    if classes and len(labels) not in rows:
-        raise NormRewriteError(f"{len(labels)} labels for outputs of {sorted(rows)} rows. One label a row is needed.")
-    low, high = (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
-    most = max((output.shape[1] for output in classes), default=high + 1)
-    if low < 0 or high >= most:
-        raise NormRewriteError(
-            f"labels from {low} to {high}, and the outputs have {most} classes (0 to {most - 1}). Renumber them."
-        )

@@ -17,22 +17,22 @@ from normrewrite.diagnostics.comparison import OutputDifference
 from normrewrite.errors import NormRewriteError
 from normrewrite.execution import Network, Outputs, runner
 from normrewrite.passes.folding import fold
-from normrewrite.provenance.report import table
+from normrewrite.results import Result, Summary, Table
 
 
 @dataclass
-class Layers:
+class Layers(Result):
     """The difference at every layer that both forms have, in order of execution."""
 
     layers: list[OutputDifference]
 
     def as_dict(self) -> dict[str, Any]:
-        rows = [{"name": layer.name, "max_abs": layer.max_abs, "snr_db": layer.snr_db} for layer in self.layers]
-        return {"layers": rows}
+        layers = [{"name": layer.name, "max_abs": layer.max_abs, "snr_db": layer.snr_db} for layer in self.layers]
+        return {"layers": layers}
 
-    def __str__(self) -> str:
-        rows = [(layer.name, f"{layer.max_abs:.2e}", f"{layer.snr_db:.1f}") for layer in self.layers]
-        return table(("layer", "max difference", "SNR (dB)"), rows)
+    def summary(self) -> Summary:
+        lines = [(layer.name, f"{layer.max_abs:.2e}", f"{layer.snr_db:.1f}") for layer in self.layers]
+        return [Table(("layer", "max difference", "SNR (dB)"), lines)]
 
 
 def compare_layers(a: Network, b: Network, batch: Batch) -> Layers:

@@ -1,6 +1,6 @@
 """Norms that can't be exact, fitted to what the original computes at the same place: sequential least squares, no labels.
 
->>> rows = fit_(twin, original, data)                     # in place; one row a site
+>>> fits = fit_(twin, original, data)                     # in place; one a site
 
 Sites are walked in order of execution. At each, o is the output of the rewritten network up to there, with weight 1 and bias 0,
 and r the original's output at the same site on the same inputs; then, by channel,
@@ -114,17 +114,17 @@ def fit_(
     Batches that are not finite are left out. each: called with 1 at every site, `of` their number.
     Raises NormRewriteError where no batch is left, the data doesn't fit the model, or the original is another network.
     """
-    found = fittable(twin)
-    if any(site.name not in sites.by_name(original) for site in found):  # a call of F.batch_norm is no module yet
+    norms = fittable(twin)
+    if any(site.name not in sites.by_name(original) for site in norms):  # a call of F.batch_norm is no module yet
         original = lift_(deepcopy(original))
-    pairs = [_pair(site, original) for site in found]
-    given = list(data.batches(batch_size))
+    pairs = [_pair(site, original) for site in norms]
+    everything = list(data.batches(batch_size))
     device, dtype = device_of(original), dtype_of(original)
-    batches = [as_given(batch.to(device), dtype) for batch in given if batch.finite]
+    batches = [as_given(batch.to(device), dtype) for batch in everything if batch.finite]
     if not batches:
         raise NormRewriteError(
-            f"there is nothing to fit on: {len(given)} batches were not finite."
-            if given
+            f"there is nothing to fit on: {len(everything)} batches were not finite."
+            if everything
             else "the data held no batch. Give at least one input."
         )
     runner(original)(batches[0])  # input that doesn't fit is told in plain words
@@ -203,29 +203,29 @@ def shared_dims(norm: Any, rank: int) -> list[int]:
 class _SiteTracer(CheckedTracer):
     """Sites are whole, and what holds one is opened, torch's own containers too."""
 
-    def __init__(self, found: set[int]) -> None:
+    def __init__(self, norms: set[int]) -> None:
         super().__init__()
-        self.found = found
+        self.norms = norms
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        if id(module) in self.found:
+        if id(module) in self.norms:
             return True
-        inside = any(id(child) in self.found for child in module.modules())
+        inside = any(id(child) in self.norms for child in module.modules())
         return not inside and super().is_leaf_module(module, name)
 
 
 def _traced(original: nn.Module, pairs: list[_Pair], batches: Sequence[Batch]) -> Graph | None:
     """The original's graph for what the batches give, if every site is called in it."""
-    found = {id(pair.original) for pair in pairs}
+    norms = {id(pair.original) for pair in pairs}
     try:
-        tracer = _SiteTracer(found)
-        given = {name for batch in batches for name in batch.inputs}
-        tracer.fixed = {name: value for name, value in left_out(original, 0).items() if name not in given}
+        tracer = _SiteTracer(norms)
+        inputs = {name for batch in batches for name in batch.inputs}
+        tracer.fixed = {name: value for name, value in left_out(original, 0).items() if name not in inputs}
         traced = tracer.trace(original)
     except Exception:  # the model's own forward runs here, and may raise anything
         return None
     called = {id(original.get_submodule(str(node.target))) for node in traced.nodes if node.op == "call_module"}
-    return traced if found <= called else None
+    return traced if norms <= called else None
 
 
 def _lockstep(
@@ -257,8 +257,8 @@ def _value(
     """What `node` gives for batch b in one of the two networks."""
     if node.op == "placeholder":
         default = node.args[0] if node.args else None
-        given = batch.inputs.get(str(node.target), default)
-        return given.clone() if isinstance(given, Tensor) else given
+        value = batch.inputs.get(str(node.target), default)
+        return value.clone() if isinstance(value, Tensor) else value
     if node.op == "get_attr":
         owner, _, name = str(node.target).rpartition(".")
         return getattr(model.get_submodule(owner), name)
@@ -266,8 +266,8 @@ def _value(
     if node.op == "call_module":
         return model.get_submodule(str(node.target))(*arguments, **named)
     if node.op == "call_method":
-        receiver, *rest = arguments
-        return getattr(receiver, str(node.target))(*rest, **named)
+        receiver, *others = arguments
+        return getattr(receiver, str(node.target))(*others, **named)
     return node.target(*arguments, **named) if callable(node.target) else arguments[0]
 
 
@@ -315,8 +315,8 @@ def _input_of(model: nn.Module, module: nn.Module, batch: Batch) -> Tensor:
     hook = module.register_forward_pre_hook(reached)
     try:
         runner(model)(batch)
-    except _Reached as found:
-        return found.value
+    except _Reached as stop:
+        return stop.value
     finally:
         hook.remove()
     raise NormRewriteError(

@@ -89,12 +89,12 @@ class Moments:
         mean = values.mean(dims)
         mean = mean + (values - measuring.per_channel(mean, values.dim())).mean(dims)  # a constant channel's is exact
         spread = {row: measuring.measure(values, mean, row)[0] for row in (*(row for row, _ in rows), _L1, _L2)}
-        scales = {str(row): _kept(row.gain(n, gain) * spread[row]) for row, gain in rows}
+        scales = {str(row): _on_cpu(row.gain(n, gain) * spread[row]) for row, gain in rows}
         high, low = values.amax(dims), values.amin(dims)
         if not bool((mean + high - low).isfinite().all()):  # of x alone: squares may overflow where |d| does not
             self.skipped += 1
             return
-        self._add(n, *map(_kept, (mean, spread[_L1], spread[_L2], high, low)))
+        self._add(n, *map(_on_cpu, (mean, spread[_L1], spread[_L2], high, low)))
         for name, scale in scales.items():
             self.scales.setdefault(name, Scale()).add(scale)
 
@@ -146,7 +146,7 @@ class Moments:
         return _NOISE[name] / math.sqrt(self.n) if name in _NOISE and self.n else None
 
 
-def _kept(values: Tensor) -> Tensor:
+def _on_cpu(values: Tensor) -> Tensor:
     """On the CPU first: not every device has float64."""
     return values.cpu().double()
 
@@ -183,7 +183,7 @@ class Readings:
 
 def read(
     model: nn.Module,
-    found: Iterable[Site],
+    sites: Iterable[Site],
     data: Data,
     rows: Callable[[Site, int], Rows],
     *,
@@ -197,10 +197,10 @@ def read(
 
     Raises NormRewriteError where no batch is finite or the data doesn't fit the model.
     """
-    readings = Readings({site.name: Moments() for site in found})
+    readings = Readings({site.name: Moments() for site in sites})
     hooks = [
         site.module.register_forward_pre_hook(_reader(site, readings.by_site[site.name], rows, watch), with_kwargs=True)
-        for site in found
+        for site in sites
     ]
     run = runner(model)
     try:

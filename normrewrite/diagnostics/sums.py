@@ -1,8 +1,8 @@
-"""What is kept of two forms of an output, number by number over all rows and row by row, for a judgement of each part.
+"""What is kept of two forms of an output, number by number over all samples and sample by sample, for a judgement of each part.
 
 >>> sums = Columns.of(torch.zeros(10))
 >>> sums.add(b, gap, b.isfinite())
->>> sums.slices()                     # of every index along every axis of a row
+>>> sums.slices()                     # of every index along every axis of a sample
 """
 
 import math
@@ -20,7 +20,7 @@ def masked(a: Tensor, b: Tensor) -> Tensor:
     >>> masked(torch.tensor([[1.0, -1e9, -1e9]]), torch.tensor([[2.0, -1e9, -1e9]]))
     tensor([[False,  True,  True]])
     """
-    found = torch.zeros_like(b, dtype=torch.bool)
+    mask = torch.zeros_like(b, dtype=torch.bool)
     size = torch.where(b.isfinite(), torch.maximum(a.abs(), b.abs()), 0.0)
     while size.numel():
         top = size == size.max()
@@ -28,14 +28,14 @@ def masked(a: Tensor, b: Tensor) -> Tensor:
         same = bool((a[top] == b[top]).all()) and int(top.sum()) > 1
         if not same or not rest or float(size.max()) < _FAR * rest:
             break
-        found |= top
+        mask |= top
         size = torch.where(top, 0.0, size)
-    return found
+    return mask
 
 
 @dataclass
 class Columns:
-    """Of each number of a row: how many rows had it, sum, squares, noise (squares of gaps), largest, and largest gap."""
+    """Of each number of a sample: how many samples had it, sum, squares, noise (squares of gaps), largest, and largest gap."""
 
     count: Tensor
     total: Tensor
@@ -45,13 +45,13 @@ class Columns:
     gap: Tensor
 
     @classmethod
-    def of(cls, row: Tensor) -> "Columns":
-        return cls(*(torch.zeros(row.shape, dtype=torch.float64) for _ in range(6)))
+    def of(cls, sample: Tensor) -> "Columns":
+        return cls(*(torch.zeros(sample.shape, dtype=torch.float64) for _ in range(6)))
 
-    def add(self, b: Tensor, gap: Tensor, kept: Tensor) -> None:
-        """b, gap: (N, ...), zero where not kept."""
+    def add(self, b: Tensor, gap: Tensor, counted: Tensor) -> None:
+        """b, gap: (N, ...), zero where not counted."""
         if len(b):
-            self.count += kept.sum(0)
+            self.count += counted.sum(0)
             self.total += b.sum(0)
             self.squares += (b * b).sum(0)
             self.noise += (gap * gap).sum(0)
@@ -60,11 +60,11 @@ class Columns:
 
     @property
     def variation(self) -> Tensor:
-        """Sum of squares of what varies from row to row."""
+        """Sum of squares of what varies from sample to sample."""
         return (self.squares - self.total.square() / self.count.clamp_min(1)).clamp_min(0)
 
     def slices(self) -> list["Slices"]:
-        """The same of every index along each axis of a row that is longer than one."""
+        """The same of every index along each axis of a sample that is longer than one."""
         axes = [axis for axis, length in enumerate(self.count.shape) if length > 1]
         return [self._along(axis) for axis in axes]
 
@@ -93,12 +93,12 @@ class Slices:
         vary little by chance."""
         size = (self.largest.clamp_min(1e-300).log2() / 2).floor()
         sums = (self.freedom, self.squares, self.variation, self.noise)
-        return [tuple(float(x[size == each].sum()) for x in sums) for each in size.unique()]
+        return [tuple(float(x[size == unit].sum()) for x in sums) for unit in size.unique()]
 
 
 @dataclass
-class Rows:
-    """Of each row: largest, largest gap, signal and noise; of rows with classes, too, by how much A has another one largest."""
+class Samples:
+    """Of each sample: largest, largest gap, signal and noise; where it has classes, by how much A has another one largest."""
 
     parts: list[Tensor] = field(default_factory=list)
     short: list[Tensor] = field(default_factory=list)
@@ -109,7 +109,7 @@ class Rows:
             self.parts.append(torch.stack([b.abs().amax(1), gap.amax(1), (b * b).sum(1), (gap * gap).sum(1)]))
 
     def add_classes(self, a: Tensor, b: Tensor, largest: Tensor) -> None:
-        """By how much A's largest is above A's number at B's largest, in units of the row's largest."""
+        """By how much A's largest is above A's number at B's largest, in units of the sample's largest."""
         best = b.argmax(1)
         short = a.amax(1) - a.gather(1, best[:, None])[:, 0]
         self.short.append(torch.where(a.argmax(1) == best, 0.0, (short / largest).nan_to_num(nan=torch.inf)))

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from normrewrite import sites
 from normrewrite.data import Batch, argument_names
 from normrewrite.execution import call, device_of, flat
+from normrewrite.results import Printable, Summary, Verdict
 from normrewrite.sites.modes import evaluating
 
 Mode = Callable[[nn.Module], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True)
-class TrainingDistance:
+class TrainingDistance(Printable):
     """Of a twin in training, before and after it was calibrated. from_training: None where the original isn't at hand.
 
     original: how far the original's own training is from its eval.
@@ -34,18 +35,20 @@ class TrainingDistance:
     from_training: tuple[float, float] | None
     original: float | None
 
-    def __str__(self) -> str:
+    def summary(self) -> Summary:
         """One line, and another where the calibration was of no use."""
         whose = "the original's" if self.original is not None else "its own"
-        told = f"outputs in training, relative difference on {self.inputs} inputs: from {whose} eval {_both(self.from_eval)}"
+        figures = [f"from {whose} eval {_both(self.from_eval)}"]
         if self.from_training is not None:
-            told += f"; from the original's training {_both(self.from_training)}"
+            figures.append(f"from the original's training {_both(self.from_training)}")
         if self.original is not None:
-            told += f"; of the original's training from its eval {self.original:.3f}"
+            figures.append(f"of the original's training from its eval {self.original:.3f}")
+        line = f"outputs in training, relative difference on {self.inputs} inputs: {'; '.join(figures)}"
         before, now = self.from_eval
-        if now >= before:
-            told += "\ntraining has come no nearer to eval by it: leave the network as it was, or give larger batches"
-        return told
+        return [line, Verdict(_NO_NEARER, "mixed")] if now >= before else [line]
+
+
+_NO_NEARER = "training has come no nearer to eval by it: leave the network as it was, or give larger batches"
 
 
 def _both(pair: tuple[float, float]) -> str:
@@ -62,8 +65,8 @@ class TrainingMode:
 
     def apart(self, twin: nn.Module) -> tuple[float, float | None]:
         """The relative differences of the twin in training to eval, and to training."""
-        found = _outputs(twin, self.batches, measuring)
-        return _apart(found, self.eval), None if self.training is None else _apart(found, self.training)
+        outputs = _outputs(twin, self.batches, measuring)
+        return _apart(outputs, self.eval), None if self.training is None else _apart(outputs, self.training)
 
     def distance(self, before: tuple[float, float | None], after: tuple[float, float | None]) -> TrainingDistance:
         training = None if before[1] is None or after[1] is None else (before[1], after[1])
@@ -97,10 +100,10 @@ def measuring(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(value)
 
 
-def _apart(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+def _apart(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """NaN where they have other shapes."""
-    if [value.shape for value in found] != [value.shape for value in expected]:
+    if [value.shape for value in outputs] != [value.shape for value in expected]:
         return float("nan")
-    gap = sum(float((a - b).square().sum()) for a, b in zip(found, expected, strict=True))
+    gap = sum(float((a - b).square().sum()) for a, b in zip(outputs, expected, strict=True))
     size = sum(float(b.square().sum()) for b in expected)
     return (gap / size) ** 0.5 if size else float("nan")

@@ -49,6 +49,6 @@ def plain(tensor: Tensor) -> Tensor:
 
 def of_record(record: Mapping[str, Any]) -> str:
     """SHA-256 of a record as JSON with sorted keys, without its own `sha256`."""
-    rest = {key: value for key, value in record.items() if key != "sha256"}
-    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    unsealed = {key: value for key, value in record.items() if key != "sha256"}
+    text = json.dumps(unsealed, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

@@ -62,10 +62,10 @@ def called(module: str, time: int, side: str = "") -> str:
 
 def of_record(record: Mapping[str, Any] | None, where: str) -> LearnedRanges | None:
     """The ranges in a manifest, where there are some; raises NormRewriteError for what are none."""
-    found = None if record is None else record.get(KEY)
-    if found is None:
+    entry = None if record is None else record.get(KEY)
+    if entry is None:
         return None
-    amax, kept = (found.get("amax"), found.get("kept")) if isinstance(found, dict) else (None, None)
+    amax, kept = (entry.get("amax"), entry.get("kept")) if isinstance(entry, dict) else (None, None)
     if not isinstance(amax, dict) or not isinstance(kept, list) or not _sound(amax, kept):
         raise NormRewriteError(f"{where}: the int8 ranges in its manifest are no numbers by name. The file is damaged.")
     return LearnedRanges(amax, tuple(kept))
@@ -82,8 +82,8 @@ def check(learned: LearnedRanges, model: nn.Module) -> None:
     known = [name for name, _, _ in sites.registrations(model)]
     unknown = [name for name in sorted(learned.owners | set(learned.kept)) if name not in known]
     if unknown or not learned.amax:
-        found = f"{unknown[0]!r}, which {type(model).__name__} has not" if unknown else "no layer"
+        names = f"{unknown[0]!r}, which {type(model).__name__} has not" if unknown else "no layer"
         raise NormRewriteError(
-            f"learned ranges: they know {found}.{nearest(unknown[0], known) if unknown else ''} Are they this network's? "
+            f"learned ranges: they know {names}.{nearest(unknown[0], known) if unknown else ''} Are they this network's? "
             "Train it with --precision int8, or calibrate instead."
         )

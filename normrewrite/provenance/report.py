@@ -1,10 +1,10 @@
-"""What was done, as data: tables for people, dictionaries for machines."""
+"""What a rewrite did to each site, as data."""
 
-from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from normrewrite.errors import NormRewriteError
+from normrewrite.results import Mood, Result, Summary, Table, Verdict
 from normrewrite.sites import Site
 
 
@@ -39,7 +39,7 @@ class SiteResult:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Result):
     """Every site of one rewrite.
 
     >>> twin, report = plan(model).apply(); report.max_difference
@@ -74,6 +74,14 @@ class Report:
     def ok(self) -> bool:
         return all(site.ok for site in self.sites)
 
+    @property
+    def mood(self) -> Mood:
+        if not self.ok:
+            return "bad"
+        if self.inexact or self.live:
+            return "mixed"
+        return "good" if self.rewritten else "plain"
+
     def require_exact(self) -> None:
         bad = [site for site in self.sites if not site.ok]
         if bad:
@@ -92,8 +100,13 @@ class Report:
             "sites": [asdict(site) for site in self.sites],
         }
 
-    def __str__(self) -> str:
-        rows = [
+    def summary(self) -> Summary:
+        counts = [f"{len(self.rewritten)} site{'s' * (len(self.rewritten) != 1)} rewritten, {len(self.kept)} left"]
+        if any(site.difference is not None for site in self.sites):
+            counts.append(f"largest eval difference {self.max_difference:.1e}")
+        if self.inexact:
+            counts.append(f"{len(self.inexact)} can't be exact")
+        lines = [
             (
                 site.label,
                 site.was,
@@ -104,18 +117,6 @@ class Report:
             )
             for site in self.sites
         ]
-        found = [f"{len(self.rewritten)} site{'s' * (len(self.rewritten) != 1)} rewritten, {len(self.kept)} left"]
-        if any(site.difference is not None for site in self.sites):
-            found.append(f"largest eval difference {self.max_difference:.1e}")
-        if self.inexact:
-            found.append(f"{len(self.inexact)} can't be exact")
-        return f"{'; '.join(found)}\n{table(('site', 'was', 'channels', 'is now', 'eval difference', 'note'), rows)}"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Columns of plain text, for str() and for pipes; the command line draws its own."""
-    lines = [tuple(head), *(tuple(row) for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
+        moods: list[Mood] = ["plain" if site.ok else "bad" for site in self.sites]
+        heads = ("site", "was", "channels", "is now", "eval difference", "note")
+        return [Verdict("; ".join(counts), self.mood), Table(heads, lines, moods=moods)]

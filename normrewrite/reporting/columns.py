@@ -1,10 +1,10 @@
-"""The table by site: a column a row of it. The page, the terminal and the explanation below the table all follow from it."""
+"""The table by site, column by column. The page, the terminal and the explanation below the table all follow from it."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from normrewrite.reporting.facts import Row, Spread
+from normrewrite.reporting.facts import SiteFigures, Spread
 
 
 @dataclass(frozen=True)
@@ -15,13 +15,13 @@ class Column:
     head: str
     unit: str
     meaning: str
-    cell: Callable[[Row], str]
+    cell: Callable[[SiteFigures], str]
     number: bool = True
     part: str = "function"
 
 
-def _became(row: Row) -> str:
-    return f"{row.was} → {row.target}" if row.target else f"{row.was}, refused" if row.refused else row.was
+def _became(site: SiteFigures) -> str:
+    return f"{site.was} → {site.target}" if site.target else f"{site.was}, refused" if site.refused else site.was
 
 
 def _spread(spread: Spread | None) -> str:
@@ -31,19 +31,19 @@ def _spread(spread: Spread | None) -> str:
     return middle if low == high else f"{middle} ({low}–{high})"
 
 
-def _weights(row: Row) -> str:
-    after = _spread(row.weight_after)
-    return _spread(row.weight_before) + (f" → {after}" if after else "")
+def _weights(site: SiteFigures) -> str:
+    after = _spread(site.weight_after)
+    return _spread(site.weight_before) + (f" → {after}" if after else "")
 
 
-def _dead(row: Row) -> str:
-    return "" if row.advice is None or row.advice.kappa is None else f"{row.advice.dead} of {row.channels}"
+def _dead(site: SiteFigures) -> str:
+    return "" if site.advice is None or site.advice.kappa is None else f"{site.advice.dead} of {site.channels}"
 
 
-def _bits(name: str) -> Callable[[Row], str]:
-    def cell(row: Row) -> str:
-        known = row.advice is not None and row.advice.kappa is not None
-        value = getattr(row.advice, name) if known else math.inf
+def _bits(name: str) -> Callable[[SiteFigures], str]:
+    def cell(site: SiteFigures) -> str:
+        known = site.advice is not None and site.advice.kappa is not None
+        value = getattr(site.advice, name) if known else math.inf
         return f"{value:+.1f}".replace("-", "−") if math.isfinite(value) else ""
 
     return cell
@@ -66,7 +66,7 @@ def power(value: float | None, digits: int = 1) -> str:
 
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
-SITE = Column("site", "", "The norm's dotted name in the model.", lambda row: row.label, number=False)
+SITE = Column("site", "", "The norm's dotted name in the model.", lambda site: site.label, number=False)
 COLUMNS = (
     Column(
         "was → is",
@@ -75,38 +75,38 @@ COLUMNS = (
         _became,
         number=False,
     ),
-    Column("channels", "", "How many channels it normalises.", lambda row: str(row.channels or "")),
+    Column("channels", "", "How many channels it normalises.", lambda site: str(site.channels or "")),
     Column(
         "eval difference",
         "of largest output",
         "Largest difference of the site's output in eval, before and after the rewrite, on random input of its width.",
-        lambda row: power(row.difference),
+        lambda site: power(site.difference),
     ),
     Column(
         "error",
         "of largest output",
         "The same against the original's function computed in float64: what the site itself rounds away.",
-        lambda row: power(row.error),
+        lambda site: power(site.error),
     ),
     Column(
         "scale before",
         "input's unit",
         "What the norm divided by in eval: median of its channels, and smallest to largest.",
-        lambda row: _spread(row.scale_before),
+        lambda site: _spread(site.scale_before),
         part="scales",
     ),
     Column(
         "scale after",
         "input's unit",
         "What it divides by now. Calibration moves it to what the new metric reads, and weight makes up for that.",
-        lambda row: _spread(row.scale_after),
+        lambda site: _spread(site.scale_after),
         part="scales",
     ),
     Column(
         "κ",
         "× σ",
         "What the metric reads on the real inputs, over their standard deviation: 1 on Gaussians. Median of live channels.",
-        lambda row: "" if row.kappa is None else f"{row.kappa:.3f}",
+        lambda site: "" if site.kappa is None else f"{site.kappa:.3f}",
         part="inputs",
     ),
     Column(
@@ -139,10 +139,10 @@ COLUMNS = (
         _weights,
         part="scales",
     ),
-    Column("note", "", "Why a site was left, or what is special about it.", lambda row: row.note, number=False),
+    Column("note", "", "Why a site was left, or what is special about it.", lambda site: site.note, number=False),
 )
 
 
-def used(rows: list[Row]) -> list[Column]:
-    """The columns that say something of any of these rows."""
-    return [column for column in COLUMNS if any(column.cell(row) for row in rows)]
+def used(sites: list[SiteFigures]) -> list[Column]:
+    """The columns that say something of any of these sites."""
+    return [column for column in COLUMNS if any(column.cell(site) for site in sites)]

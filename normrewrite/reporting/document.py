@@ -13,7 +13,8 @@ import torch
 
 from normrewrite.provenance import history
 from normrewrite.reporting.columns import power
-from normrewrite.reporting.facts import Facts, Row
+from normrewrite.reporting.facts import Facts, SiteFigures
+from normrewrite.results import Mood
 from normrewrite.targets import TARGETS
 
 
@@ -32,15 +33,15 @@ class Document:
 
     def as_dict(self) -> dict[str, Any]:
         files = {"file": self.file, "original": self.original, "data": self.data}
-        told = {"files": files, "versions": history.versions(), "machine": machine(), "command": self.command}
-        return {**told, **self.facts.as_dict(), "manifest": self.record}
+        made = {"files": files, "versions": history.versions(), "machine": machine(), "command": self.command}
+        return {**made, **self.facts.as_dict(), "manifest": self.record}
 
     @property
-    def verdict(self) -> tuple[str, str, str]:
-        """(`good`, `bad` or ``; a word or two; what was found)."""
+    def verdict(self) -> tuple[Mood, str, str]:
+        """A mood, a word or two, and what was found."""
         facts = self.facts
         if not facts.rewritten:
-            return "", "An original.", f"None of its {len(facts.rows)} norms was rewritten."
+            return "plain", "An original.", f"None of its {len(facts.sites)} norms was rewritten."
         exact, rest = len(facts.exact), len(facts.rewritten) - len(facts.exact)
         beyond = f"{rest} of {len(facts.rewritten)} sites can't be exact or have no figure; their notes say why."
         if not facts.ok:
@@ -50,13 +51,15 @@ class Document:
                 f"Exact sites differ beyond their tolerance, the largest by {power(facts.difference)}.",
             )
         if facts.difference is None:
-            return "", "Not exact.", beyond
-        limit = max(row.tolerance or 0.0 for row in facts.exact)
-        told = f"In eval no exact site differs by more than {power(facts.difference)} of its largest output"
-        told += f" (tolerance {power(limit, 0)})."
-        return (
-            ("", f"Same function at {exact} sites.", f"{told} {beyond}") if rest else ("good", "Same function.", told)
+            return "mixed", "Not exact.", beyond
+        limit = max(site.tolerance or 0.0 for site in facts.exact)
+        within = (
+            f"In eval no exact site differs by more than {power(facts.difference)} of its largest output (tolerance "
+            f"{power(limit, 0)})."
         )
+        if rest:
+            return "mixed", f"Same function at {exact} sites.", f"{within} {beyond}"
+        return "good", "Same function.", within
 
     @property
     def lead(self) -> str:
@@ -74,7 +77,7 @@ class Document:
     def figures(self) -> list[tuple[str, str, str]]:
         """(figure, unit, what it is) of what matters most."""
         facts = self.facts
-        shown = [(f"{len(facts.rewritten)} of {len(facts.rows)}", "sites", f"rewritten: {_counts(facts.rewritten)}")]
+        shown = [(f"{len(facts.rewritten)} of {len(facts.sites)}", "sites", f"rewritten: {_counts(facts.rewritten)}")]
         if facts.difference is not None:
             shown.append((power(facts.difference), "", "largest eval difference of a site, of its largest output"))
         shown += self._of_network()
@@ -82,19 +85,20 @@ class Document:
             what = f"time a batch, over the original's ({facts.bench.runtime})"
             shown.append((f"{facts.bench.ratio:.3f}", "×", what))
         if facts.advice is not None and facts.rewritten:
-            dead = sum(row.advice.dead for row in facts.rows if row.advice is not None)
+            dead = sum(site.advice.dead for site in facts.sites if site.advice is not None)
             shown.append((str(dead), "channels", f"dead: constant on all {facts.advice.inputs:,} inputs"))
         return shown
 
     def _of_network(self) -> list[tuple[str, str, str]]:
-        found = self.facts.comparison
-        if found is None:
+        comparison = self.facts.comparison
+        if comparison is None:
             return []
         shown = []
         if self.facts.came:
-            shown.append((power(found.max_abs), "", f"largest difference of the outputs, {found.inputs:,} inputs"))
-        output = next((each for each in found.outputs if each.judged), None)
-        if output is not None and found.labelled:
+            largest = f"largest difference of the outputs, {comparison.inputs:,} inputs"
+            shown.append((power(comparison.max_abs), "", largest))
+        output = next((output for output in comparison.outputs if output.judged), None)
+        if output is not None and comparison.labelled:
             now, before = (f"{100 * right / output.rows:.2f}" for right in output.right)
             was = f"; the original {before} %" if self.facts.came else ""
             shown.append((now, "%", f"of {output.rows:,} labelled inputs right (top-1){was}"))
@@ -112,14 +116,14 @@ class Document:
         record = self.record or {}
         made = record.get("original")
         same = made and self.original and made.get("sha256") == self.original["sha256"]
-        rows = [("model", self.file), ("original, by the manifest" if not same else "original", made)]
-        rows += [("original, as given", None if same else self.original), ("data", self.data)]
-        told = [(name, _digest(each)) for name, each in rows if each]
-        told += [("manifest", f"{len(record['sites'])} sites, {_covered(record)}")] if record else []
-        told += [("versions, when written", _versions(record["versions"]))] if "versions" in record else []
+        read = [("model", self.file), ("original, by the manifest" if not same else "original", made)]
+        read += [("original, as given", None if same else self.original), ("data", self.data)]
+        origins = [(name, _digest(file)) for name, file in read if file]
+        origins += [("manifest", f"{len(record['sites'])} sites, {_covered(record)}")] if record else []
+        origins += [("versions, when written", _versions(record["versions"]))] if "versions" in record else []
         seeds = sorted({str(step.get("seed")) for step in record.get("steps", [])})
-        told += [("seeds", ", ".join(seeds))] if seeds else []
-        return [*told, ("versions of this report", _versions(history.versions())), ("machine", machine())]
+        origins += [("seeds", ", ".join(seeds))] if seeds else []
+        return [*origins, ("versions of this report", _versions(history.versions())), ("machine", machine())]
 
     @property
     def manifest(self) -> str:
@@ -132,15 +136,15 @@ def _covered(record: Mapping[str, Any]) -> str:
     return f"{len(record.get('tensors', ()))} tensors with their digests, SHA-256 {record['sha256']}"
 
 
-def _counts(rows: list[Row]) -> str:
+def _counts(sites: list[SiteFigures]) -> str:
     """`17 l1, 2 linf`."""
-    return ", ".join(f"{n} {target}" for target, n in Counter(row.target for row in rows).most_common()) or "none"
+    return ", ".join(f"{n} {target}" for target, n in Counter(site.target for site in sites).most_common()) or "none"
 
 
 def summary(target: str) -> str:
     """What a target is, in words."""
-    row = TARGETS.get(target.partition(":")[0])
-    return "" if row is None else row.summary
+    known = TARGETS.get(target.partition(":")[0])
+    return "" if known is None else known.summary
 
 
 def _digest(file: Mapping[str, Any]) -> str:

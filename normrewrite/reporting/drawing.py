@@ -54,8 +54,8 @@ def block(drawn: Block, looks: Mapping[str, Look]) -> Markup:
     parts += _edges(cells)
     parts += [_far(cell) for cell in cells if cell.node.far]
     parts += [_cell(cell, looks.get(cell.node.name)) for cell in cells]
-    told = ", ".join(f"{looks[c.node.name].title}" if c.node.name in looks else c.text for c in cells)
-    return picture(width, height, f"{drawn.name or 'the network itself'}: {told}", parts, class_="net")
+    titles = ", ".join(f"{looks[c.node.name].title}" if c.node.name in looks else c.text for c in cells)
+    return picture(width, height, f"{drawn.name or 'the network itself'}: {titles}", parts, class_="net")
 
 
 def _skips(drawn: Block) -> bool:
@@ -153,8 +153,8 @@ def _tip(to: _Cell) -> Markup:
 
 
 def _far(cell: _Cell) -> Markup:
-    told = f"from {', '.join(cell.node.far)}"
-    return tag("text", told, class_="far", x=cell.x + cell.width, y=cell.y - 4, text_anchor="end")
+    sources = f"from {', '.join(cell.node.far)}"
+    return tag("text", sources, class_="far", x=cell.x + cell.width, y=cell.y - 4, text_anchor="end")
 
 
 def histogram(shares: Sequence[float], label: str) -> Markup:
@@ -185,7 +185,7 @@ def histogram(shares: Sequence[float], label: str) -> Markup:
     return picture(width, height, label, parts, class_="histogram")
 
 
-def timings(bench: Bench, names: Sequence[str], told: Callable[[float], str]) -> Markup:
+def timings(bench: Bench, names: Sequence[str], words: Callable[[float], str]) -> Markup:
     """Two bars: medians, with a line from the fastest to the third quartile of all rounds."""
     width, line = 340.0, 44.0
     ordered = [sorted(seconds) for seconds in bench.seconds]
@@ -195,7 +195,7 @@ def timings(bench: Bench, names: Sequence[str], told: Callable[[float], str]) ->
         middle, low, high = (seconds[int(share * (len(seconds) - 1))] for share in (0.5, 0.0, 0.75))
         scale, y = (width - 4) / reach, i * line
         parts += [
-            tag("text", f"{name}: {told(middle)}", class_="name", x=0, y=y + 13),
+            tag("text", f"{name}: {words(middle)}", class_="name", x=0, y=y + 13),
             tag("rect", class_=f"bar bar{i}", x=0, y=y + 20, width=middle * scale, height=12, rx=3),
             tag("path", class_="whisker", d=path("M", low * scale, y + 26, "L", high * scale, y + 26)),
         ]

@@ -1,7 +1,7 @@
 """What the report tells of a network, as data. Statistics are those of `inspect --advise`: normrewrite.api.advise.study.
 
 >>> facts = gather(twin, original, data)
->>> facts.rows[0].kappa, facts.rows[0].scale_before
+>>> facts.sites[0].kappa, facts.sites[0].scale_before
 (0.94, Spread(middle=0.71, low=0.22, high=1.9))
 """
 
@@ -49,7 +49,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Row:
+class SiteFigures:
     """One site. was: its class before; target: what it became, None where it stays, for the reason in `note`.
 
     scale_before, scale_after: what it divides by in eval; read: C * S of its real inputs over the standard deviation
@@ -84,7 +84,7 @@ class Facts:
     """Everything that the report tells, but for the files: normrewrite.commands.report adds those."""
 
     model: nn.Module
-    rows: list[Row]
+    sites: list[SiteFigures]
     parameters: int
     came: str  # where the original comes from: `given`, `had back` from the twin, or `` where none is known
     advice: Advice | None = None
@@ -93,23 +93,23 @@ class Facts:
     notes: list[str] = field(default_factory=list)
 
     @property
-    def rewritten(self) -> list[Row]:
-        return [row for row in self.rows if row.target is not None]
+    def rewritten(self) -> list[SiteFigures]:
+        return [site for site in self.sites if site.target is not None]
 
     @property
-    def exact(self) -> list[Row]:
+    def exact(self) -> list[SiteFigures]:
         """Rewritten sites that compute the same function in eval."""
-        return [row for row in self.rewritten if row.difference is not None and row.tolerance is not None]
+        return [site for site in self.rewritten if site.difference is not None and site.tolerance is not None]
 
     @property
     def ok(self) -> bool:
         """Whether every site that can be the same function is."""
-        return all((row.difference or 0.0) <= (row.tolerance or math.inf) for row in self.exact)
+        return all((site.difference or 0.0) <= (site.tolerance or math.inf) for site in self.exact)
 
     @property
     def difference(self) -> float | None:
         """The largest of any exact site."""
-        return max((row.difference for row in self.exact if row.difference is not None), default=None)
+        return max((site.difference for site in self.exact if site.difference is not None), default=None)
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -118,7 +118,7 @@ class Facts:
             "original": self.came,
             "rewritten": len(self.rewritten),
             "max_difference": self.difference,
-            "sites": [asdict(row) for row in self.rows],
+            "sites": [asdict(site) for site in self.sites],
             "advice": None if self.advice is None else {**self.advice.as_dict(), "sites": None},
             "network": None if self.comparison is None else self.comparison.as_dict(),
             "latency": None if self.bench is None else self.bench.as_dict(),
@@ -144,7 +144,7 @@ def gather(
         _require_same(original, model)
         back = original
     first = model if back is None else back
-    counted, notes = Counter(), []
+    counter, notes = Counter(), []
     if trained:
         gone = (
             "" if original is not None else ", so the original is not in it any more: give it as --original to compare"
@@ -153,39 +153,39 @@ def gather(
     advice, moments = None, dict[str, Moments]()
     if data is not None and sites.find(first):
         advice, readings = study(
-            first, data, batch_size=batch_size, rows=_rows_of(model), watch=counted.watch, each=each
+            first, data, batch_size=batch_size, rows=_rows_of(model), watch=counter.watch, each=each
         )
         moments = readings.by_site
     elif data is not None:
         notes.append("No batch norm is left to read the inputs of: give the original to have them measured.")
-    rows = _Rows(model, first, measure(model, original), advice, moments, counted, record or {}).all()
+    figures = _Figures(model, first, measure(model, original), advice, moments, counter, record or {}).all()
     came = "given" if original is not None else "had back" if back is not None and not trained else ""
     # Without an original it tells the accuracy alone: the nearest norms of a trained twin are no original.
     other = first if came else model
     comparison = None if data is None else verify(model, other, data, batch_size=batch_size, each=each)
     count = sum(parameter.numel() for parameter in model.parameters())
-    return Facts(model, rows, count, came, advice, comparison, None, notes)
+    return Facts(model, figures, count, came, advice, comparison, None, notes)
 
 
 def _require_same(original: nn.Module, twin: nn.Module) -> None:
     """Raises where the original can't be what the twin was made from: other sites, of another class or width."""
     entries = {entry["names"][0]: entry["was"] for entry in manifest.describe(twin)["sites"]}
     modules, now = sites.by_name(original), sites.by_name(twin)
-    found = {name: modules[name] for name in entries if name in modules}  # a lifted norm is none of its
+    norms = {name: modules[name] for name in entries if name in modules}  # a lifted norm is none of its
     wrong = [
         f"{name} was {entries[name]}, and is {type(old).__name__} there"
-        for name, old in found.items()
+        for name, old in norms.items()
         if type(old).__name__ != entries[name]
     ]
     widths = [
         (name, getattr(now[name], "num_features", None), old.num_features)
-        for name, old in found.items()
+        for name, old in norms.items()
         if hasattr(old, "num_features")
     ]
     wrong += [
         f"{name} has {here} channels, and {there} there" for name, here, there in widths if here not in (None, there)
     ]
-    if entries and not found:
+    if entries and not norms:
         wrong = [f"it has none of the sites, such as {next(iter(entries))}"]
     if wrong:
         raise NormRewriteError(
@@ -201,13 +201,13 @@ def _rows_of(model: nn.Module) -> Callable[[Site, int], Rows]:
         twin = modules.get(site.name)
         known = list(every_row(site, n))
         own = [(metric(twin.metric), twin.gain)] if isinstance(twin, BatchNorm) else []
-        return known + [(row, gain) for row, gain in own if str(row) not in {str(each) for each, _ in known}]
+        return known + [(row, gain) for row, gain in own if str(row) not in {str(other) for other, _ in known}]
 
     return rows
 
 
 @dataclass
-class _Rows:
+class _Figures:
     """Everything that is known of the sites, put together by name."""
 
     model: nn.Module
@@ -215,25 +215,25 @@ class _Rows:
     report: Report
     advice: Advice | None
     moments: Mapping[str, Moments]
-    counted: Counter
+    counter: Counter
     record: Mapping[str, Any]
 
-    def all(self) -> list[Row]:
+    def all(self) -> list[SiteFigures]:
         self.modules = sites.by_name(self.first), sites.by_name(self.model)
         self.measured = {site.names[0]: site for site in self.report.sites}
         self.advised = {site.name: site for site in self.advice.sites} if self.advice else {}
-        found = neighbours.attach(self.first, sites.find(self.first))
-        self.layers = {site.name: site.before.name for site in found if site.before is not None}
+        attached = neighbours.attach(self.first, sites.find(self.first))
+        self.layers = {site.name: site.before.name for site in attached if site.before is not None}
         inspected = {facts.names[0]: facts for facts in inspect_model(self.model).sites}
         order = {name: i for i, name in enumerate(self.modules[1])}
         names = sorted({*inspected, *self.measured}, key=lambda name: order.get(name, 0))
-        return [self._row(name, inspected.get(name), self.measured.get(name)) for name in names]
+        return [self._of_site(name, inspected.get(name), self.measured.get(name)) for name in names]
 
-    def _row(self, name: str, facts: SiteFacts | None, result: SiteResult | None) -> Row:
+    def _of_site(self, name: str, facts: SiteFacts | None, result: SiteResult | None) -> SiteFigures:
         advice = self.advised.get(name or "(the model itself)")
         scales = [scale_of(modules.get(name)) for modules in self.modules]
         weights = [self._weights(modules, name) for modules in self.modules]
-        histogram = self.counted.by_site.get(name)
+        histogram = self.counter.by_site.get(name)
         common: dict[str, Any] = {
             "scale_before": Spread.of(scales[0]),
             "scale_after": Spread.of(scales[1]) if result is not None else None,
@@ -246,15 +246,15 @@ class _Rows:
         if result is None:
             assert facts is not None
             note = facts.refusal or self._reason(name)
-            return Row(name, facts.kind, None, facts.refusal is not None, facts.channels, note, **common)
+            return SiteFigures(name, facts.kind, None, facts.refusal is not None, facts.channels, note, **common)
         figures = result.difference, result.error, result.tolerance
         channels = result.channels or (None if facts is None else facts.channels)
-        return Row(name, result.was, result.target, False, channels, result.note, *figures, **common)
+        return SiteFigures(name, result.was, result.target, False, channels, result.note, *figures, **common)
 
     def _reason(self, name: str) -> str:
         """Why the rewrite left it, as its manifest says."""
-        told = self.record.get("report", {}).get("sites", [])
-        return next((str(row.get("reason") or "") for row in told if row["names"][0] == name), "")
+        entries = self.record.get("report", {}).get("sites", [])
+        return next((str(entry.get("reason") or "") for entry in entries if entry["names"][0] == name), "")
 
     def _weights(self, modules: Mapping[str, nn.Module], name: str) -> Spread | None:
         layer: Any = modules.get(self.layers.get(name, name))

@@ -14,7 +14,7 @@ from normrewrite.diagnostics.comparison import OutputDifference
 from normrewrite.errors import NormRewriteError
 from normrewrite.reporting.columns import Column, power, used
 from normrewrite.reporting.document import Document, summary
-from normrewrite.reporting.facts import Row
+from normrewrite.reporting.facts import SiteFigures
 from normrewrite.reporting.picture import Picture, picture
 from normrewrite.targets import TARGETS
 
@@ -50,25 +50,25 @@ def _view(document: Document, css: str) -> dict[str, Any]:
     from markupsafe import Markup
 
     facts = document.facts
-    mood, word, told = document.verdict
-    anchors = {row.name: f"site-{i}" for i, row in enumerate(facts.rows)}
+    mood, word, finding = document.verdict
+    anchors = {site.name: f"site-{i}" for i, site in enumerate(facts.sites)}
     drawn = picture(facts.model, set(anchors))
-    columns = used(facts.rows)
+    columns = used(facts.sites)
     return {
         "css": Markup(css),
         "version": __version__,
         "date": document.date,
         "title": document.file["file"],
         "lead": document.lead,
-        "verdict": {"mood": mood, "word": word, "told": told},
+        "verdict": {"mood": mood if mood in ("good", "bad") else "", "word": word, "told": finding},
         "figures": [{"value": value, "unit": unit, "what": what} for value, unit, what in document.figures],
         "untraceable": drawn.untraceable,
-        "legend": _legend(facts.rows),
-        "blocks": _blocks(drawn, facts.rows, anchors),
+        "legend": _legend(facts.sites),
+        "blocks": _blocks(drawn, facts.sites, anchors),
         "sites_lead": _sites_lead(document),
         "columns": columns,
-        "rows": [_row(row, anchors[row.name], columns) for row in facts.rows],
-        "histograms": _histograms(facts.rows, anchors),
+        "lines": [_line(site, anchors[site.name], columns) for site in facts.sites],
+        "histograms": _histograms(facts.sites, anchors),
         "histograms_lead": HISTOGRAMS,
         "network": _network(document),
         "timing": _timing(document),
@@ -80,42 +80,47 @@ def _view(document: Document, css: str) -> dict[str, Any]:
     }
 
 
-def style(row: Row) -> str:
+def style(site: SiteFigures) -> str:
     """The class of page.css: by target, or by why it stays."""
-    if row.target is None:
-        return "refused" if row.refused else "kept"
-    name = row.target.partition(":")[0]
+    if site.target is None:
+        return "refused" if site.refused else "kept"
+    name = site.target.partition(":")[0]
     return f"is-{name if name in TARGETS else 'other'}"
 
 
-def _legend(rows: list[Row]) -> list[dict[str, str]]:
+def _legend(sites: list[SiteFigures]) -> list[dict[str, str]]:
     counts: dict[tuple[str, str], int] = {}
-    for row in rows:
+    for site in sites:
         words = (
-            f"{row.target}: {summary(row.target)}" if row.target else ("refused" if row.refused else "left as it was")
+            f"{site.target}: {summary(site.target)}"
+            if site.target
+            else ("refused" if site.refused else "left as it was")
         )
-        counts[style(row), words] = counts.get((style(row), words), 0) + 1
+        counts[style(site), words] = counts.get((style(site), words), 0) + 1
     return [{"style": key, "words": f"{words} ({n} site{'s' if n > 1 else ''})"} for (key, words), n in counts.items()]
 
 
-def _blocks(drawn: Picture, rows: list[Row], anchors: dict[str, str]) -> list[Any]:
+def _blocks(drawn: Picture, sites: list[SiteFigures], anchors: dict[str, str]) -> list[Any]:
     from normrewrite.reporting.drawing import Look, block
 
-    looks = {row.name: Look(style(row), row.target or _kind(row), _title(row), f"#{anchors[row.name]}") for row in rows}
+    looks = {
+        site.name: Look(style(site), site.target or _kind(site), _title(site), f"#{anchors[site.name]}")
+        for site in sites
+    }
     return [block(each, looks) for each in drawn.blocks]
 
 
-def _kind(row: Row) -> str:
+def _kind(site: SiteFigures) -> str:
     """`bn`, `ln`, `gn`, ... for a norm of torch's that stays; others by the beginning of their class."""
-    capitals = "".join(letter for letter in row.was if letter.isupper()).lower()
-    return capitals if "Norm" in row.was and len(capitals) > 1 else row.was[:8]
+    capitals = "".join(letter for letter in site.was if letter.isupper()).lower()
+    return capitals if "Norm" in site.was and len(capitals) > 1 else site.was[:8]
 
 
-def _title(row: Row) -> str:
-    became = f" → {row.target}" if row.target else ", refused" if row.refused else ""
-    parts = [f"{row.label}: {row.was}{became}", f"{row.channels} channels" if row.channels else "", row.note]
-    parts += [f"eval difference {power(row.difference)}" if row.difference is not None else ""]
-    parts += [f"κ {row.kappa:.2f}" if row.kappa is not None else ""]
+def _title(site: SiteFigures) -> str:
+    became = f" → {site.target}" if site.target else ", refused" if site.refused else ""
+    parts = [f"{site.label}: {site.was}{became}", f"{site.channels} channels" if site.channels else "", site.note]
+    parts += [f"eval difference {power(site.difference)}" if site.difference is not None else ""]
+    parts += [f"κ {site.kappa:.2f}" if site.kappa is not None else ""]
     return ", ".join(part for part in parts if part)
 
 
@@ -128,48 +133,48 @@ def _sites_lead(document: Document) -> str:
     return SITES.format(inputs=advice.inputs, batch=advice.batch_size)
 
 
-def _row(row: Row, anchor: str, columns: list[Column]) -> dict[str, Any]:
-    cells = [{"text": column.cell(row), "style": _cell_style(row, column)} for column in columns]
-    return {"anchor": anchor, "style": style(row), "label": row.label, "cells": cells}
+def _line(site: SiteFigures, anchor: str, columns: list[Column]) -> dict[str, Any]:
+    cells = [{"text": column.cell(site), "style": _cell_style(site, column)} for column in columns]
+    return {"anchor": anchor, "style": style(site), "label": site.label, "cells": cells}
 
 
-def _cell_style(row: Row, column: Column) -> str:
+def _cell_style(site: SiteFigures, column: Column) -> str:
     if not column.number:
         return "words" if column.head == "note" else ""
-    beyond = column.head == "eval difference" and (row.difference or 0.0) > (row.tolerance or float("inf"))
-    return "number off" if beyond or column.cell(row).startswith("−") else "number"
+    beyond = column.head == "eval difference" and (site.difference or 0.0) > (site.tolerance or float("inf"))
+    return "number off" if beyond or column.cell(site).startswith("−") else "number"
 
 
-def _histograms(rows: list[Row], anchors: dict[str, str]) -> list[dict[str, Any]]:
+def _histograms(sites: list[SiteFigures], anchors: dict[str, str]) -> list[dict[str, Any]]:
     from normrewrite.reporting.drawing import histogram
 
     return [
         {
-            "anchor": anchors[row.name],
-            "label": row.label,
-            "svg": histogram(row.histogram, f"inputs of {row.label} against a Gaussian"),
+            "anchor": anchors[site.name],
+            "label": site.label,
+            "svg": histogram(site.histogram, f"inputs of {site.label} against a Gaussian"),
         }
-        for row in rows
-        if row.histogram
+        for site in sites
+        if site.histogram
     ]
 
 
 def _network(document: Document) -> dict[str, Any] | None:
-    found = document.facts.comparison
-    if found is None or not document.facts.came:
+    comparison = document.facts.comparison
+    if comparison is None or not document.facts.came:
         return None
     original = document.original["file"] if document.original else "the original, had back from it"
-    verdict = found.word.replace("same function", "the same function") if found.ok else "another function"
+    verdict = comparison.word.replace("same function", "the same function") if comparison.ok else "another function"
     lead = (
-        f"{document.file['file']} against {original}, both in eval on {found.inputs:,} inputs: {verdict}, by a tolerance of "
-        f"{power(found.tolerance, 0)} of the largest output."
+        f"{document.file['file']} against {original}, both in eval on {comparison.inputs:,} inputs: {verdict}, by a tolerance of "
+        f"{power(comparison.tolerance, 0)} of the largest output."
     )
-    if found.left:
-        lead += f" Not compared: {', '.join(found.left)}."
-    head = ["output", "largest difference", "of largest output", "signal to noise"]
-    head += ["same class"] if any(output.rows for output in found.outputs) else []
-    head += ["top-1", "original's top-1"] if found.labelled else []
-    return {"lead": lead, "head": head, "rows": [_output(output, len(head)) for output in found.outputs]}
+    if comparison.left:
+        lead += f" Not compared: {', '.join(comparison.left)}."
+    heads = ["output", "largest difference", "of largest output", "signal to noise"]
+    heads += ["same class"] if any(output.rows for output in comparison.outputs) else []
+    heads += ["top-1", "original's top-1"] if comparison.labelled else []
+    return {"lead": lead, "heads": heads, "lines": [_output(output, len(heads)) for output in comparison.outputs]}
 
 
 def _output(output: OutputDifference, width: int) -> list[str]:

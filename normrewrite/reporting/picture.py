@@ -143,7 +143,7 @@ class _Drawn:
                 comes.append(ENTRY)
             else:
                 far.append(self._home(runs[run][0]) or _called(source))
-        kind, label, name = self._told(node)
+        kind, label, name = self._described(node)
         return Node(kind, label, name, tuple(dict.fromkeys(comes)), tuple(dict.fromkeys(far)))
 
     def _is_shown(self, node: FxNode) -> bool:
@@ -160,9 +160,9 @@ class _Drawn:
         stack: Any = node.meta.get("nn_module_stack") or {"": None}
         return self.homes.get(next(reversed(stack)), "")
 
-    def _told(self, node: FxNode) -> tuple[Kind, str, str]:
+    def _described(self, node: FxNode) -> tuple[Kind, str, str]:
         if node.op == "call_module":
-            return _told(str(node.target), self.modules[str(node.target)], self.names)
+            return _described(str(node.target), self.modules[str(node.target)], self.names)
         called = _called(node)
         return (
             ("add", "+", "add") if called in ("add", "iadd", "add_") else ("other", _SHORT.get(called, called), called)
@@ -187,7 +187,7 @@ def _sources(node: FxNode, place: dict[FxNode, tuple[int, int]]) -> Iterator[FxN
             waiting += source.all_input_nodes
 
 
-def _told(name: str, module: nn.Module, names: set[str]) -> tuple[Kind, str, str]:
+def _described(name: str, module: nn.Module, names: set[str]) -> tuple[Kind, str, str]:
     if name in names and not _is_layer(module):
         return "site", name.rpartition(".")[2], name
     if _is_layer(module) or isinstance(module, LAYERS):
@@ -221,6 +221,6 @@ def _listed(modules: dict[str, nn.Module], homes: dict[str, str], names: set[str
             continue
         if not drawn or drawn[-1].name != homes[name]:
             drawn.append(Block(homes[name]))
-        kind, label, told = _told(name, module, names)
-        drawn[-1].nodes.append(Node(kind, label, told, (len(drawn[-1].nodes) - 1,)))
+        kind, label, text = _described(name, module, names)
+        drawn[-1].nodes.append(Node(kind, label, text, (len(drawn[-1].nodes) - 1,)))
     return drawn

@@ -13,13 +13,13 @@ Value = str | float | None
 
 def tag(name: str, *content: str, **attributes: Value) -> Markup:
     """One element. Content that is no Markup is escaped; an attribute's `_` stands for `-`, and a trailing one for nothing."""
-    told = "".join(
+    pairs = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{escape(_number(value))}"'
         for key, value in attributes.items()
         if value is not None
     )
     inner = Markup("").join(escape(part) for part in content)
-    return Markup(f"<{name}{told}>{inner}</{name}>" if content else f"<{name}{told}/>")
+    return Markup(f"<{name}{pairs}>{inner}</{name}>" if content else f"<{name}{pairs}/>")
 
 
 def picture(width: float, height: float, label: str, content: Iterable[Markup], **attributes: Value) -> Markup:

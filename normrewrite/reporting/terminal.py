@@ -1,108 +1,63 @@
-"""The report as text: plain for pipes, with Rich's tables on a terminal."""
+"""A summary on a terminal: Rich's tables, and colours that follow verdicts.
 
-from dataclasses import dataclass
-from typing import Any
+>>> Console().print(drawn(comparison.summary(), Console()), crop=False)
 
-from normrewrite.provenance.report import table
-from normrewrite.reporting.columns import SITE, used
-from normrewrite.reporting.document import Document
-from normrewrite.reporting.facts import Facts, Row
+Nothing is cut: lines that are too long run on, as the terminal wraps them, and are copied as one. Control characters are
+written out.
+"""
 
-_BARS = " ▁▂▃▄▅▆▇█"
-_SPARKS = 16  # characters of a histogram
+from collections.abc import Sequence
 
+from rich.cells import cell_len
+from rich.console import Console, Group, RenderableType
+from rich.table import Table as Grid
+from rich.text import Text
 
-@dataclass
-class Printout:
-    """What the command `report` returns. output: the page that was written, if any; brief: a few lines, as the page tells
-    the rest."""
+from normrewrite.outside import visible
+from normrewrite.results import Mood, Part, Summary, Table, Title, Verdict, Wrote
 
-    document: Document
-    output: str = ""
-    brief: bool = False
-
-    @property
-    def facts(self) -> Facts:
-        return self.document.facts
-
-    def as_dict(self) -> dict[str, Any]:
-        return {**self.document.as_dict(), "output": self.output or None}
-
-    def __str__(self) -> str:
-        written = [f"wrote {self.output}"] if self.output else []
-        return "\n".join([head(self.document) if self.brief else text(self.document), *written])
-
-    def rich(self) -> Any:
-        """For a terminal: the same, its tables in colour."""
-        from rich.console import Group
-        from rich.table import Table
-        from rich.text import Text
-
-        mood, word, told = self.document.verdict
-        colour = {"good": "green", "bad": "red"}.get(mood, "")
-        lines = head(self.document).splitlines()
-        parts: list[Any] = [Text(lines[0], style="bold"), Text(f"{word} {told}", style=colour), *map(Text, lines[2:])]
-        wrote = [Text(f"wrote {self.output}", style="dim")] if self.output else []
-        if self.brief:
-            return Group(*parts, *wrote)
-        for heads, cells in _tables(self.document):
-            shown = Table(header_style="bold", pad_edge=False, box=None)
-            for name, unit in heads:
-                shown.add_column(Text(f"{name}\n{unit}".strip()), no_wrap=name == SITE.head, overflow="fold")
-            for row in cells:
-                shown.add_row(*map(Text, row))
-            parts += [Text(), shown]
-        return Group(*parts, *(Text(f"\n{rest}") for rest in _rest(self.document)), *wrote)
+COLOURS: dict[Mood, str] = {"good": "green", "mixed": "yellow", "bad": "red", "plain": ""}
+_WORDS = 24  # characters that are room for some words
+_GAP = 2  # between two columns
 
 
-def text(document: Document) -> str:
-    """Everything, in plain text."""
-    tables = [table([_told(name, unit) for name, unit in heads], rows) for heads, rows in _tables(document)]
-    return "\n\n".join([head(document), *tables, *_rest(document)])
+def drawn(summary: Summary, console: Console) -> Group:
+    """What the console prints, as wide as it is."""
+    return Group(*(_part(part, console) for part in summary))
 
 
-def _told(name: str, unit: str) -> str:
-    return f"{name} ({unit})" if unit else name
+def _part(part: Part, console: Console) -> RenderableType:
+    match part:
+        case Verdict():
+            return _line(part.text, COLOURS[part.mood])
+        case Table():
+            return _grid(part, console)
+        case Title():
+            return _line(part.text, "bold")
+        case Wrote():
+            return _line(f"wrote {part.path}", "dim")
+    return _line(part)
 
 
-def head(document: Document) -> str:
-    """What it is, and the verdict."""
-    _, word, told = document.verdict
-    figures = [f"{value}{f' {unit}' if unit else ''} {what}" for value, unit, what in document.figures]
-    return "\n".join(
-        [f"{document.file['file']}: {document.lead}", f"{word} {told}", *(f"  {figure}" for figure in figures)]
-    )
+def _line(text: str, style: str = "") -> Text:
+    return Text(visible(text), style, no_wrap=True, overflow="ignore")
 
 
-def _rest(document: Document) -> list[str]:
-    """What stands below the tables of sites."""
-    facts = document.facts
-    whole = [] if facts.comparison is None or not facts.came else [str(facts.comparison)]
-    timed = [] if facts.bench is None else [str(facts.bench)]
-    commands = [f"  {command}" for command in document.commands]
-    again = "\n".join(["to do it again:", *commands, *(f"{name}: {told}" for name, told in document.origins)])
-    return [*whole, *timed, again, *facts.notes]
-
-
-def _tables(document: Document) -> list[tuple[list[tuple[str, str]], list[list[str]]]]:
-    """The table by site, in parts that fit a terminal: heads with their units, and cells."""
-    rows, tables = document.facts.rows, []
-    columns = used(rows)
-    for part in dict.fromkeys(column.part for column in columns):
-        shown = [SITE, *(column for column in columns if column.part == part)]
-        heads = [(column.head, column.unit) for column in shown]
-        cells = [[column.cell(row) for column in shown] for row in rows]
-        if part == "inputs" and any(row.histogram for row in rows):
-            heads.append(("inputs", "−4.8σ to +4.8σ"))
-            cells = [[*line, sparks(row)] for line, row in zip(cells, rows, strict=True)]
-        tables.append((heads, cells))
-    return tables
-
-
-def sparks(row: Row) -> str:
-    """A histogram in one line of text."""
-    if not row.histogram:
-        return ""
-    each = len(row.histogram) // _SPARKS
-    sums = [sum(row.histogram[i : i + each]) for i in range(0, len(row.histogram), each)]
-    return "".join(_BARS[round((len(_BARS) - 1) * share / max(sums))] for share in sums)
+def _grid(table: Table, console: Console) -> Grid:
+    """Names and figures stay whole; the last column, of words, is wrapped where there is room for some of them."""
+    heads = [
+        f"{head}\n{unit}".strip()
+        for head, unit in zip(table.heads, table.units or [""] * len(table.heads), strict=True)
+    ]
+    lines = [list(map(visible, line)) for line in (heads, *table.lines)]
+    columns = zip(*lines, strict=True)
+    *widths, last = (max(cell_len(line) for cell in column for line in cell.split("\n")) for column in columns)
+    room = console.width - sum(widths) - _GAP * len(widths)
+    widths.append(min(last, room) if room >= _WORDS else last)
+    grid = Grid(header_style="bold", pad_edge=False, box=None, width=sum(widths) + _GAP * (len(widths) - 1))
+    for head, width in zip(lines[0], widths, strict=True):
+        grid.add_column(Text(head), width=width)
+    moods: Sequence[Mood] = table.moods or ["plain"] * len(table.lines)
+    for line, mood in zip(lines[1:], moods, strict=True):
+        grid.add_row(*map(Text, line), style=COLOURS[mood])
+    return grid

@@ -10,12 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from normrewrite.provenance.ranges import LearnedRanges
-from normrewrite.provenance.report import table
+from normrewrite.results import Result, Summary, Table
 from normrewrite.training.progress import Epoch
 
 
 @dataclass
-class Finetuned:
+class Finetuned(Result):
     """What a fine-tuning came to. best: the epoch whose weights the model has, where there was validation; last: the
     weights at the end, where they are others. accumulator: what norms summed by, in fp16-pure. nonfinite_batches: how many gave
     norm statistics that were not finite; their steps count as skipped only where loss or gradient were not finite either.
@@ -45,17 +45,17 @@ class Finetuned:
     def inputs_per_second(self) -> float:
         return self.inputs / self.seconds if self.seconds else 0.0
 
-    def __str__(self) -> str:
-        told = "labels" if self.labels else "the original"
-        head = (
-            f"{self.steps} steps on {told} in {self.precision}: {self.inputs:,} inputs in {self.seconds:.0f} s, "
+    def summary(self) -> Summary:
+        teacher = "labels" if self.labels else "the original"
+        total = (
+            f"{self.steps} steps on {teacher} in {self.precision}: {self.inputs:,} inputs in {self.seconds:.0f} s, "
             f"{self.inputs_per_second:,.0f} a second"
         )
         share = "accuracy" if self.labels else "same class"
         validated = any(epoch.val_loss is not None for epoch in self.epochs)
-        titles = ("epoch", "step", "loss", share, *(("validation loss", share) if validated else ()))
-        rows = (_row(epoch)[: len(titles)] for epoch in self.epochs)
-        return "\n".join([head, table(titles, rows), *self._remarks(), *self.notes])
+        heads = ("epoch", "step", "loss", share, *(("validation loss", share) if validated else ()))
+        lines = [_cells(epoch)[: len(heads)] for epoch in self.epochs]
+        return [total, Table(heads, lines), *self._remarks(), *self.notes]
 
     def _remarks(self) -> Iterator[str]:
         if self.accumulator is not None:
@@ -75,7 +75,7 @@ class Finetuned:
             yield f"the weights are those of epoch {self.best}, the best in validation"
 
 
-def _row(epoch: Epoch) -> tuple[str, ...]:
+def _cells(epoch: Epoch) -> tuple[str, ...]:
     losses = [f"{loss:.4g}" if loss is not None else "" for loss in (epoch.loss, epoch.val_loss)]
     shares = [f"{100 * share:.2f} %" if share is not None else "" for share in (epoch.accuracy, epoch.val_accuracy)]
     return (str(epoch.epoch), str(epoch.step), losses[0], shares[0], losses[1], shares[1])

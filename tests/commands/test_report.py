@@ -15,8 +15,9 @@ import normrewrite as nr
 from normrewrite.commands.report import report
 from normrewrite.commands.rewriting import convert
 from normrewrite.commands.source import Source
-from normrewrite.reporting import terminal
 from normrewrite.reporting.columns import power, short
+from normrewrite.reporting.printout import sparks
+from normrewrite.reporting.terminal import drawn
 from tests.conftest import ROOT, Command, RealNetwork, enter_copy
 
 ARCH = "--arch digits.py:digits_resnet"
@@ -110,11 +111,11 @@ def test_what_can_t_serve(run: Command, folder: Path, line: str, said: str) -> N
 def test_terminal(folder: Path) -> None:
     told = report(Source(folder / "twin.pt", "digits.py:digits_resnet"), data="digits.npz", batch_size=50)
     console = Console(record=True, width=250, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
-    console.print(told.rich())
+    console.print(drawn(told.summary(), console), crop=False)
     shown = console.export_text()
     console.file.close()
-    for row in told.facts.rows:
-        assert row.label in shown and terminal.sparks(row) in shown
+    for site in told.facts.sites:
+        assert site.label in shown and sparks(site) in shown
     assert "Same function." in shown and "to do it again:" in shown
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import normrewrite as nr
-from normrewrite.diagnostics.comparison import OutputDifference, comparable, matched
+from normrewrite.diagnostics.comparison import OutputDifference
+from normrewrite.diagnostics.outputs import comparable, matched
 from normrewrite.diagnostics.sums import masked
 from normrewrite.tolerances import LIMITS
 

@@ -37,32 +37,32 @@ def facts(original: nn.Module, labelled: Data) -> Facts:
 
 def test_statistics_are_those_of_advise(facts: Facts, original: nn.Module, labelled: Data) -> None:
     advised = advise(original, labelled, batch_size=20)
-    assert [row.advice for row in facts.rows] == advised.sites
-    for row, site in zip(facts.rows, advised.sites, strict=True):
-        assert site.kappa is not None and row.kappa == site.kappa[str(row.target)]
+    assert [site.advice for site in facts.sites] == advised.sites
+    for site, advice in zip(facts.sites, advised.sites, strict=True):
+        assert advice.kappa is not None and site.kappa == advice.kappa[str(site.target)]
 
 
 def test_scales_before_and_after(facts: Facts, original: nn.Module) -> None:
-    row = facts.rows[0]
+    site = facts.sites[0]
     norm: nn.BatchNorm2d = original.norm  # type: ignore[assignment]
     assert norm.running_var is not None
     scale = np.sqrt(norm.running_var.double().numpy() + norm.eps)
-    assert row.scale_before == Spread(
+    assert site.scale_before == Spread(
         pytest.approx(np.sort(scale)[1]), pytest.approx(scale.min()), pytest.approx(scale.max())
     )  # type: ignore[arg-type]
     live: nr.nn.BatchNorm2d = facts.model.norm  # type: ignore[assignment]
-    assert live.running_scale is not None and row.scale_after is not None
-    assert row.scale_after.high == pytest.approx(float(live.running_scale.max() + live.eps))
-    assert row.scale_after != row.scale_before  # calibrated
+    assert live.running_scale is not None and site.scale_after is not None
+    assert site.scale_after.high == pytest.approx(float(live.running_scale.max() + live.eps))
+    assert site.scale_after != site.scale_before  # calibrated
 
 
 def test_weight_norms_are_those_in_front(facts: Facts, original: nn.Module) -> None:
     weight = original.stem.weight.detach().double().flatten(1).numpy()  # type: ignore[union-attr, operator]
     norms = np.linalg.norm(weight, axis=1)
-    row = facts.rows[0]
-    assert row.weight_before is not None and row.weight_after is None
-    assert (row.weight_before.low, row.weight_before.high) == pytest.approx((norms.min(), norms.max()), rel=1e-6)
-    bounded = gather(nr.convert(original, "bwn"), original).rows[0]
+    site = facts.sites[0]
+    assert site.weight_before is not None and site.weight_after is None
+    assert (site.weight_before.low, site.weight_before.high) == pytest.approx((norms.min(), norms.max()), rel=1e-6)
+    bounded = gather(nr.convert(original, "bwn"), original).sites[0]
     assert bounded.weight_after is not None and bounded.weight_after != bounded.weight_before
 
 
@@ -72,8 +72,8 @@ def test_histogram_is_numpys(facts: Facts, original: nn.Module) -> None:
         z = nn.functional.batch_norm(original.stem(images()), norm.running_mean, norm.running_var, eps=norm.eps)  # type: ignore[operator]
     clipped = z.double().clamp(-REACH, REACH).numpy().ravel()
     expected = np.histogram(clipped, BINS, (-REACH, REACH))[0] / clipped.size
-    assert np.abs(np.array(facts.rows[0].histogram) - expected).max() < 2 / clipped.size + 1e-9
-    assert sum(facts.rows[0].histogram) == pytest.approx(1)
+    assert np.abs(np.array(facts.sites[0].histogram) - expected).max() < 2 / clipped.size + 1e-9
+    assert sum(facts.sites[0].histogram) == pytest.approx(1)
 
 
 def test_gaussian_has_the_shares_of_one() -> None:
@@ -90,9 +90,9 @@ def test_accuracy_is_of_both(facts: Facts) -> None:
 
 def test_figures_are_of_the_conversion(original: nn.Module) -> None:
     twin, report = nr.plan(original, "topk:3").apply()
-    rows = {row.name: row for row in gather(twin).rows}
+    figures = {site.name: site for site in gather(twin).sites}
     assert {site.names[0]: (site.difference, site.error) for site in report.sites} == {
-        name: (row.difference, row.error) for name, row in rows.items()
+        name: (site.difference, site.error) for name, site in figures.items()
     }
     assert gather(twin).ok and gather(twin).came == "had back"
 
@@ -123,7 +123,7 @@ def test_dead_channels_and_kept_sites(original: nn.Module) -> None:
     model.stages[1][1].bn2 = Twice(4).eval()  # type: ignore[index, union-attr]
     twin, report = nr.plan(model, exclude=["norm"]).apply()
     facts = gather(twin, model, Data(Batch({"x": images()})), record={"report": report.as_dict()}, batch_size=20)
-    first, last = facts.rows[0], facts.rows[-1]
+    first, last = facts.sites[0], facts.sites[-1]
     assert first.advice is not None and first.advice.dead == 1
     assert (first.target, first.refused, first.note) == (None, False, "in --exclude")
     assert last.refused and "Twice overrides forward" in last.note
@@ -132,14 +132,14 @@ def test_dead_channels_and_kept_sites(original: nn.Module) -> None:
 def test_an_original_alone(original: nn.Module) -> None:
     facts = gather(original, data=Data(Batch({"x": images()})), batch_size=20)
     assert facts.came == "" and not facts.rewritten and facts.difference is None
-    assert all(row.advice is not None and row.advice.target == "l1" and row.kappa for row in facts.rows)
+    assert all(site.advice is not None and site.advice.target == "l1" and site.kappa for site in facts.sites)
 
 
 def test_norms_of_samples_have_nothing_to_read(original: nn.Module) -> None:
     twin = nr.convert(original, "layer")
     with_data = gather(twin, data=Data(Batch({"x": images()})), batch_size=20)
-    assert all(row.difference is None and row.note for row in with_data.rewritten)
-    assert all(row.histogram for row in with_data.rows)  # the original that was had back is read
+    assert all(site.difference is None and site.note for site in with_data.rewritten)
+    assert all(site.histogram for site in with_data.sites)  # the original that was had back is read
 
 
 def test_trained_since(original: nn.Module) -> None:
@@ -148,5 +148,5 @@ def test_trained_since(original: nn.Module) -> None:
     alone, beside = gather(twin), gather(twin, original)
     assert "Trained since the rewrite: 1 of the sites, so the original is not in it any more" in alone.notes[0]
     assert (alone.came, beside.came) == ("", "given")
-    assert alone.rows[0].difference is None and "trained" in alone.rows[0].note
-    assert beside.rows[0].difference is not None and beside.rows[0].difference > 0.1 and len(beside.exact) == 8
+    assert alone.sites[0].difference is None and "trained" in alone.sites[0].note
+    assert beside.sites[0].difference is not None and beside.sites[0].difference > 0.1 and len(beside.exact) == 8
