@@ -131,10 +131,10 @@ def check_finite(batch: Batch, what: str) -> None:
     """Raises for inputs that are NaN or infinite; says which."""
     for name, values in batch.inputs.items():
         if not torch.isfinite(values).all():
-            rows = ~torch.isfinite(values.reshape(len(values) if values.dim() else 1, -1))
-            bad = rows.any(1).nonzero().flatten()
+            wrong = ~torch.isfinite(values.reshape(len(values) if values.dim() else 1, -1))
+            bad = wrong.any(1).nonzero().flatten()
             raise NormRewriteError(
-                f"{what}: {name}: {len(bad)} of {len(rows)} inputs hold NaN or infinity, the first is number {int(bad[0])}. "
+                f"{what}: {name}: {len(bad)} of {len(wrong)} inputs hold NaN or infinity, the first is number {int(bad[0])}. "
                 "Mend them or take them out."
             )
 
@@ -254,10 +254,10 @@ def _check_size(where: str, packed: int, unpacked: int) -> None:
 def _checked(inputs: dict[str, Tensor], labels: Any, where: str) -> Batch:
     """A stack of at least one row, with a label a row if any."""
     batch = Batch(inputs, None if labels is None else _labels(labels, where))
-    rows = {len(values) for values in [*inputs.values(), *([] if batch.labels is None else [batch.labels])]}
-    if len(rows) != 1 or 0 in rows:
+    sizes = {len(values) for values in [*inputs.values(), *([] if batch.labels is None else [batch.labels])]}
+    if len(sizes) != 1 or 0 in sizes:
         raise NormRewriteError(
-            f"{where}: arrays of {sorted(rows)} rows. All must have the same number, at least one, labels too; a network whose "
+            f"{where}: arrays of {sorted(sizes)} rows. All must have the same number, at least one, labels too; a network whose "
             "inputs have several lengths takes module:factory, which gives batches."
         )
     return batch

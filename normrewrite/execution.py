@@ -153,8 +153,8 @@ def dtype_of(model: nn.Module) -> torch.dtype | None:
     """What a model is to be given: the one dtype of all floating parameters of its layers of torch's kinds; None where there
     are several, or none, as a module with parameters of its own alone may well cast."""
     layers = [module for module in model.modules() if any(map(_of_torch, type(module).__mro__))]
-    found = {p.dtype for layer in layers for p in layer.parameters(recurse=False) if p.is_floating_point()}
-    return found.pop() if len(found) == 1 else None
+    dtypes = {p.dtype for layer in layers for p in layer.parameters(recurse=False) if p.is_floating_point()}
+    return dtypes.pop() if len(dtypes) == 1 else None
 
 
 def _of_torch(kind: type) -> bool:

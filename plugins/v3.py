@@ -14,7 +14,7 @@ import numpy as np
 
 from normrewrite.errors import NormRewriteError
 from normrewrite.plugins import compute as memory
-from normrewrite.plugins.spec import DTYPES, INPUTS, INT8, NAMESPACE, RANKS, VERSION, Attribute, Given, Op
+from normrewrite.plugins.spec import DTYPES, INPUTS, INT8, NAMESPACE, RANKS, VERSION, Attribute, Op, Values
 
 _NAMES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT8": "int8"}
 _MULTIPLES = {"LINEAR": 0, "HWC": 1, "HWC8": 8}  # of channels, see compute.strides
@@ -37,12 +37,12 @@ def creator(trt: Any, op: Op) -> Any:
 
         def create_plugin(self, name: str, fields: Any, _phase: Any) -> Any:
             try:
-                given = op.parse({field.name: field.data for field in fields}, f"node {name or op.name}")
+                values = op.parse({field.name: field.data for field in fields}, f"node {name or op.name}")
             except NormRewriteError as error:
                 problems.append(str(error))
                 return None
-            self.made[name] = given
-            return plugin(given, name)
+            self.made[name] = values
+            return plugin(values, name)
 
     return Creator()
 
@@ -52,18 +52,18 @@ def _plugin(trt: Any, op: Op, problems: list[str]) -> Any:
     bases = trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime
 
     class Plugin(*bases):  # type: ignore[misc]
-        def __init__(self, given: Given, name: str) -> None:
+        def __init__(self, values: Values, name: str) -> None:
             for base in bases:
                 base.__init__(self)
             self.plugin_name, self.plugin_namespace, self.plugin_version = op.name, NAMESPACE, VERSION
             self.num_outputs = 1
-            self.op, self.given, self.node, self.row = op, given, name, op.row(given)
+            self.op, self.values, self.node, self.row = op, values, name, op.row(values)
 
         def get_capability_interface(self, _kind: Any) -> Any:
             return self
 
         def clone(self) -> Any:
-            copied = Plugin(self.given, self.node)
+            copied = Plugin(self.values, self.node)
             copied.__dict__.update(self.__dict__)
             return copied
 
@@ -90,7 +90,7 @@ def _plugin(trt: Any, op: Op, problems: list[str]) -> Any:
             return []
 
         def get_fields_to_serialize(self) -> Any:
-            return trt.PluginFieldCollection([_field(trt, a, self.given[a.name]) for a in op.attributes])
+            return trt.PluginFieldCollection([_field(trt, a, self.values[a.name]) for a in op.attributes])
 
         # --- while it runs ---
 
@@ -114,11 +114,11 @@ def _plugin(trt: Any, op: Op, problems: list[str]) -> Any:
         ) -> None:
             with memory.on_stream(stream):
                 x, weight, bias = (_tensor(*pair) for pair in zip(sources, inputs, strict=True))
-                memory.compute(self.row, self.given, x, weight, bias, _tensor(targets[0], outputs[0]))
+                memory.compute(self.row, self.values, x, weight, bias, _tensor(targets[0], outputs[0]))
 
         def _check(self, inputs: Sequence[Any]) -> None:
             dtypes = [_dtype(tensor.type) for tensor in inputs]
-            self._refuse(op.why_not([tuple(tensor.dims) for tensor in inputs], dtypes, self.given))
+            self._refuse(op.why_not([tuple(tensor.dims) for tensor in inputs], dtypes, self.values))
 
         def _refuse(self, problem: str | None) -> None:
             if problem:

@@ -241,13 +241,13 @@ def study(
     each: Callable[..., object] = lambda done, **_: None,
 ) -> tuple[Advice, Readings]:
     """`advise`, with the readings that the advice is drawn from; rows, watch: as of normrewrite.diagnostics.moments.read."""
-    found = sites.find(model)
-    if not found:
+    norms = sites.find(model)
+    if not norms:
         raise NormRewriteError(f"{type(model).__name__} holds no batch norm, so there is nothing to advise on.")
     examples = _drawn(as_data(data, argument_names(model)))
-    readable = [site for site in found if _why_not(site) is None]
+    readable = [site for site in norms if _why_not(site) is None]
     readings = read(model, readable, examples, rows, batch_size=batch_size, watch=watch, each=each)
-    attached = neighbours.attach(model, found, _example(model, examples))
+    attached = neighbours.attach(model, norms, _example(model, examples))
     advised = [_advised(site, readings) for site in attached]
     return Advice(advised, readings.inputs, readings.batch, readings.skipped_batches), readings
 

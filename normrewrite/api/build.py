@@ -205,13 +205,13 @@ def _largest(tensor: Any) -> int:
 def profile_of(proto: Any, shapes: Mapping[str, Sequence[str]]) -> dict[str, list[Shape]]:
     """min, opt and max of every input with an open size; {} where all are fixed."""
     inputs = {value.name: _sizes(value) for value in proto.graph.input}
-    given = {end: _by_input(end, texts, inputs) for end, texts in shapes.items()}
-    for end, wanted in given.items():
+    asked = {end: _by_input(end, texts, inputs) for end, texts in shapes.items()}
+    for end, wanted in asked.items():
         for name, shape in wanted.items():
             _check_shape(f"--{end}", name, shape, inputs[name])
     opened = {name: sizes for name, sizes in inputs.items() if None in sizes}
     return {
-        name: _profile(name, sizes, {end: given.get(end, {}).get(name) for end in _ENDS})
+        name: _profile(name, sizes, {end: asked.get(end, {}).get(name) for end in _ENDS})
         for name, sizes in opened.items()
     }
 
@@ -222,7 +222,7 @@ def _sizes(value: Any) -> list[int | None]:
 
 
 def _by_input(end: str, texts: Sequence[str], inputs: Mapping[str, Any]) -> dict[str, Shape]:
-    found: dict[str, Shape] = {}
+    by_name: dict[str, Shape] = {}
     for text in texts:
         name, colon, sizes = text.rpartition(":")
         name = name if colon else next(iter(inputs))
@@ -230,12 +230,12 @@ def _by_input(end: str, texts: Sequence[str], inputs: Mapping[str, Any]) -> dict
             raise NormRewriteError(f"--{end} {text}: the model has no input {name!r}; it has {', '.join(inputs)}.")
         if not re.fullmatch(r"[1-9]\d{0,9}(,[1-9]\d{0,9})*", sizes):
             raise NormRewriteError(f"--{end} {text}: write whole numbers, as in 1,3,32,32 or {name}:1,3,32,32.")
-        found[name] = tuple(int(size) for size in sizes.split(","))
-    return found
+        by_name[name] = tuple(int(size) for size in sizes.split(","))
+    return by_name
 
 
 def _check_shape(option: str, name: str, shape: Shape, sizes: Sequence[int | None]) -> None:
-    fits = len(shape) == len(sizes) and all(size in (None, given) for given, size in zip(shape, sizes, strict=True))
+    fits = len(shape) == len(sizes) and all(size in (None, chosen) for chosen, size in zip(shape, sizes, strict=True))
     if not fits:
         wanted = ",".join("?" if size is None else str(size) for size in sizes)
         raise NormRewriteError(
@@ -244,17 +244,17 @@ def _check_shape(option: str, name: str, shape: Shape, sizes: Sequence[int | Non
         )
 
 
-def _profile(name: str, sizes: Sequence[int | None], given: Mapping[str, Shape | None]) -> list[Shape]:
-    if None in sizes[1:] and not all(given.values()):
+def _profile(name: str, sizes: Sequence[int | None], asked: Mapping[str, Shape | None]) -> list[Shape]:
+    if None in sizes[1:] and not all(asked.values()):
         raise NormRewriteError(
             f"input {name}: sizes beside the batch are open, for which there is no sensible default. Give --min, --opt, --max."
         )
-    low, middle, high = (given[end] or _default(sizes, batch) for end, batch in zip(_ENDS, _BATCHES, strict=True))
-    if given["max"] is None:
-        high = tuple(map(max, high, low, given["opt"] or low))
-    if given["min"] is None:
+    low, middle, high = (asked[end] or _default(sizes, batch) for end, batch in zip(_ENDS, _BATCHES, strict=True))
+    if asked["max"] is None:
+        high = tuple(map(max, high, low, asked["opt"] or low))
+    if asked["min"] is None:
         low = tuple(map(min, low, high))
-    if given["opt"] is None:
+    if asked["opt"] is None:
         middle = tuple(min(max(m, a), b) for m, a, b in zip(middle, low, high, strict=True))
     if not all(a <= m <= b for a, m, b in zip(low, middle, high, strict=True)):
         raise NormRewriteError(
@@ -270,7 +270,7 @@ def _default(sizes: Sequence[int | None], batch: int) -> Shape:
 # --- the build itself ------------------------------------------------------------------------------------------------
 
 
-def _run(request: dict[str, Any], builder: Runtime, folder: Path, each: Callable[[str], object]) -> dict[str, Any]:
+def _run(request: dict[str, Any], builder: Runtime, folder: Path, progress: Callable[[str], object]) -> dict[str, Any]:
     """The worker's last event. Whatever becomes of the worker becomes an error here."""
     command = [sys.executable, "-P", str(_WORKER)]  # -P: its folder is no place to import from
     links = folder / "links"
@@ -284,7 +284,7 @@ def _run(request: dict[str, Any], builder: Runtime, folder: Path, each: Callable
             stderr=said,
             text=True,
         )
-        last = _listen(process, json.dumps(request), each)
+        last = _listen(process, json.dumps(request), progress)
         said.seek(0)
         lines = said.read().strip().splitlines()
     if "error" in last:
@@ -298,7 +298,7 @@ def _run(request: dict[str, Any], builder: Runtime, folder: Path, each: Callable
     return last
 
 
-def _listen(process: subprocess.Popen[str], request: str, each: Callable[[str], object]) -> dict[str, Any]:
+def _listen(process: subprocess.Popen[str], request: str, progress: Callable[[str], object]) -> dict[str, Any]:
     assert process.stdin is not None and process.stdout is not None
     last: dict[str, Any] = {}
     try:
@@ -307,7 +307,7 @@ def _listen(process: subprocess.Popen[str], request: str, each: Callable[[str], 
         for line in process.stdout:
             last = json.loads(line)
             if "phase" in last:
-                each(f"{last['phase']} {last['step']}/{last['steps']}")
+                progress(f"{last['phase']} {last['step']}/{last['steps']}")
     except BrokenPipeError:  # it was gone before it read its request
         pass
     finally:
@@ -326,16 +326,16 @@ def check_precision(proto: Any, layers: str) -> tuple[int, list[str]]:
 
     layers: the engine's layer information, one layer a line. Raises NormRewriteError where another type was used.
     """
-    told = _inputs_by_node(layers)
+    by_node = _inputs_by_node(layers)
     wrong, honoured, unchecked = [], 0, []
     for name, wanted in _products(proto).items():
-        found = told.get(name)
-        if not found:
+        types = by_node.get(name)
+        if not types:
             unchecked.append(name)
-        elif _ENGINE_TYPES.get(wanted, wanted) in found:
+        elif _ENGINE_TYPES.get(wanted, wanted) in types:
             honoured += 1
         else:
-            wrong.append(f"{name} wants {_ENGINE_TYPES.get(wanted, wanted)} and computes in {'/'.join(sorted(found))}")
+            wrong.append(f"{name} wants {_ENGINE_TYPES.get(wanted, wanted)} and computes in {'/'.join(sorted(types))}")
     if wrong:
         raise NormRewriteError(
             f"the engine doesn't keep the file's precision: {'; '.join(wrong[:4])} ({len(wrong)} of {honoured + len(wrong)} "
@@ -347,13 +347,13 @@ def check_precision(proto: Any, layers: str) -> tuple[int, list[str]]:
 
 def _inputs_by_node(layers: str) -> dict[str, set[str]]:
     """By ONNX node, the types that go into the engine's layers that it became."""
-    found: dict[str, set[str]] = {}
+    by_node: dict[str, set[str]] = {}
     for line in layers.splitlines():
         inputs = re.search(r"Inputs: \[(.*?)\], (?:Constants|Outputs): \[", line)
         types = set(re.findall(r"Datatype: (\w+)", inputs[1])) if inputs else set()
         for name in re.findall(r"\[ONNX Layer: ([^\]]+)\]", line):
-            found.setdefault(name, set()).update(types)
-    return found
+            by_node.setdefault(name, set()).update(types)
+    return by_node
 
 
 def _products(proto: Any) -> dict[str, str]:

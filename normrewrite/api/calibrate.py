@@ -96,10 +96,10 @@ class Calibration:
             "eval difference",
             "note",
         )
-        told = f"{sum(site.ratio is not None for site in self.sites)} sites calibrated on {self.inputs} inputs"
+        summary = f"{sum(site.ratio is not None for site in self.sites)} sites calibrated on {self.inputs} inputs"
         if self.skipped_batches:
-            told += f"; {self.skipped_batches} batches left out, as they were not finite"
-        return f"{told}\n{table(head, map(_row, self.sites))}"
+            summary += f"; {self.skipped_batches} batches left out, as they were not finite"
+        return f"{summary}\n{table(head, map(_row, self.sites))}"
 
 
 def _row(site: SiteCalibration) -> tuple[str, ...]:
@@ -155,25 +155,27 @@ def calibrate_(
     examples = as_data(data, argument_names(twin))
     fits: list[Fit] = []
     if fittable(twin):
-        given = original or untrained(twin, "Give that one as `original`.")
-        fits = fit_(twin, given, examples, batch_size=batch_size, each=each)
-    found = [site for site in sites.find(twin) if isinstance(site.module, BatchNorm)]
-    if not found and fits:
+        teacher = original or untrained(twin, "Give that one as `original`.")
+        fits = fit_(twin, teacher, examples, batch_size=batch_size, each=each)
+    norms = [site for site in sites.find(twin) if isinstance(site.module, BatchNorm)]
+    if not norms and fits:
         return twin, _fits_alone(fits, examples, batch_size)
-    if not found:
+    if not norms:
         raise NormRewriteError(f"{type(twin).__name__} holds no norm of normrewrite's. Convert it first.")
     shared = sites.shared_parameters(twin)
-    usable = [site for site in found if _why_not(site, shared) is None]
+    usable = [site for site in norms if _why_not(site, shared) is None]
     if not usable:
-        raise NormRewriteError(f"no site can be calibrated. {found[0].label}: {_why_not(found[0], shared)}.")
+        raise NormRewriteError(f"no site can be calibrated. {norms[0].label}: {_why_not(norms[0], shared)}.")
     readings = read(twin, usable, examples, _rows, batch_size=batch_size, each=each)
-    probe, rows = Probe(), list[SiteCalibration]()
+    probe, calibrated = Probe(), list[SiteCalibration]()
 
     def apply() -> None:
-        rows.extend(_apply(site, readings.by_site.get(site.name), probe, _why_not(site, shared)) for site in found)
+        calibrated.extend(
+            _apply(site, readings.by_site.get(site.name), probe, _why_not(site, shared)) for site in norms
+        )
 
     distance, notes = _around(apply, twin, original, readings.first)
-    return twin, Calibration(rows, fits, readings.inputs, readings.skipped_batches, notes, distance)
+    return twin, Calibration(calibrated, fits, readings.inputs, readings.skipped_batches, notes, distance)
 
 
 def _around(
@@ -181,7 +183,7 @@ def _around(
 ) -> tuple[TrainingDistance | None, list[str]]:
     """Calibrates, and says how far training is from the original before and after; or why that can't be said."""
     try:
-        mode = TrainingMode(batches, twin, original or _had_back(twin))
+        mode = TrainingMode(batches, twin, original or _original_in(twin))
         before = mode.apart(twin)
     except NormRewriteError as error:  # training needs two values a channel, say
         apply()
@@ -190,7 +192,7 @@ def _around(
     return mode.distance(before, mode.apart(twin)), []
 
 
-def _had_back(twin: nn.Module) -> nn.Module | None:
+def _original_in(twin: nn.Module) -> nn.Module | None:
     try:
         return untrained(twin, "")
     except NormRewriteError:  # it was trained since, or is none of ours

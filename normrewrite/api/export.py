@@ -149,9 +149,9 @@ def export(
         del proto.functions[:]
         notes.append("no bodies: only a runtime with normrewrite's plugins can run this file")
     _describe(proto, precision=precision, deploy=deploy, fitted=str(formulas))
-    given = onnx_file.opset_of(proto)
-    if given != opset:
-        raise NormRewriteError(f"--opset {opset}: torch's exporter gave opset {given} instead. Ask for that one.")
+    actual = onnx_file.opset_of(proto)
+    if actual != opset:
+        raise NormRewriteError(f"--opset {opset}: torch's exporter gave opset {actual} instead. Ask for that one.")
     onnx_file.write(proto, path, force)
     nodes = dict(Counter(node.op_type for node in proto.graph.node))
     return Exported(str(path), opset, outcome.into_neighbour, outcome.to_affine, notes, nodes, live, precision, deploy)
@@ -170,16 +170,16 @@ def _compare(before: Passage, model: nn.Module, folded: nn.Module, inputs: tuple
         )
 
 
-def _examples(given: Tensor | Sequence[Tensor] | Mapping[str, Tensor], names: list[str]) -> tuple[Tensor, ...]:
+def _examples(inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor], names: list[str]) -> tuple[Tensor, ...]:
     """Forward's arguments in order, copied: the model may work in place."""
-    if isinstance(given, Mapping):
-        if set(given) != set(names[: len(given)]):
+    if isinstance(inputs, Mapping):
+        if set(inputs) != set(names[: len(inputs)]):
             raise NormRewriteError(
-                f"example_inputs: {', '.join(map(str, given))}; forward takes {', '.join(names)}, and needed are the first of "
+                f"example_inputs: {', '.join(map(str, inputs))}; forward takes {', '.join(names)}, and needed are the first of "
                 "them without a gap."
             )
-        given = [given[name] for name in names[: len(given)]]
-    examples = [given] if isinstance(given, Tensor) else list(given)
+        inputs = [inputs[name] for name in names[: len(inputs)]]
+    examples = [inputs] if isinstance(inputs, Tensor) else list(inputs)
     if not all(isinstance(value, Tensor) for value in examples):
         raise NormRewriteError(
             "example_inputs: needed are forward's arguments as tensors, as in torch.zeros(1, 3, 32, 32)."
@@ -228,13 +228,13 @@ def _check_request(
 ) -> None:
     if opset not in _OPSETS:
         raise NormRewriteError(f"--opset {opset}: the exporter gives {_OPSETS.start} to {_OPSETS.stop - 1}.")
-    for what, given, known in (
+    for what, value, known in (
         ("precision", precision, PRECISIONS),
         ("deploy", deploy, DEPLOYS),
         ("ranges", ranges, RANGES),
     ):
-        if given not in known:
-            raise NormRewriteError(f"unknown {what} {given!r}.{nearest(given, known)} Known: {', '.join(known)}.")
+        if value not in known:
+            raise NormRewriteError(f"unknown {what} {value!r}.{nearest(value, known)} Known: {', '.join(known)}.")
     if precision == "int8" and calibrate is None and learned is None:
         raise NormRewriteError(
             "int8 needs unlabelled inputs to see how far activations reach: give --calibrate DATA, or a network that finetune "
@@ -248,8 +248,8 @@ def _check_request(
 
 def _check_dtype(model: nn.Module, opset: int, precision: Precision) -> None:
     mixed = dtype_of(model) is None  # one dtype throughout becomes fp32, and what `precision` asks for then
-    kept = precision != "fp16" and mixed and any(p.dtype == torch.bfloat16 for p in model.parameters())
-    if (precision == "bf16" or kept) and opset < _BF16_OPSET:
+    stays_bf16 = precision != "fp16" and mixed and any(p.dtype == torch.bfloat16 for p in model.parameters())
+    if (precision == "bf16" or stays_bf16) and opset < _BF16_OPSET:
         what = "" if precision == "bf16" else f" The {type(model).__name__} is in bf16."
         raise NormRewriteError(
             f"--opset {opset}: many operators take bf16 only from opset {_BF16_OPSET}. Ask for that.{what}"

@@ -45,11 +45,11 @@ class Initialisation:
         return {"initialised": layers, "unreached": self.unreached}
 
     def __str__(self) -> str:
-        rows = [
+        cells = [
             (layer.name, f"{layer.std.median():.3g} ({layer.std.min():.3g}, {layer.std.max():.3g})", _left(layer))
             for layer in self.layers
         ]
-        lines = [f"{len(rows)} layers initialised", table(("layer", "std before (smallest, largest)", "left"), rows)]
+        lines = [f"{len(cells)} layers initialised", table(("layer", "std before (smallest, largest)", "left"), cells)]
         if self.unreached:
             lines.append(f"not reached by the batch: {', '.join(self.unreached)}")
         return "\n".join(lines)
@@ -123,7 +123,7 @@ def _channel_axis(layer: nn.Module, output: Tensor) -> int:
 def _nothing_else_moves(model: nn.Module) -> Iterator[None]:
     """Random state and buffers come back, but for those of weight norms; statistics may live on any other module."""
     others = [module for module in model.modules() if not isinstance(module, WeightNorm | Origin)]
-    kept = [
+    saved = [
         (module, name, buffer, buffer.clone())
         for module in others
         for name, buffer in module._buffers.items()
@@ -134,7 +134,7 @@ def _nothing_else_moves(model: nn.Module) -> Iterator[None]:
         with torch.random.fork_rng(gpus):
             yield
     finally:
-        for module, name, buffer, before in kept:
+        for module, name, buffer, before in saved:
             module._buffers[name] = buffer.copy_(before)
 
 

@@ -74,8 +74,8 @@ def verify(
     wider = (
         limit.tolerance > usual.tolerance or limit.min_snr < usual.min_snr or limit.min_agreement < usual.min_agreement
     )
-    told = [f"{name} ({kind})" for name, kind in left.items()]
-    return Comparison(outputs, limit, kind, labelled, count, wider, told)
+    not_compared = [f"{name} ({kind})" for name, kind in left.items()]
+    return Comparison(outputs, limit, kind, labelled, count, wider, not_compared)
 
 
 def _compared(differences: Mapping[str, OutputDifference], left: dict[str, str]) -> list[OutputDifference]:
@@ -135,7 +135,7 @@ _DTYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", 
 
 def _limit(*networks: Network) -> tuple[str, Limit]:
     """The limit of the coarser of two networks, and whose it is."""
-    return max((own_limit(network) for network in networks), key=lambda found: found[1].tolerance)
+    return max((own_limit(network) for network in networks), key=lambda own: own[1].tolerance)
 
 
 def own_limit(network: Network) -> tuple[str, Limit]:

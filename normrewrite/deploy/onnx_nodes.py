@@ -36,11 +36,13 @@ class Node(OneNode):
 
     def forward(self, x: Tensor) -> Tensor:
         view, from_view = self.layout
-        rows = view(x)
-        groups, members = int(rows.shape[1]), int(rows.shape[2])
+        samples = view(x)
+        groups, members = int(samples.shape[1]), int(samples.shape[2])
         weight, bias = _affine(self.weight, 1.0, groups, members, x), _affine(self.bias, 0.0, groups, members, x)
-        name, given = f"{onnx.DOMAIN}::{onnx.operator(self.row)}", self._attributes(rows)
-        y = torch.onnx.ops.symbolic(name, (rows, weight, bias), given, dtype=x.dtype, shape=rows.shape, version=1)
+        name, attributes = f"{onnx.DOMAIN}::{onnx.operator(self.row)}", self._attributes(samples)
+        y = torch.onnx.ops.symbolic(
+            name, (samples, weight, bias), attributes, dtype=x.dtype, shape=samples.shape, version=1
+        )
         return self.tail(from_view(y, x))  # type: ignore[no-any-return]
 
     def _attributes(self, rows: Tensor) -> dict[str, Any]:
@@ -71,8 +73,8 @@ def is_live(module: nn.Module, live_stats: bool) -> bool:
 
 def as_nodes(model: nn.Module, live_stats: bool = False) -> tuple[nn.Module, list[str]]:
     """The model in which live norms are nodes, changed in place unless it is a norm itself, and the names of the norms."""
-    found = sites.find(model, lambda module: is_live(module, live_stats))
-    for site in found:
+    live_sites = sites.find(model, lambda module: is_live(module, live_stats))
+    for site in live_sites:
         new = sites.replace(site, Node(site.module))
         model = new if site.module is model else model
-    return model, [site.label for site in found]
+    return model, [site.label for site in live_sites]

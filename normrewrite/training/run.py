@@ -88,8 +88,8 @@ def _teacher(model: nn.Module, teacher: nn.Module | None, plan: Recipe) -> nn.Mo
         raise NormRewriteError(
             f"{type(model).__name__} holds no rewritten norm, so no original to learn from. Give --teacher, or --labels."
         )
-    found = deepcopy(teacher) if teacher is not None else untrained(model, "Give it as --teacher, or use --labels.")
-    return found.eval().requires_grad_(False)
+    network = deepcopy(teacher) if teacher is not None else untrained(model, "Give it as --teacher, or use --labels.")
+    return network.eval().requires_grad_(False)
 
 
 def _examples(model: nn.Module, data: Examples, val: Examples | None, plan: Recipe) -> tuple[Data, Data | None]:
@@ -110,8 +110,8 @@ def _examples(model: nn.Module, data: Examples, val: Examples | None, plan: Reci
 
 def _run(plan: Recipe, examples: Data, loop: Loop) -> dict[str, Any]:
     """What a run is known by: with another of these a resumed run would not be the same one."""
-    rows = None if examples.whole is None else len(examples.whole)
-    return plan.identity() | {"inputs": rows, "steps_in_all": loop.total, "processes": loop.machine.num_processes}
+    inputs = None if examples.whole is None else len(examples.whole)
+    return plan.identity() | {"inputs": inputs, "steps_in_all": loop.total, "processes": loop.machine.num_processes}
 
 
 def _result(loop: Loop, progress: Progress, examples: Data, model: nn.Module) -> Finetuned:
