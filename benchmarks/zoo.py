@@ -95,10 +95,10 @@ def read(path: Path) -> list[Row]:
 
 def unique(rows: Iterable[Row]) -> list[Row]:
     """Each network once: of those with the same structure in one library, the first."""
-    kept: dict[tuple[str, str], Row] = {}
+    first: dict[tuple[str, str], Row] = {}
     for row in rows:
-        kept.setdefault((row["library"], row.get("fingerprint") or row["name"]), row)
-    return list(kept.values())
+        first.setdefault((row["library"], row.get("fingerprint") or row["name"]), row)
+    return list(first.values())
 
 
 def summarise(rows: list[Row]) -> dict[str, Any]:
