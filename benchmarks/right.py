@@ -18,7 +18,7 @@ from normrewrite.backends import relu, torch_batch, torch_sample
 from normrewrite.backends.kernels import kernels
 
 SPECS = ("l1", "linf", "range", "topk:10")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # torch's lowering there, or by Triton's interpreter
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # torch's backend there, or by Triton's interpreter
 # Differences, in units of the largest wanted value.
 ALLOWED = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 

@@ -27,7 +27,7 @@ Shape = tuple[int, ...]
 _ENDS = ("min", "opt", "max")  # of a profile,
 _BATCHES = (1, 8, 32)  # and that of an open batch: smallest, the one tuned for, largest
 _LARGEST_K = 3840  # of TensorRT's TopK
-_WORKER = Path(__file__).parents[1] / "deployment" / "build_worker.py"
+_WORKER = Path(__file__).parents[1] / "deploy" / "build_worker.py"
 _OURS = "normrewrite: "  # how the library of plugins in C++ begins what it has against a node
 _PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 # What a product's input is called in ONNX, and in the list of an engine's layers.

@@ -125,8 +125,8 @@ def export(
     whole = deepcopy(model).cpu().eval()
     if dtype not in (None, torch.float32):  # what the file is to compute in, `precision` says
         whole, inputs = whole.float(), tuple(fitted_to(torch.float32, value) for value in inputs)
-    lowered, live = as_nodes(deepcopy(whole), live_stats)
-    folded, outcome, notes = fold(lowered, inputs, forwards=learned is None)
+    as_graph, live = as_nodes(deepcopy(whole), live_stats)
+    folded, outcome, notes = fold(as_graph, inputs, forwards=learned is None)
     _refuse_live(folded, live_stats)
     plain = fold(whole, inputs, forwards=learned is None)[0] if live else folded  # a node of its own has no numbers yet
     _compare(before, model, plain, inputs)
