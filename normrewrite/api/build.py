@@ -249,7 +249,10 @@ def _profile(name: str, sizes: Sequence[int | None], asked: Mapping[str, Shape |
         raise NormRewriteError(
             f"input {name}: sizes beside the batch are open, for which there is no sensible default. Give --min, --opt, --max."
         )
-    low, middle, high = (asked[end] or _default(sizes, batch) for end, batch in zip(_ENDS, _BATCHES, strict=True))
+    low, middle, high = (
+        asked[end] or tuple(batch if n is None else n for n in sizes)
+        for end, batch in zip(_ENDS, _BATCHES, strict=True)
+    )
     if asked["max"] is None:
         high = tuple(map(max, high, low, asked["opt"] or low))
     if asked["min"] is None:
@@ -261,10 +264,6 @@ def _profile(name: str, sizes: Sequence[int | None], asked: Mapping[str, Shape |
             f"input {name}: --opt {middle} lies outside --min {low} to --max {high}. Let every size grow from min to max."
         )
     return [low, middle, high]
-
-
-def _default(sizes: Sequence[int | None], batch: int) -> Shape:
-    return tuple(batch if size is None else size for size in sizes)
 
 
 # --- the build itself ------------------------------------------------------------------------------------------------

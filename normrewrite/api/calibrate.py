@@ -21,7 +21,7 @@ from normrewrite import sites
 from normrewrite.data import Batch, Data, argument_names, as_data
 from normrewrite.diagnostics.exactness import Probe, in_eval, tolerance
 from normrewrite.diagnostics.least_squares import Fit, fit_, fittable
-from normrewrite.diagnostics.moments import Moments, Rows, headroom, read
+from normrewrite.diagnostics.moments import Moments, Rows, headroom, left_out, read
 from normrewrite.diagnostics.training_mode import TrainingDistance, TrainingMode
 from normrewrite.errors import NormRewriteError
 from normrewrite.nn.batch import BatchNorm, FrozenBatchNorm
@@ -98,7 +98,7 @@ class Calibration:
         )
         summary = f"{sum(site.ratio is not None for site in self.sites)} sites calibrated on {self.inputs} inputs"
         if self.skipped_batches:
-            summary += f"; {self.skipped_batches} batches left out, as they were not finite"
+            summary += f"; {left_out(self.skipped_batches)}"
         return f"{summary}\n{table(head, map(_row, self.sites))}"
 
 
@@ -207,7 +207,7 @@ def calibratable(twin: nn.Module) -> bool:
 def _fits_alone(fits: list[Fit], data: Data, batch_size: int) -> Calibration:
     sizes = [len(batch) if batch.finite else 0 for batch in data.batches(batch_size)]
     skipped = sizes.count(0)
-    notes = [f"{skipped} batches left out, as they were not finite"] if skipped else []
+    notes = [left_out(skipped)] if skipped else []
     return Calibration([], fits, sum(sizes), skipped, notes)
 
 

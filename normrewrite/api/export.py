@@ -26,7 +26,7 @@ from normrewrite.deploy.onnx_ranges import tensors
 from normrewrite.deploy.precision import PRECISIONS, Precision, cast_model
 from normrewrite.deploy.precision import keep_io_types as cast_io
 from normrewrite.deploy.quantise import RANGES, Ranges, activations, quantise, unkept
-from normrewrite.errors import NormRewriteError, first_line, nearest
+from normrewrite.errors import NormRewriteError, first_line, nearest, some
 from normrewrite.execution import device_of, dtype_of, fitted_to
 from normrewrite.files import check_writable
 from normrewrite.nn.batch import BatchNorm
@@ -199,22 +199,18 @@ def _quantised(
     if missing:
         instead = "are computed in fp32" if data is None else "are calibrated"
         notes.append(
-            f"{len(missing)} of {len(nodes)} products and adds have no learned range, and {instead}: {_some(missing)}"
+            f"{len(missing)} of {len(nodes)} products and adds have no learned range, and {instead}: {some(missing, 4)}"
         )
     coarse = [node.name for node in nodes if node.op_type == "ConvTranspose" and _groups(node) > 1]
     if coarse:
         notes.append(
-            f"in ONNX the groups of a transposed convolution share their weights' steps, not in training: {_some(coarse)}"
+            f"in ONNX the groups of a transposed convolution share their weights' steps, not in training: {some(coarse, 4)}"
         )
     return quantise(proto, data, ranges, learned=known, kept=learned.kept), notes
 
 
 def _groups(node: Any) -> int:
     return next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
-
-
-def _some(names: list[str]) -> str:
-    return f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
 
 
 def _check_request(
@@ -308,16 +304,14 @@ def _to_onnx(
         raise NormRewriteError(f"torch can't export {type(model).__name__} to ONNX: {cause}.{hint}") from error
     assert program is not None
     proto = program.model_proto
-    if dynamic_batch and any(_fixed_first(value) for value in proto.graph.input):
+    if dynamic_batch and any(
+        d.HasField("dim_value") for value in proto.graph.input for d in value.type.tensor_type.shape.dim[:1]
+    ):
         raise NormRewriteError(
             f"{type(model).__name__} fixes its batch size while it runs (by len(x) or int(x.shape[0]), say). Export it "
             "with --static-batch."
         )
     return proto
-
-
-def _fixed_first(value: Any) -> bool:
-    return any(dim.HasField("dim_value") for dim in value.type.tensor_type.shape.dim[:1])
 
 
 def _open_shapes(inputs: Sequence[Tensor], dynamic_batch: bool, dynamic_size: bool) -> list[dict[int, Any]]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from normrewrite.backends.onnx import is_fitted
-from normrewrite.data import Batch, Data, argument_names, as_data, check_finite
+from normrewrite.data import NO_BATCH, Batch, Data, argument_names, as_data, check_finite
 from normrewrite.deploy import onnx_file, precision
 from normrewrite.diagnostics.comparison import Comparison, OutputDifference, check_labels, matched
 from normrewrite.errors import NormRewriteError
@@ -69,7 +69,7 @@ def verify(
         count, labelled = count + len(batch), labelled or batch.labels is not None
         each(len(batch))
     if not count:
-        raise NormRewriteError("the data held no batch. Give at least one input.")
+        raise NormRewriteError(NO_BATCH)
     outputs = _compared(differences, left)
     wider = (
         limit.tolerance > usual.tolerance or limit.min_snr < usual.min_snr or limit.min_agreement < usual.min_agreement

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from normrewrite import sites
 from normrewrite.backends import onnx
+from normrewrite.backends.families import by_batch
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.sample import RowNorm
 from normrewrite.nn.tracing import OneNode
@@ -31,7 +32,7 @@ class Node(OneNode):
             self.eps = torch.finfo(torch.float32).eps  # statistics are fp32 in a body
         self.centred = bool(getattr(norm, "centred", True))
         self.weight, self.bias = norm.weight, norm.bias
-        self.layout = (_rows, _as_input) if isinstance(norm, BatchNorm) else (norm.view, norm.from_view)
+        self.layout = (by_batch, _as_input) if isinstance(norm, BatchNorm) else (norm.view, norm.from_view)
         self.tail = nn.Sequential(*(norm.get_submodule(name) for name in getattr(norm, "tail", ())))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -45,15 +46,10 @@ class Node(OneNode):
         )
         return self.tail(from_view(y, x))  # type: ignore[no-any-return]
 
-    def _attributes(self, rows: Tensor) -> dict[str, Any]:
-        n: Any = rows.shape[2] * rows.shape[3]
+    def _attributes(self, samples: Tensor) -> dict[str, Any]:
+        n: Any = samples.shape[2] * samples.shape[3]
         known = n if isinstance(n, int) else None  # a torch.SymInt where the export leaves sizes open
         return onnx.attributes(self.row, known, gain=self.gain, eps=self.eps, centred=self.centred)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(N, C, *) as (1, C, 1, N * prod(*)): batch scope in the form of rows."""
-    return x.transpose(0, 1).reshape(1, x.shape[1], 1, -1)
 
 
 def _as_input(y: Tensor, x: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 
 from normrewrite import sites
-from normrewrite.errors import NormRewriteError, nearest
+from normrewrite.errors import NormRewriteError, nearest, some
 from normrewrite.nn.batch import BatchNorm, FrozenBatchNorm
 from normrewrite.norms import metric as row_of
 from normrewrite.provenance.ranges import SIDES, LearnedRanges, called, check
@@ -334,9 +334,8 @@ def notes(model: nn.Module) -> list[str]:
     squares = [site.name for site in sites.find(model) if _measures_squares(site.module)]
     if not squares:
         return []
-    more = ", ..." if len(squares) > 3 else ""
     return [
-        f"{len(squares)} batch norms between 8-bit layers measure squares ({', '.join(squares[:3])}{more}): converted to l1 or "
+        f"{len(squares)} batch norms between 8-bit layers measure squares ({some(squares, 3)}): converted to l1 or "
         "range they need none"
     ]
 

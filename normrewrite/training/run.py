@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from normrewrite import sites
 from normrewrite.backends.accumulate import accumulator
 from normrewrite.data import Data, argument_names, as_data
-from normrewrite.errors import NormRewriteError
+from normrewrite.errors import NormRewriteError, some
 from normrewrite.nn.parts import deepcopy
 from normrewrite.passes.reversion import untrained
 from normrewrite.provenance.ranges import LearnedRanges
@@ -133,7 +133,7 @@ def _result(loop: Loop, progress: Progress, examples: Data, model: nn.Module) ->
         epochs=progress.epochs,
         best=progress.best,
         notes=[
-            *([f"left out, as they can't be read: {_some(skipped)}"] if skipped else []),
+            *([f"left out, as they can't be read: {len(skipped)} files ({some(skipped, 3)})"] if skipped else []),
             *loop.weights.notes(),
             *([] if ranges is None or plan.freeze_statistics else notes(model)),
         ],
@@ -143,7 +143,3 @@ def _result(loop: Loop, progress: Progress, examples: Data, model: nn.Module) ->
         ranges=LearnedRanges(progress.ranges, ranges.kept) if ranges is not None and best else ranges,
         last_ranges=ranges if best else None,
     )
-
-
-def _some(names: tuple[str, ...]) -> str:
-    return f"{len(names)} files ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
