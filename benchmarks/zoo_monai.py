@@ -60,6 +60,22 @@ class Monai:
                 "EfficientNetBN",
                 {**space, "in_channels": 1, "model_name": "efficientnet-b0", "pretrained": False},
             ),
+            **self._further(space, one),
+        }
+        for depth in (121, 169, 201, 264):
+            recipes[f"DenseNet{depth}"] = (f"DenseNet{depth}", {**space, **one})
+        for depth in (10, 18, 34, 50, 101, 152):
+            recipes[f"resnet{depth}"] = (f"resnet{depth}", {**space, "n_input_channels": 1, "num_classes": 2})
+        for label in ("SENet154", "SEResNet50", "SEResNet101", "SEResNet152", "SEResNext50", "SEResNext101"):
+            recipes[label] = (label, {**space, "in_channels": 1, "num_classes": 2})
+        for i in range(1, 5):
+            options = {**space, "in_channels": 1, "model_name": f"efficientnet-b{i}", "pretrained": False}
+            recipes[f"EfficientNetBN_b{i}"] = ("EfficientNetBN", options)
+        return recipes
+
+    def _further(self, space: dict[str, Any], one: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
+        d = space["spatial_dims"]
+        return {
             "UNETR": (
                 "UNETR",
                 {
@@ -88,16 +104,6 @@ class Monai:
             ),
             "VoxelMorphUNet": ("VoxelMorphUNet", {**space, **_voxelmorph()}),
         }
-        for depth in (121, 169, 201, 264):
-            recipes[f"DenseNet{depth}"] = (f"DenseNet{depth}", {**space, **one})
-        for depth in (10, 18, 34, 50, 101, 152):
-            recipes[f"resnet{depth}"] = (f"resnet{depth}", {**space, "n_input_channels": 1, "num_classes": 2})
-        for label in ("SENet154", "SEResNet50", "SEResNet101", "SEResNet152", "SEResNext50", "SEResNext101"):
-            recipes[label] = (label, {**space, "in_channels": 1, "num_classes": 2})
-        for i in range(1, 5):
-            options = {**space, "in_channels": 1, "model_name": f"efficientnet-b{i}", "pretrained": False}
-            recipes[f"EfficientNetBN_b{i}"] = ("EfficientNetBN", options)
-        return recipes
 
     def _fixed(self) -> dict[str, tuple[str, int, dict[str, Any]]]:
         return {

@@ -105,16 +105,10 @@ def build(
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         engine, measured = Path(folder) / "engine", Path(folder) / "measured"
-        request = {
-            "module": builder.module,
-            "onnx": str(path.resolve()),
-            "engine": str(engine),
-            "gpus": list(gpus),
-            "profile": profile,
-            "timing_cache": None if timing_cache is None else str(timing_cache.resolve()),
-            "measured": str(measured),
-            "plugins": asked,
-        }
+        files = {"onnx": str(path.resolve()), "engine": str(engine), "measured": str(measured)}
+        cache = None if timing_cache is None else str(timing_cache.resolve())
+        wishes = {"gpus": list(gpus), "profile": profile, "timing_cache": cache, "plugins": asked}
+        request = {"module": builder.module, **files, **wishes}
         last = _run(request, builder, Path(folder), each)
         if timing_cache is not None:
             write_atomically(timing_cache, lambda temporary: shutil.copyfile(measured, temporary), True)
