@@ -181,8 +181,7 @@ _FLOATS = {"tensor(float16)": np.float16, "tensor(float)": np.float32, "tensor(d
 
 
 def _onnx_runner(path: Path, of: Callable[[object], dict[str, Any]]) -> Callable[[Batch], dict[str, Any]]:
-    if not path.is_file():
-        raise NormRewriteError(f"{path}: there is no such file.")
+    onnx_file.require_file(path)
     open_ended = onnx_file.has_open_loops(path)
     session = _session(path)
     wanted = {node.name: node.type for node in session.get_inputs()}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from normrewrite import sites
 from normrewrite.api.passage import Passage, limit, passage, why_apart
-from normrewrite.backends.onnx import add_bodies, fitted, inlined
+from normrewrite.backends.onnx import add_bodies, attribute, fitted, inlined
 from normrewrite.data import Data, argument_names, as_data
 from normrewrite.deploy import onnx_file
 from normrewrite.deploy.onnx_nodes import as_nodes
@@ -201,16 +201,12 @@ def _quantised(
         notes.append(
             f"{len(missing)} of {len(nodes)} products and adds have no learned range, and {instead}: {some(missing, 4)}"
         )
-    coarse = [node.name for node in nodes if node.op_type == "ConvTranspose" and _groups(node) > 1]
+    coarse = [node.name for node in nodes if node.op_type == "ConvTranspose" and attribute(node, "group", 1) > 1]
     if coarse:
         notes.append(
             f"in ONNX the groups of a transposed convolution share their weights' steps, not in training: {some(coarse, 4)}"
         )
     return quantise(proto, data, ranges, learned=known, kept=learned.kept), notes
-
-
-def _groups(node: Any) -> int:
-    return next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
 
 
 def _check_request(

@@ -51,7 +51,7 @@ def verify(
     for network in (a, b):
         require_network(network)
     data = _data(inputs, labels, a, b)
-    kind, usual = _limit(a, b)
+    kind, usual = max(map(own_limit, (a, b)), key=lambda own: own[1].tolerance)  # of the coarser one
     limit = _asked(usual, tolerance, min_snr, min_agreement)
     run_a, run_b = runner(a, leaves), runner(b, leaves)
     files = not (isinstance(a, nn.Module) and isinstance(b, nn.Module))
@@ -131,11 +131,6 @@ def named(inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor], *networks: N
 # --- what the two are held to -----------------------------------------------------------------------------------------
 
 _DTYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-
-
-def _limit(*networks: Network) -> tuple[str, Limit]:
-    """The limit of the coarser of two networks, and whose it is."""
-    return max((own_limit(network) for network in networks), key=lambda own: own[1].tolerance)
 
 
 def own_limit(network: Network) -> tuple[str, Limit]:
