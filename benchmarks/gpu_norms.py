@@ -297,7 +297,7 @@ def _parts(result: dict[str, Any], bandwidth: float, deadline: float) -> Iterato
         yield f"{norms} at batch 64", 15, partial(norm, norms, 64)
 
 
-def told(result: Mapping[str, Any]) -> str:
+def summary(result: Mapping[str, Any]) -> str:
     """What the terminal shows."""
     parts = [lines(result["batch norm"])]
     for each in result["layer norm"]:
@@ -325,7 +325,7 @@ def main() -> None:
         raise SystemExit(2)
     for result in measure(minutes):
         path = write("gpu_norms", result, "triton")
-    print(told(result), path, plot(result, RESULTS / "gpu_norms.svg"), sep="\n")
+    print(summary(result), path, plot(result, RESULTS / "gpu_norms.svg"), sep="\n")
 
 
 if __name__ == "__main__":
