@@ -115,10 +115,17 @@ def op_forms(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _op_row(op: dict[str, Any]) -> list[str]:
-    return [op["network"], op["to"], op["precision"], str(op["nodes"]), f"{op['max_rel']:.1e}", _on_engines(op["engines"])]
+    return [
+        op["network"],
+        op["to"],
+        op["precision"],
+        str(op["nodes"]),
+        f"{op['max_rel']:.1e}",
+        _engines_line(op["engines"]),
+    ]
 
 
-def _on_engines(engines: dict[str, Any]) -> str:
+def _engines_line(engines: dict[str, Any]) -> str:
     words = [
         f"{gpu}: no" if "error" in made else f"{gpu}: {made['honoured']} of {made['products']}"
         for gpu, made in engines.items()
@@ -136,7 +143,7 @@ def _row(result: dict[str, Any]) -> list[str]:
         f"{100 * result['same_class']:.2f} %",
         f"{result['snr_db']:.1f}",
         f"{result['bytes'] / 1e6:.2f}",
-        _on_engines(result["engines"]),
+        _engines_line(result["engines"]),
     ]
 
 
