@@ -144,7 +144,7 @@ def measure(run: Run, shape: tuple[int, ...], rounds: int) -> dict[str, Any]:
                 seconds = step(variant, x, g, parameters)
                 times[name] += [seconds] * bool(turn)
         used = memory(variants["ours"], x, g, parameters)
-    milliseconds = {name: 1e3 * statistics.median(found) for name, found in times.items()}
+    milliseconds = {name: 1e3 * statistics.median(spent) for name, spent in times.items()}
 
     def ratio_to(name: str) -> float:
         return statistics.median(own / other for own, other in zip(times["ours"], times[name], strict=True))
@@ -163,9 +163,9 @@ def measure(run: Run, shape: tuple[int, ...], rounds: int) -> dict[str, Any]:
 def right(run: Run) -> None:
     """Raises where the norm or a gradient of it is off, of a tensor large enough to be cut in pieces."""
     with kernels(run.kernels):
-        found = errors(run.metric, run.dtype, (32, 48, 28, 28), run.layout == "channels_last", "plain")
-    if not max(found.values()) <= ALLOWED[run.dtype]:
-        raise AssertionError(f"{run}: off by {found}, {ALLOWED[run.dtype]} allowed")
+        differences = errors(run.metric, run.dtype, (32, 48, 28, 28), run.layout == "channels_last", "plain")
+    if not max(differences.values()) <= ALLOWED[run.dtype]:
+        raise AssertionError(f"{run}: off by {differences}, {ALLOWED[run.dtype]} allowed")
 
 
 def form(run: Run) -> str:
@@ -173,16 +173,16 @@ def form(run: Run) -> str:
     return f"{run.layout}{dtype}" + ("" if run.kernels == "auto" else f", {run.kernels}")
 
 
-def row(run: Run, found: list[dict[str, Any]]) -> list[str]:
-    ratios = [result["to_native"] for result in found]
+def row(run: Run, measured: list[dict[str, Any]]) -> list[str]:
+    ratios = [result["to_native"] for result in measured]
     return [
         f"`{run.metric}`",
         form(run),
         f"{statistics.geometric_mean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
         "–" if run.goal is None else f"{run.goal}",
-        f"{max(result['to_naive'] for result in found):.2f}",
-        f"{max(result['held'] for result in found):.2f}",
-        f"{max(result['peak'] for result in found):.2f}",
+        f"{max(result['to_naive'] for result in measured):.2f}",
+        f"{max(result['held'] for result in measured):.2f}",
+        f"{max(result['peak'] for result in measured):.2f}",
     ]
 
 
@@ -199,12 +199,14 @@ def plot(results: list[dict[str, Any]], path: Path = PICTURE) -> Path:
     def draw(figure: Any) -> None:
         axes = figure.subplots()
         for place, run in enumerate(runs):
-            found = of(run, results)
-            ratios = [each["to_native"] for each in found]
+            measured = of(run, results)
+            ratios = [each["to_native"] for each in measured]
             axes.barh(
                 place, statistics.geometric_mean(ratios), color="C0" if run.kernels == "auto" else "C2", alpha=0.5
             )
-            axes.scatter(ratios, [place] * len(found), s=[math.prod(each["shape"]) / 4e5 for each in found], color="C0")
+            axes.scatter(
+                ratios, [place] * len(measured), s=[math.prod(each["shape"]) / 4e5 for each in measured], color="C0"
+            )
             if run.goal is not None:
                 axes.plot([run.goal] * 2, [place - 0.4, place + 0.4], color="C3", linewidth=2)
         axes.axvline(1, color="grey", linewidth=0.8)
@@ -226,9 +228,9 @@ def main() -> None:
     for run in RUNS:
         if run.metric in options.only:
             right(run)
-            found = [measure(run, shape, options.rounds) for shape in SHAPES]
-            results += found
-            lines.append(row(run, found))
+            measured = [measure(run, shape, options.rounds) for shape in SHAPES]
+            results += measured
+            lines.append(row(run, measured))
             print(" ".join(lines[-1]), flush=True)
     head = ["metric", "layout", "ours / torch's batch norm", "goal", "ours / naive, worst", "held", "peak"]
     path = write("cpu_norms", {"threads": torch.get_num_threads(), "rounds": options.rounds, "results": results})

@@ -66,15 +66,15 @@ def _calibration(network: Any, x: Tensor) -> Tensor:
 
 def _engines(path: Path, folder: Path) -> dict[str, Any]:
     """By GPU: how many products keep their precision, of how many, and the bytes of the engine."""
-    found = {}
+    by_gpu = {}
     for gpu in GPUS:
         try:
             built = build(path, folder / "model.engine", gpus=[gpu], force=True)
             products = built.honoured + len(built.unchecked)
-            found[gpu] = {"honoured": built.honoured, "products": products, "bytes": built.size}
+            by_gpu[gpu] = {"honoured": built.honoured, "products": products, "bytes": built.size}
         except nr.NormRewriteError as error:
-            found[gpu] = {"error": str(error)}
-    return found
+            by_gpu[gpu] = {"error": str(error)}
+    return by_gpu
 
 
 def latency(network: Any, folder: Path, rounds: int) -> dict[str, Any]:
@@ -115,10 +115,17 @@ def op_forms(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _op_row(op: dict[str, Any]) -> list[str]:
-    return [op["network"], op["to"], op["precision"], str(op["nodes"]), f"{op['max_rel']:.1e}", _told(op["engines"])]
+    return [
+        op["network"],
+        op["to"],
+        op["precision"],
+        str(op["nodes"]),
+        f"{op['max_rel']:.1e}",
+        _engines_line(op["engines"]),
+    ]
 
 
-def _told(engines: dict[str, Any]) -> str:
+def _engines_line(engines: dict[str, Any]) -> str:
     words = [
         f"{gpu}: no" if "error" in made else f"{gpu}: {made['honoured']} of {made['products']}"
         for gpu, made in engines.items()
@@ -136,7 +143,7 @@ def _row(result: dict[str, Any]) -> list[str]:
         f"{100 * result['same_class']:.2f} %",
         f"{result['snr_db']:.1f}",
         f"{result['bytes'] / 1e6:.2f}",
-        _told(result["engines"]),
+        _engines_line(result["engines"]),
     ]
 
 
@@ -166,21 +173,21 @@ def main() -> None:
 
     torch.manual_seed(0)
     networks = [network for network in NETWORKS if network.name in (options.networks or network.name)]
-    found: dict[str, Any] = {"gpus": GPUS, "networks": [], "latency": [], "op": []}
+    results: dict[str, Any] = {"gpus": GPUS, "networks": [], "latency": [], "op": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for network in networks:
-            found["latency"].append(latency(network, folder, options.rounds))
-            print(f"{network.name}: l1 twin / BN original {found['latency'][-1]['ratio']:.3f}", flush=True)
+            results["latency"].append(latency(network, folder, options.rounds))
+            print(f"{network.name}: l1 twin / BN original {results['latency'][-1]['ratio']:.3f}", flush=True)
         for op in op_forms(folder):
-            found["op"].append(op)
-        print(markdown(OP_HEAD, [_op_row(op) for op in found["op"]]), flush=True)
+            results["op"].append(op)
+        print(markdown(OP_HEAD, [_op_row(op) for op in results["op"]]), flush=True)
         for network in networks:
             for result in measure(network, options.inputs, folder):
-                found["networks"].append(result)
+                results["networks"].append(result)
                 print(" | ".join(_row(result)), flush=True)
-            write("deploy", found, "onnxruntime", "onnx")
-    print(f"\n{markdown(HEAD, [_row(result) for result in found['networks']])}")
+            write("deploy", results, "onnxruntime", "onnx")
+    print(f"\n{markdown(HEAD, [_row(result) for result in results['networks']])}")
 
 
 if __name__ == "__main__":

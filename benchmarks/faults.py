@@ -81,11 +81,11 @@ class Outcome:
     def ok(self) -> bool:
         """A killed process can't clear its temporary file away; one that ends by itself has to."""
         whole = self.file in (("old", "new") if self.existed else ("absent", "new"))
-        told = self.ended if self.fault in SIGNALS else self.code == 2 and self.said.startswith("error: ")
+        as_expected = self.ended if self.fault in SIGNALS else self.code == 2 and self.said.startswith("error: ")
         clean = not self.left or self.fault == "SIGKILL"
         # Python's own words for Ctrl-C while it still imports torch
         early = self.fault == "SIGINT" and "import" in self.said
-        return whole and told and clean and (early or "Traceback" not in self.said)
+        return whole and as_expected and clean and (early or "Traceback" not in self.said)
 
     @property
     def ended(self) -> bool:
@@ -162,8 +162,8 @@ def prepared(at: Path) -> None:
         ["convert", "digits.pt", *ARCH, "--to", "l1"],
         ["export", "digits.l1.pt", *ARCH, *SHAPE, "-o", "digits.onnx"],
     ]
-    for each in words:
-        subprocess.run([sys.executable, "-m", "normrewrite", *each, "--quiet"], cwd=at, check=True)
+    for command in words:
+        subprocess.run([sys.executable, "-m", "normrewrite", *command, "--quiet"], cwd=at, check=True)
 
 
 def undisturbed(name: str, at: Path) -> Trial:
@@ -245,11 +245,11 @@ def all_of(trial: Trial, signals: int, faults: list[str]) -> Iterator[Outcome]:
 def rows(outcomes: list[dict[str, Any]]) -> Iterator[list[str]]:
     """A line a command and fault, in the order of their first outcome."""
     for pair in dict.fromkeys((each["command"], each["fault"]) for each in outcomes):
-        found = [each for each in outcomes if (each["command"], each["fault"]) == pair]
-        files = Counter(each["file"] for each in found)
-        told = ", ".join(f"{state} {count}" for state, count in sorted(files.items()))
-        left, wrong = sum(bool(each["left"]) for each in found), sum(not each["ok"] for each in found)
-        yield [f"`{pair[0]}`", pair[1], str(len(found)), told, str(left), str(wrong)]
+        same = [each for each in outcomes if (each["command"], each["fault"]) == pair]
+        files = Counter(each["file"] for each in same)
+        states = ", ".join(f"{state} {count}" for state, count in sorted(files.items()))
+        left, wrong = sum(bool(each["left"]) for each in same), sum(not each["ok"] for each in same)
+        yield [f"`{pair[0]}`", pair[1], str(len(same)), states, str(left), str(wrong)]
 
 
 def main() -> None:
@@ -258,17 +258,17 @@ def main() -> None:
     parser.add_argument("--signals", type=int, default=2, help="of each kind, to each command")
     options = parser.parse_args()
     faults = [*(["full disk"] if mounts() else []), "files limited", "no permission"]
-    found: list[Outcome] = []
+    ran: list[Outcome] = []
     with tempfile.TemporaryDirectory() as place:
         prepared(Path(place))
         for name in options.only:
             for outcome in all_of(undisturbed(name, Path(place)), options.signals, faults):
-                found.append(outcome)
+                ran.append(outcome)
                 print("." if outcome.ok else json.dumps(asdict(outcome)), end="" if outcome.ok else "\n", flush=True)
-    outcomes = [asdict(each) | {"ok": each.ok, "said": each.said.strip().rpartition("\n")[2]} for each in found]
+    outcomes = [asdict(each) | {"ok": each.ok, "said": each.said.strip().rpartition("\n")[2]} for each in ran]
     print(f"\n{markdown(HEAD, list(rows(outcomes)))}")
-    print(f"wrote {write('faults', {'runs': len(found), 'outcomes': outcomes})}")
-    sys.exit(not all(each.ok for each in found))
+    print(f"wrote {write('faults', {'runs': len(ran), 'outcomes': outcomes})}")
+    sys.exit(not all(each.ok for each in ran))
 
 
 if __name__ == "__main__":

@@ -98,8 +98,8 @@ def measure(run: tuple[str, str, str, str], seed: int, recipe: dict[str, Any], d
         record["stopped"] = str(error)
     with torch.no_grad():
         accuracy = top1(outputs(model.eval(), test[0]), test[1])
-    told = dict(zip(("inputs", "precision", "accumulator", "metric"), run, strict=True))
-    return {**told, "seed": seed, "accuracy": accuracy, **record, "seconds": time.perf_counter() - started}
+    settings = dict(zip(("inputs", "precision", "accumulator", "metric"), run, strict=True))
+    return {**settings, "seed": seed, "accuracy": accuracy, **record, "seconds": time.perf_counter() - started}
 
 
 def row(results: list[dict[str, Any]]) -> list[str]:

@@ -212,7 +212,7 @@ def _line(case: Mapping[str, Any], names: Iterable[str]) -> list[str]:
 def goals(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Each goal with what was reached: the smallest ratio over tensors that are large enough to be bound by memory."""
     large = [each for each in result["batch norm"] if each["bytes"] >= LARGE]
-    found = {
+    judged = {
         f"{spec} {form} against {against}": _judged(
             goal, _ratios((c for c in large if c["form"] == form), spec, against)
         )
@@ -223,10 +223,10 @@ def goals(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         ("ResNet-50 step", STEP_GOALS, [{"ms": result["step"]}]),
     ):
         for (name, against), goal in asked.items():
-            found[f"{what}, {name} against {against}"] = _judged(goal, _ratios(cases, name, against))
+            judged[f"{what}, {name} against {against}"] = _judged(goal, _ratios(cases, name, against))
     shares = [share for c in large for name, share in c["share of copy"].items() if name != "native"]
-    found["share of copy bandwidth"] = _judged(0.85, shares)
-    return found
+    judged["share of copy bandwidth"] = _judged(0.85, shares)
+    return judged
 
 
 def _ratios(cases: Iterable[Mapping[str, Any]], name: str, against: str) -> list[float]:
@@ -235,8 +235,8 @@ def _ratios(cases: Iterable[Mapping[str, Any]], name: str, against: str) -> list
 
 def _judged(goal: float, ratios: list[float]) -> dict[str, Any]:
     """found and reached are None where nothing was measured."""
-    found = min(ratios, default=None)
-    return {"wanted": goal, "found": found, "reached": None if found is None else found >= goal}
+    reached = min(ratios, default=None)
+    return {"wanted": goal, "found": reached, "reached": None if reached is None else reached >= goal}
 
 
 def plot(result: Mapping[str, Any], path: Path) -> Path:
@@ -297,7 +297,7 @@ def _parts(result: dict[str, Any], bandwidth: float, deadline: float) -> Iterato
         yield f"{norms} at batch 64", 15, partial(norm, norms, 64)
 
 
-def told(result: Mapping[str, Any]) -> str:
+def summary(result: Mapping[str, Any]) -> str:
     """What the terminal shows."""
     parts = [lines(result["batch norm"])]
     for each in result["layer norm"]:
@@ -307,8 +307,8 @@ def told(result: Mapping[str, Any]) -> str:
     parts.append(f"step of ResNet-50: {_milliseconds(result['step'])}")
     for name, goal in result["goals"].items():
         state = {True: "reached", False: "missed", None: "not measured"}[goal["reached"]]
-        found = "" if goal["found"] is None else f"{goal['found']:.2f}, "
-        parts.append(f"{state:<13}{name}: {found}wanted {goal['wanted']}")
+        reached = "" if goal["found"] is None else f"{goal['found']:.2f}, "
+        parts.append(f"{state:<13}{name}: {reached}wanted {goal['wanted']}")
     return "\n".join([*parts, *(f"left out     {name}" for name in result["left out"])])
 
 
@@ -325,7 +325,7 @@ def main() -> None:
         raise SystemExit(2)
     for result in measure(minutes):
         path = write("gpu_norms", result, "triton")
-    print(told(result), path, plot(result, RESULTS / "gpu_norms.svg"), sep="\n")
+    print(summary(result), path, plot(result, RESULTS / "gpu_norms.svg"), sep="\n")
 
 
 if __name__ == "__main__":

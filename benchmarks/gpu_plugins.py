@@ -72,8 +72,8 @@ STAND_IN = SimpleNamespace(
 
 def given_of(spec: str, op: Op, shape: tuple[int, ...]) -> dict[str, Any]:
     """An operator's attributes for a metric."""
-    told = nodes.attributes(metric(spec), shape[2] * shape[3], eps=EPS)
-    return op.parse({name: value for name, value in told.items() if name not in nodes.PLUGIN})
+    attributes = nodes.attributes(metric(spec), shape[2] * shape[3], eps=EPS)
+    return op.parse({name: value for name, value in attributes.items() if name not in nodes.PLUGIN})
 
 
 def drawn(shape: tuple[int, ...], dtype: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,17 +87,17 @@ def drawn(shape: tuple[int, ...], dtype: str) -> tuple[Tensor, Tensor, Tensor]:
     return x.to(DEVICE, kind), weight.to(DEVICE, kind), bias.to(DEVICE, kind)
 
 
-def off(op: Op, given: Mapping[str, Any], found: Tensor, *inputs: Tensor) -> float:
+def off(op: Op, values: Mapping[str, Any], output: Tensor, *inputs: Tensor) -> float:
     """The largest difference from float64, as ALLOWED counts it."""
     x, weight, bias = (value.cpu().double().numpy() for value in inputs)
-    wanted = torch.from_numpy(op.reference(x, weight, bias, given))
+    wanted = torch.from_numpy(op.reference(x, weight, bias, values))
     scale = 1.0 if op.int8 else max(1.0, float(wanted.abs().max()))
-    return float((found.cpu().double() - wanted).abs().max()) / scale
+    return float((output.cpu().double() - wanted).abs().max()) / scale
 
 
-def through_enqueue(op: Op, given: Mapping[str, Any], layout: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def through_enqueue(op: Op, values: Mapping[str, Any], layout: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """y, as the Python plugin computes it on memory that is described to it as TensorRT does."""
-    plugin = v3.creator(STAND_IN, op).create_plugin("norm", [_Field(*one, 0) for one in given.items()], "runtime")
+    plugin = v3.creator(STAND_IN, op).create_plugin("norm", [_Field(*one, 0) for one in values.items()], "runtime")
     seen, y = (_room(x, layout) for _ in range(2))
     tensors = [seen.copy_(x), weight, bias]
     described = [_described(seen, layout), *(_described(each, "LINEAR") for each in tensors[1:])]
@@ -120,13 +120,13 @@ def _described(values: Tensor, layout: str) -> Any:
     )
 
 
-def through_ahead(op: Op, given: Mapping[str, Any], x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def through_ahead(op: Op, values: Mapping[str, Any], x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """y, by the kernel ahead of time in QDP's order; of a GPU by its PTX."""
     y = torch.empty_like(x)
     if DEVICE == "cuda":
         major, minor = torch.cuda.get_device_capability()
         _by_driver(
-            ahead.kernel(op, given, x.shape, str(x.dtype).removeprefix("torch."), 10 * major + minor),
+            ahead.kernel(op, values, x.shape, str(x.dtype).removeprefix("torch."), 10 * major + minor),
             x,
             weight,
             bias,
@@ -134,9 +134,9 @@ def through_ahead(op: Op, given: Mapping[str, Any], x: Tensor, weight: Tensor, b
         )
         return y
     meta = [value.to("meta") for value in (x, weight.flatten(1), bias.flatten(1))]
-    once = triton_ahead.once(*meta, op.row(given), given["eps"], bool(given["centred"]))  # type: ignore[call-arg]
-    told = {"x_ptr": x, "weight_ptr": weight, "bias_ptr": bias, "samples": x.shape[0], "y_ptr": y}
-    launch.run(once.kernel, once.programs, once.warps, once.arguments | told)
+    once = triton_ahead.once(*meta, op.row(values), values["eps"], bool(values["centred"]))  # type: ignore[call-arg]
+    pointers = {"x_ptr": x, "weight_ptr": weight, "bias_ptr": bias, "samples": x.shape[0], "y_ptr": y}
+    launch.run(once.kernel, once.programs, once.warps, once.arguments | pointers)
     return y
 
 
@@ -178,12 +178,12 @@ def correctness(scopes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     worst: dict[str, dict[str, float]] = {"enqueue": {}, "ahead of time": {}}
     counted = dict.fromkeys(worst, 0)
     for spec, op, shape, dtype in cases(scopes):
-        given, inputs = given_of(spec, op, shape), drawn(shape, dtype)
+        values, inputs = given_of(spec, op, shape), drawn(shape, dtype)
         layouts = [each for each in _FORMATS[dtype] if each == "LINEAR" or (shape[2] == 1 < shape[1] and shape[3] > 1)]
-        found = [("enqueue", f"{spec} {layout}", through_enqueue(op, given, layout, *inputs)) for layout in layouts]
-        found.append(("ahead of time", spec, through_ahead(op, given, *inputs)))
-        for way, name, y in found:
-            difference = off(op, given, y, *inputs)
+        outputs = [("enqueue", f"{spec} {layout}", through_enqueue(op, values, layout, *inputs)) for layout in layouts]
+        outputs.append(("ahead of time", spec, through_ahead(op, values, *inputs)))
+        for way, name, y in outputs:
+            difference = off(op, values, y, *inputs)
             if not difference <= ALLOWED[dtype]:
                 raise AssertionError(f"{way}, {name} {shape} {dtype}: off by {difference}, {ALLOWED[dtype]} allowed")
             worst[way][dtype], counted[way] = max(worst[way].get(dtype, 0.0), difference), counted[way] + 1
@@ -245,19 +245,19 @@ def _engine(gpu: str, plugins: str) -> str:
 def timed(spec: str, shape: tuple[int, ...], bandwidth: float) -> dict[str, Any]:
     """enqueue's work in fp16, beside what its bytes allow at the bandwidth of a copy."""
     op = OPS[nodes.operator(metric(spec))]
-    given, (x, weight, bias) = given_of(spec, op, shape), drawn(shape, "float16")
-    y, row = torch.empty_like(x), op.row(given)
-    spent = milliseconds({"plugin": graphed(lambda: memory.compute(row, given, x, weight, bias, y))})["plugin"]
+    values, (x, weight, bias) = given_of(spec, op, shape), drawn(shape, "float16")
+    y, row = torch.empty_like(x), op.row(values)
+    spent = milliseconds({"plugin": graphed(lambda: memory.compute(row, values, x, weight, bias, y))})["plugin"]
     with triton_ahead.recorded() as launches:
         meta = [value.to("meta") for value in (x, weight.flatten(1), bias.flatten(1), y)]
-        launch.forward(meta[0], None, *meta[1:3], row, "exact", given["eps"], sample=True, out=meta[3])
+        launch.forward(meta[0], None, *meta[1:3], row, "exact", values["eps"], sample=True, out=meta[3])
     floor = 1e3 * moved(launches) / bandwidth
     return {"metric": spec, "shape": shape, "ms": spent, "floor ms": floor, "share of copy": floor / spent}
 
 
-def table(found: list[Mapping[str, Any]]) -> str:
+def table(cases: list[Mapping[str, Any]]) -> str:
     cells = [
-        [c["metric"], "×".join(map(str, c["shape"])), f"{c['ms']:.3f}", f"{c['share of copy']:.0%}"] for c in found
+        [c["metric"], "×".join(map(str, c["shape"])), f"{c['ms']:.3f}", f"{c['share of copy']:.0%}"] for c in cases
     ]
     return markdown(["metric", "shape", "ms", "share of a copy's bandwidth"], cells)
 
@@ -266,13 +266,13 @@ def measure(minutes: float, library: str | None) -> dict[str, Any]:
     """All of it on a GPU, as far as the time goes; what was left out is named."""
     deadline = time.monotonic() + 60 * minutes - 30
     result: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "correct": correctness(SCOPES)}
-    bandwidth, found, left = copy_bandwidth(), [], []
+    bandwidth, times, left = copy_bandwidth(), [], []
     for spec, shape in ((spec, shape) for shape in LARGE.values() for spec in METRICS):
         if time.monotonic() < deadline - 150:
-            found.append(timed(spec, shape, bandwidth))
+            times.append(timed(spec, shape, bandwidth))
         else:
             left.append(f"{spec} {shape}")
-    result |= {"copy bandwidth": bandwidth, "times": found, "left out": left}
+    result |= {"copy bandwidth": bandwidth, "times": times, "left out": left}
     result["rtx"] = rtx(library) if time.monotonic() < deadline - 60 else "left out: no time"
     return result
 
@@ -283,8 +283,8 @@ def without_gpu() -> dict[str, Any]:
 
     interpreter.mend()
     memory.tensor_at, memory.on_stream = _on_cpu, lambda stream: nullcontext()  # type: ignore[assignment]
-    told = dict.fromkeys(("copy bandwidth", "times", "rtx", "PTX ahead of time"), NOT_MEASURED)
-    return {"gpu": None, "correct": correctness(SMALL), **told}
+    unmeasured = dict.fromkeys(("copy bandwidth", "times", "rtx", "PTX ahead of time"), NOT_MEASURED)
+    return {"gpu": None, "correct": correctness(SMALL), **unmeasured}
 
 
 def _on_cpu(address: int, shape: Any, strides: Any, dtype: str) -> Tensor:

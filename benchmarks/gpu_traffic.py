@@ -64,21 +64,21 @@ def batch_launches(spec: str, shape: Sequence[int], form: str, dtype: torch.dtyp
     """What a batch norm would launch on channels-last tensors, forward and backward."""
     x = torch.empty(shape, dtype=dtype, device="meta").to(memory_format=torch.channels_last)
     weight, relu = torch.empty(shape[1], device="meta"), form != "plain"
-    told, added = (metric(spec), "exact", 1e-5), torch.empty_like(x) if form == "add" else None
-    with recorded() as found:
-        _, *kept = launch.forward(x, added, weight, weight, *told, relu=relu)
-        launch.backward(x, x, weight, weight, *kept, *told, relu=relu, residual=added is not None)
-    return found
+    norm, added = (metric(spec), "exact", 1e-5), torch.empty_like(x) if form == "add" else None
+    with recorded() as launched:
+        _, *saved = launch.forward(x, added, weight, weight, *norm, relu=relu)
+        launch.backward(x, x, weight, weight, *saved, *norm, relu=relu, residual=added is not None)
+    return launched
 
 
 def row_launches(spec: str, rows: int, width: int, dtype: torch.dtype = torch.float16) -> list[Launch]:
     """What a layer norm would launch, forward and backward."""
     x, weight = torch.empty(rows, 1, width, 1, dtype=dtype, device="meta"), torch.empty(1, width, device="meta")
-    told = (metric(spec), "exact", 1e-5)
-    with recorded() as found:
-        _, *kept = launch.forward(x, None, weight, weight, *told, sample=True)
-        launch.backward(x, x, weight, weight, *kept, *told, sample=True)
-    return found
+    norm = (metric(spec), "exact", 1e-5)
+    with recorded() as launched:
+        _, *saved = launch.forward(x, None, weight, weight, *norm, sample=True)
+        launch.backward(x, x, weight, weight, *saved, *norm, sample=True)
+    return launched
 
 
 def moved(launches: Sequence[Launch]) -> int:
@@ -94,8 +94,8 @@ def _moved(kernel: str, arguments: dict[str, Any]) -> int:
     read_again = 0
     if kernel == "select":
         x = tensors.pop("x_ptr")
-        each = 32 if arguments["COLUMNS"] else x.element_size()  # an element of a column is a sector of its own
-        read_again = 2 * arguments["k"] * arguments["PART"] * arguments["mean_ptr"].numel() * each
+        element = 32 if arguments["COLUMNS"] else x.element_size()  # an element of a column is a sector of its own
+        read_again = 2 * arguments["k"] * arguments["PART"] * arguments["mean_ptr"].numel() * element
     return read_again + sum(tensor.nbytes for tensor in tensors.values())
 
 

@@ -88,8 +88,8 @@ def _deployed(model: nn.Module, x: Tensor, labels: Tensor, **ranges: Any) -> flo
         path = Path(folder) / "model.onnx"
         nr.export(model, x[:2], path, precision="int8", **ranges)
         run = runner(path)
-        found = [next(iter(run(Batch({"x": batch})).values())) for batch in x.split(50)]
-    return top1(torch.cat(found), labels)
+        logits = [next(iter(run(Batch({"x": batch})).values())) for batch in x.split(50)]
+    return top1(torch.cat(logits), labels)
 
 
 def row(result: dict[str, Any]) -> list[str]:
@@ -113,7 +113,7 @@ HEAD += ["points below fp32", "allowed", "seconds"]
 # --- from scratch -----------------------------------------------------------------------------------------------------
 
 
-def scratch(few: int | None, told: Callable[[str], object]) -> Iterator[dict[str, Any]]:
+def scratch(few: int | None, progress: Callable[[str], object]) -> Iterator[dict[str, Any]]:
     """One result a seed and precision."""
     from tests.conftest import real_images
 
@@ -130,7 +130,7 @@ def scratch(few: int | None, told: Callable[[str], object]) -> Iterator[dict[str
             else:
                 with nr.int8(trained, ranges=result.ranges):
                     right = top1(outputs(trained.eval(), x), expected)
-            told(f"seed {seed}, {precision}: {100 * right:.2f} % in {result.seconds:.0f} s")
+            progress(f"seed {seed}, {precision}: {100 * right:.2f} % in {result.seconds:.0f} s")
             yield {"seed": seed, "precision": precision, "top1": right, "seconds": result.seconds} | {
                 "skipped_steps": result.skipped_steps,
                 "steps": result.steps,
@@ -140,8 +140,10 @@ def scratch(few: int | None, told: Callable[[str], object]) -> Iterator[dict[str
 def summary(runs: list[dict[str, Any]]) -> list[list[str]]:
     rows = []
     for precision in ("fp32", "int8"):
-        found = [100 * run["top1"] for run in runs if run["precision"] == precision]
-        rows.append([precision, f"{statistics.mean(found):.2f}", f"{min(found):.2f} to {max(found):.2f}"])
+        accuracies = [100 * run["top1"] for run in runs if run["precision"] == precision]
+        rows.append(
+            [precision, f"{statistics.mean(accuracies):.2f}", f"{min(accuracies):.2f} to {max(accuracies):.2f}"]
+        )
     return rows
 
 
@@ -159,15 +161,15 @@ def main() -> None:
     for part in options.only:
         if part == "scratch":
             runs = list(scratch(options.few, lambda text: print(text, flush=True)))
-            found = {"recipe": SCRATCH | {"images": options.few or SCRATCH_IMAGES}, "runs": runs}
+            result = {"recipe": SCRATCH | {"images": options.few or SCRATCH_IMAGES}, "runs": runs}
             table = markdown(["ResNet-8, range", "mean top-1 (%)", "range"], summary(runs))
         else:
-            found = repaired(networks[part], options.few)
-            table = markdown(HEAD, [row(found)])
+            result = repaired(networks[part], options.few)
+            table = markdown(HEAD, [row(result)])
         print("\n" + table, flush=True)
         if not options.few:
-            found = {"threads": torch.get_num_threads(), **found}
-            print(f"\nwrote {write(f'int8_{part}', found, 'accelerate', 'onnxruntime')}", flush=True)
+            result = {"threads": torch.get_num_threads(), **result}
+            print(f"\nwrote {write(f'int8_{part}', result, 'accelerate', 'onnxruntime')}", flush=True)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from normrewrite.backends import relu, torch_batch, torch_sample
 from normrewrite.backends.kernels import kernels
 
 SPECS = ("l1", "linf", "range", "topk:10")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # torch's lowering there, or by Triton's interpreter
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # torch's backend there, or by Triton's interpreter
 # Differences, in units of the largest wanted value.
 ALLOWED = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
@@ -44,13 +44,13 @@ def errors(spec: str, dtype: torch.dtype, shape: tuple[int, ...], last: bool, fo
         if form != "plain":
             g = g * _decided(spec, dtype, *doubles)
         wanted = _gradients(spec, form, g, *doubles)
-    found = _gradients(spec, form, g, x, residual, weight, bias)
+    got = _gradients(spec, form, g, x, residual, weight, bias)
     names = [
         name
         for name, value in zip(("y", "x", "residual", "weight", "bias"), (1, x, residual, 1, 1), strict=True)
         if value is not None
     ]
-    return _off(names, found, wanted)
+    return _off(names, got, wanted)
 
 
 def _decided(
@@ -63,9 +63,9 @@ def _decided(
     return y.abs() > ALLOWED[dtype] * y.abs().max()
 
 
-def _off(names: Iterable[str], found: list[Tensor], wanted: list[Tensor]) -> dict[str, float]:
+def _off(names: Iterable[str], got: list[Tensor], wanted: list[Tensor]) -> dict[str, float]:
     """Largest difference of each, in units of its largest wanted value."""
-    pairs = zip(names, found, wanted, strict=True)
+    pairs = zip(names, got, wanted, strict=True)
     return {name: float((a.double() - b).abs().max() / b.abs().max()) for name, a, b in pairs}
 
 
@@ -91,24 +91,24 @@ def row_errors(spec: str, dtype: torch.dtype, width: int) -> dict[str, float]:
         y = torch_sample.normalise(*leaves, spec, "exact", 1e-5)[0]  # type: ignore[misc, arg-type]
         return [y.detach(), *torch.autograd.grad(y, leaves, g)]
 
-    found = run(g, x, weight, bias)
+    got = run(g, x, weight, bias)
     with kernels("torch"):
         wanted = run(g.double(), x.double(), weight.double(), bias.double())
-    return _off(("y", "x", "weight", "bias"), found, wanted)
+    return _off(("y", "x", "weight", "bias"), got, wanted)
 
 
 def checked(spec: str, dtype: torch.dtype) -> dict[str, float]:
     """The largest error of each form of a metric; raises where one is beyond what the dtype allows."""
     torch.manual_seed(0)
-    found = {f"layer {spec}": row_errors(spec, dtype, 200)}
+    errors_by_case = {f"layer {spec}": row_errors(spec, dtype, 200)}
     shape = (2, 24, 9, 11) if dtype is not torch.bfloat16 else (2, 24, 7, 9)
     for last in (False, True):
         for form in FORMS:
-            found[f"{'last' if last else 'first'} {form} {spec}"] = errors(spec, dtype, shape, last, form)
-    for name, each in found.items():
+            errors_by_case[f"{'last' if last else 'first'} {form} {spec}"] = errors(spec, dtype, shape, last, form)
+    for name, each in errors_by_case.items():
         if not max(each.values()) <= ALLOWED[dtype]:
             raise AssertionError(f"{name} {dtype}: off by {each}, {ALLOWED[dtype]} allowed")
-    return {f"{name} {dtype}": max(each.values()) for name, each in found.items()}
+    return {f"{name} {dtype}": max(each.values()) for name, each in errors_by_case.items()}
 
 
 def correctness() -> dict[str, Any]:
@@ -118,7 +118,11 @@ def correctness() -> dict[str, Any]:
     """
     asked = [(spec, dtype) for dtype in ALLOWED for spec in ("l2", *SPECS)]
     with ProcessPoolExecutor(min(8, os.cpu_count() or 1), get_context("spawn")) as pool:
-        cases = {name: worst for found in pool.map(checked, *zip(*asked, strict=True)) for name, worst in found.items()}
+        cases = {
+            name: worst
+            for errors_by_case in pool.map(checked, *zip(*asked, strict=True))
+            for name, worst in errors_by_case.items()
+        }
     largest = {str(d): max(worst for name, worst in cases.items() if name.endswith(str(d))) for d in ALLOWED}
     return {"cases": len(cases), "largest error": largest, "same bits": same_bits()}
 

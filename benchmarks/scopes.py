@@ -85,10 +85,10 @@ def convnext_like() -> nn.Module:
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    found = load_digits()
-    images = torch.tensor(found.images, dtype=torch.float32)[:, None] / 8 - 1
+    data_set = load_digits()
+    images = torch.tensor(data_set.images, dtype=torch.float32)[:, None] / 8 - 1
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    return images[order], torch.tensor(found.target)[order]
+    return images[order], torch.tensor(data_set.target)[order]
 
 
 def train(model: nn.Module, x: Tensor, y: Tensor, epochs: int) -> nn.Module:
@@ -130,12 +130,12 @@ def relative(a: Tensor, b: Tensor) -> float:
 def large_rows(to: str) -> dict[str, Any]:
     """A layer norm of 512 on fp16 rows whose squares overflow: its error, and what squares in fp16 give."""
     x = (300 + 10_000 * torch.randn(256, 512, generator=torch.Generator().manual_seed(0))).half()
-    found = nr.nn.LayerNorm(512, metric=to).half()(x)
+    output = nr.nn.LayerNorm(512, metric=to).half()(x)
     expected = nr.nn.LayerNorm(512, metric=to, dtype=torch.float64)(x.double())
     return {
         "target": to,
-        "finite": bool(found.isfinite().all()),
-        "error": float((found.double() - expected).abs().max() / expected.abs().max()),
+        "finite": bool(output.isfinite().all()),
+        "error": float((output.double() - expected).abs().max() / expected.abs().max()),
         "squares_finite": bool((x - x.mean(1, keepdim=True)).square().mean(1).isfinite().all()),
     }
 

@@ -86,10 +86,10 @@ def plot(results: list[dict[str, Any]], idle: int) -> Path:
     def draw(figure: Any) -> None:
         memory, seconds = figure.subplots(1, 2)
         for form in FORMS:
-            found = [each for each in results if each["form"] == form]
-            sizes = [each["bytes"] / 1e6 for each in found]
-            memory.plot(sizes, [each["peak"] / 1e6 for each in found], "o-", label=form)
-            seconds.plot(sizes, [each["seconds"] for each in found], "o-", label=form)
+            of_form = [each for each in results if each["form"] == form]
+            sizes = [each["bytes"] / 1e6 for each in of_form]
+            memory.plot(sizes, [each["peak"] / 1e6 for each in of_form], "o-", label=form)
+            seconds.plot(sizes, [each["seconds"] for each in of_form], "o-", label=form)
         least = [idle / 1e6 + size for size in sizes]
         memory.plot(sizes, least, "--", color="grey", label="the file, and Python with torch")
         for axes, says in ((memory, "peak memory, MB"), (seconds, "seconds, whole process")):

@@ -90,11 +90,11 @@ def _calibrated(twin: nn.Module, data: Inputs, before: Tensor, count: int) -> di
     started = time.perf_counter()
     twin, calibration = nr.calibrate(twin, data.calibration, batch_size=64)
     seconds = time.perf_counter() - started
-    found = outputs(twin, data.x[:count])
+    logits = outputs(twin, data.x[:count])
     return {
-        "inputs": len(found),
+        "inputs": len(logits),
         "before": top1(before[:count], data.labels),
-        "calibrated": top1(found, data.labels),
+        "calibrated": top1(logits, data.labels),
         "calibration_seconds": seconds,
         "explained": {fit.name: fit.explained for fit in calibration.fits},
     }
@@ -117,12 +117,12 @@ HEAD = [
 def repaired() -> dict[str, float]:
     """Accuracy by target after a repair without labels, where benchmarks.repair has measured it."""
     path = RESULTS / "repair.json"
-    return {found["target"]: found["repaired"] for found in read(path)["targets"]} if path.is_file() else {}
+    return {row["target"]: row["repaired"] for row in read(path)["targets"]} if path.is_file() else {}
 
 
 def read(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
 
 
 def row(network: str, result: dict[str, Any]) -> list[str]:
@@ -162,7 +162,7 @@ def main() -> None:
         for to in options.only or (ORDER if network.name == REPAIRED else TARGETS):
             result = measure(model, to, data, before)
             rows = [other for other in results.get(network.name, []) if other["target"] != to]
-            results[network.name] = sorted([*rows, result], key=lambda found: ORDER.index(found["target"]))
+            results[network.name] = sorted([*rows, result], key=lambda other: ORDER.index(other["target"]))
             print(" ".join(row(network.name, result)), flush=True)
             write("targets", {"networks": results})
     lines = [row(network.name, result) for network in NETWORKS for result in results.get(network.name, [])]

@@ -9,8 +9,8 @@ The libraries are an extra, and torchvision comes without its dependencies (its 
     pip install -c constraints.txt -e .[zoo] && pip install --no-deps torchvision==0.28.0
 
 Weights are random, and norms have statistics near those that reach them; zoo_trial.py tells how the comparison is made,
-zoo_libraries.py what is built and fed, zoo_pool.py how a hanging architecture is survived. An architecture counts as run
-where its original could be built and run here. The same network under several names counts once.
+zoo_libraries.py what is built, zoo_inputs.py what it is fed, zoo_pool.py how a hanging architecture is survived. An architecture
+counts as run where its original could be built and run here. The same network under several names counts once.
 """
 
 import argparse
@@ -95,10 +95,10 @@ def read(path: Path) -> list[Row]:
 
 def unique(rows: Iterable[Row]) -> list[Row]:
     """Each network once: of those with the same structure in one library, the first."""
-    kept: dict[tuple[str, str], Row] = {}
+    first: dict[tuple[str, str], Row] = {}
     for row in rows:
-        kept.setdefault((row["library"], row.get("fingerprint") or row["name"]), row)
-    return list(kept.values())
+        first.setdefault((row["library"], row.get("fingerprint") or row["name"]), row)
+    return list(first.values())
 
 
 def summarise(rows: list[Row]) -> dict[str, Any]:

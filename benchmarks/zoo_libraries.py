@@ -9,16 +9,17 @@ import importlib
 import os
 import re
 import socket
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.zoo_trial import Architecture, CouldNotRun, Inputs
-
-BATCH = 2
+from benchmarks.zoo_inputs import BATCH, draw, images
+from benchmarks.zoo_monai import Monai
+from benchmarks.zoo_transformers import Transformers
+from benchmarks.zoo_trial import Architecture, Inputs
 
 
 class Library(Protocol):
@@ -55,17 +56,6 @@ def declare_torchvision_operators() -> None:
         _KEPT.append(torch.library.Library("torchvision", "DEF"))
         for name in ("nms", "qnms"):
             _KEPT[0].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
-
-def draw(*shape: int) -> Tensor:
-    """Inputs of order one, always the same."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
-
-
-def images(*sizes: int | Sequence[int], channels: int = 3) -> list[Inputs]:
-    """One candidate for each size, each once; a single image where they are large."""
-    shapes = [(size, size) if isinstance(size, int) else tuple(size) for size in sizes]
-    return [(draw(BATCH if max(shape) < 192 else 1, channels, *shape),) for shape in dict.fromkeys(shapes)]
 
 
 class Timm:
@@ -183,7 +173,7 @@ class Pytorchcv:
 def _one_of_each_data_set(names: list[str]) -> list[str]:
     """The same network is listed for several data sets, with another number of classes: cifar10, coco or cub stay."""
     order = ("cifar10", "cub", "coco", "voc", "cityscapes", "ade20k", "cifar100", "svhn")
-    kept: dict[str, str] = {}
+    first: dict[str, str] = {}
     for name in sorted(names, key=lambda name: _rank(name, order)):
         stem = re.sub(f"_({'|'.join(order)})$", "", name)
         family = (
@@ -192,8 +182,8 @@ def _one_of_each_data_set(names: list[str]) -> list[str]:
             else re.sub(r"_(ca|de|en|es|fr|it|pl|ru|ru34|en_nr)$", "", stem)
         )
         small = name.endswith(("_cifar10", "_cifar100", "_svhn"))  # a network of its own: no strides at the entrance
-        kept.setdefault(f"{family}{' for 32 x 32' if small else ''}", name)
-    return sorted(kept.values())
+        first.setdefault(f"{family}{' for 32 x 32' if small else ''}", name)
+    return sorted(first.values())
 
 
 def _rank(name: str, order: tuple[str, ...]) -> tuple[int, str]:
@@ -296,8 +286,8 @@ class Ultralytics:
         return [f"{stem[0]}{scale}{path.stem[stem.end() :]}.yaml" for scale in scales]
 
     def _file(self, name: str) -> Path:
-        found = [path for path in self._files() if name in self._scales(path)]
-        return found[0].with_name(name)
+        files = [path for path in self._files() if name in self._scales(path)]
+        return files[0].with_name(name)
 
     def _class(self, tasks: Any, name: str, config: dict[str, Any]) -> Any:
         head = config["head"][-1][2]
@@ -307,255 +297,6 @@ class Ultralytics:
         by_task = {"detect": "DetectionModel", "segment": "SegmentationModel", "semantic": "SemanticSegmentationModel"}
         by_task |= {"classify": "ClassificationModel", "pose": "PoseModel", "obb": "OBBModel", "depth": "DepthModel"}
         return getattr(tasks, by_head.get(re.sub(r"\d+$", "", head)) or by_task[tasks.guess_model_task(config)])
-
-
-class Monai:
-    """Its networks take a norm by name and so have no list; these are what its documentation shows, with norm=batch."""
-
-    packages: ClassVar[tuple[str, ...]] = ("monai",)
-
-    def names(self) -> list[str]:
-        return sorted(self._recipes())
-
-    def build(self, name: str) -> Architecture:
-        from monai.networks import nets
-
-        cls, dimensions, options = self._recipes()[name]
-        sides = (32, 64, 96) if dimensions == 3 else (64, 128, 224)
-        if cls == "HoVerNet":
-            return Architecture(nets.HoVerNet(**options), images(270))
-        inputs: list[Inputs] = [(draw(BATCH, options.get("in_channels", 1), *(side,) * dimensions),) for side in sides]
-        return Architecture(getattr(nets, cls)(**options), inputs)
-
-    @functools.cache  # noqa: B019  (one object a process)
-    def _recipes(self) -> dict[str, tuple[str, int, dict[str, Any]]]:
-        found = {}
-        for d in (2, 3):
-            for label, (cls, options) in self._of_dimension(d).items():
-                found[f"{label}_{d}d"] = (cls, d, options)
-        return found | self._fixed()
-
-    def _of_dimension(self, d: int) -> dict[str, tuple[str, dict[str, Any]]]:
-        space = {"spatial_dims": d}
-        one = {"in_channels": 1, "out_channels": 2}
-        unet = {"channels": (8, 16, 32, 64), "strides": (2, 2, 2)}
-        found: dict[str, tuple[str, dict[str, Any]]] = {
-            "UNet": ("UNet", {**space, **one, **unet, "norm": "batch"}),
-            "UNet_residual": ("UNet", {**space, **one, **unet, "num_res_units": 2, "norm": "batch"}),
-            "BasicUNet": ("BasicUNet", {**space, **one, "norm": ("batch", {})}),
-            "BasicUNetPlusPlus": ("BasicUNetPlusPlus", {**space, **one, "norm": ("batch", {})}),
-            "AttentionUnet": ("AttentionUnet", {**space, **one, **unet}),
-            "FlexibleUNet": ("FlexibleUNet", {**space, **one, "backbone": "efficientnet-b0"}),
-            "FlexibleUNet_resnet18": ("FlexibleUNet", {**space, **one, "backbone": "resnet18"}),
-            "AutoEncoder": (
-                "AutoEncoder",
-                {**space, **one, "channels": (8, 16, 32), "strides": (2, 2, 2), "norm": "batch"},
-            ),
-            "HighResNet": ("HighResNet", {**space, **one}),
-            "SegResNet": ("SegResNet", {**space, **one, "norm": ("batch", {})}),
-            "SegResNetDS": ("SegResNetDS", {**space, **one, "norm": "batch"}),
-            "SegResNetDS2": ("SegResNetDS2", {**space, **one, "norm": "batch"}),
-            "DynUNet": ("DynUNet", {**space, **one, **_dynunet(), "norm_name": "batch"}),
-            "DynUNet_residual": ("DynUNet", {**space, **one, **_dynunet(), "norm_name": "batch", "res_block": True}),
-            "VNet": ("VNet", {**space, **one}),
-            "EfficientNetBN": (
-                "EfficientNetBN",
-                {**space, "in_channels": 1, "model_name": "efficientnet-b0", "pretrained": False},
-            ),
-            "UNETR": (
-                "UNETR",
-                {
-                    **one,
-                    "img_size": (32,) * d,
-                    **space,
-                    "hidden_size": 96,
-                    "mlp_dim": 96,
-                    "num_heads": 4,
-                    "norm_name": "batch",
-                },
-            ),
-            "SwinUNETR": ("SwinUNETR", {**one, **space, "feature_size": 12, "norm_name": "batch"}),
-            "RegUNet": (
-                "RegUNet",
-                {**space, "in_channels": 1, "num_channel_initial": 8, "depth": 3, "out_channels": d},
-            ),
-            "LocalNet": (
-                "LocalNet",
-                {**space, "in_channels": 1, "num_channel_initial": 8, "extract_levels": (0, 1, 2), "out_channels": d},
-            ),
-            "PatchDiscriminator": ("PatchDiscriminator", {**space, "channels": 16, "in_channels": 1}),
-            "MultiScalePatchDiscriminator": (
-                "MultiScalePatchDiscriminator",
-                {**space, "num_d": 1, "num_layers_d": 3, "channels": 16, "in_channels": 1},
-            ),
-            "VoxelMorphUNet": ("VoxelMorphUNet", {**space, **_voxelmorph()}),
-        }
-        for depth in (121, 169, 201, 264):
-            found[f"DenseNet{depth}"] = (f"DenseNet{depth}", {**space, **one})
-        for depth in (10, 18, 34, 50, 101, 152):
-            found[f"resnet{depth}"] = (f"resnet{depth}", {**space, "n_input_channels": 1, "num_classes": 2})
-        for label in ("SENet154", "SEResNet50", "SEResNet101", "SEResNet152", "SEResNext50", "SEResNext101"):
-            found[label] = (label, {**space, "in_channels": 1, "num_classes": 2})
-        for i in range(1, 5):
-            options = {**space, "in_channels": 1, "model_name": f"efficientnet-b{i}", "pretrained": False}
-            found[f"EfficientNetBN_b{i}"] = ("EfficientNetBN", options)
-        return found
-
-    def _fixed(self) -> dict[str, tuple[str, int, dict[str, Any]]]:
-        return {
-            "HoVerNet": ("HoVerNet", 2, {"in_channels": 3, "out_classes": 5, "mode": "original"}),
-            "Quicknat": ("Quicknat", 2, {"num_channels": 1, "num_filters": 16, "se_block": None}),
-            "AHNet_2d": ("AHNet", 2, {"spatial_dims": 2, "out_channels": 2, "pretrained": False}),
-            "DAF3D": ("DAF3D", 3, {"in_channels": 1, "out_channels": 2, "visual_output": False}),
-        }
-
-
-def _voxelmorph() -> dict[str, Any]:
-    widths = {"channels": (8, 16, 16, 16, 16, 16), "final_conv_channels": (8, 8)}
-    return {"in_channels": 2, "unet_out_channels": 3, **widths, "norm": "batch"}
-
-
-def _dynunet() -> dict[str, Any]:
-    return {"kernel_size": (3, 3, 3, 3), "strides": (1, 2, 2, 2), "upsample_kernel_size": (2, 2, 2)}
-
-
-class Transformers:
-    """Every model class in a file that mentions a batch norm, from its default configuration with few layers."""
-
-    packages: ClassVar[tuple[str, ...]] = ("transformers",)
-    small: ClassVar[dict[str, int]] = {
-        "num_hidden_layers": 2,
-        "encoder_layers": 2,
-        "decoder_layers": 2,
-        "vocab_size": 500,
-    }
-    # Without these a network of that folder has no batch norm, is too large, or lacks what it needs.
-    own: ClassVar[dict[str, dict[str, Any]]] = {
-        "beit": {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]},
-        "data2vec": {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4], "hidden_size": 192, "num_attention_heads": 3},
-        "dpt": {"use_batch_norm_in_fusion_residual": True},
-        "efficientnet": {"width_coefficient": 1.0, "depth_coefficient": 1.0, "hidden_dim": 1280},
-        "hubert": {"conv_pos_batch_norm": True, "num_hidden_layers": 2, "vocab_size": 32},
-        "informer": {"prediction_length": 6, "context_length": 12, "num_time_features": 1, "encoder_layers": 2},
-        "patchtsmixer": {"norm_mlp": "BatchNorm"},
-        "wav2vec2_conformer": {"num_hidden_layers": 2, "vocab_size": 32},
-        "zoedepth": {"use_batch_norm_in_fusion_residual": True},
-    }
-
-    def names(self) -> list[str]:
-        import transformers
-
-        folder = Path(transformers.__file__).parent / "models"
-        files = [path for path in sorted(folder.glob("*/modeling_*.py")) if "BatchNorm" in path.read_text()]
-        return [f"{path.parent.name}:{name}" for path in files for name in self._classes(path.parent.name, path.stem)]
-
-    def _classes(self, folder: str, stem: str) -> list[str]:
-        from transformers import PreTrainedModel
-
-        try:
-            module = importlib.import_module(f"transformers.models.{folder}.{stem}")
-        except ImportError:  # the package that it needs is not installed
-            return []
-        named = [(name, getattr(module, name, None)) for name in module.__all__]
-        models = [name for name, cls in named if isinstance(cls, type) and issubclass(cls, PreTrainedModel)]
-        return [name for name in models if not name.endswith("PreTrainedModel")]
-
-    def build(self, name: str) -> Architecture:
-        import transformers
-
-        folder, class_name = name.split(":")
-        cls = getattr(transformers, class_name)
-        config = self._config(folder, cls.config_class)
-        return Architecture(cls(config), self._inputs(folder, cls, config))
-
-    def _config(self, folder: str, config_class: Any) -> Any:
-        reason = ""
-        for options in self._options(folder, config_class):
-            try:
-                return config_class(**options)
-            except Exception as error:
-                reason = str(error)
-        raise CouldNotRun(f"no configuration: {reason}")
-
-    def _options(self, folder: str, config_class: Any) -> list[dict[str, Any]]:
-        own = self.own.get(folder, {})
-        defaults = config_class(**own)
-        small = {key: value for key, value in self.small.items() if isinstance(getattr(defaults, key, None), int)}
-        if hasattr(defaults, "use_timm_backbone"):
-            own = {**own, "use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None}
-        return [{**small, **own}, own, {}]
-
-    def _inputs(self, folder: str, cls: Any, config: Any) -> list[Inputs]:
-        main = cls.main_input_name
-        if not isinstance(main, str) or (main not in _MAKERS and folder not in _MAKERS):
-            raise CouldNotRun(f"no inputs are known for {main}")
-        own = folder in _MAKERS and main != "input_ids"
-        return _MAKERS[folder if own else cls.__name__ if cls.__name__ in _MAKERS else main](config)
-
-
-def _pixels(config: Any) -> list[Inputs]:
-    default = getattr(config, "image_size", None)
-    channels = getattr(config, "num_channels", 3)
-    sides = dict.fromkeys((64, 128, default if isinstance(default, int) else 224, 224, 640))
-    return [{"pixel_values": draw(BATCH, channels, side, side)} for side in sides]
-
-
-def _pair(config: Any) -> list[Inputs]:
-    return [{"pixel_values": draw(BATCH, 2, getattr(config, "num_channels", 3), 64, 64)}]
-
-
-def _waves(config: Any) -> list[Inputs]:
-    return [{"input_values": draw(BATCH, length)} for length in (4000, 16000)]
-
-
-def _features(config: Any) -> list[Inputs]:
-    width: int = getattr(config, "num_mel_bins", 0) or getattr(config, "input_dim", 80)
-    return [{"input_features": draw(BATCH, 60, width)}]
-
-
-def _spectrogram(config: Any) -> list[Inputs]:
-    return [{"input_features": draw(BATCH, 1, 1001, 64), "is_longer": torch.zeros(BATCH, 1, dtype=torch.bool)}]
-
-
-def _past(config: Any) -> list[Inputs]:
-    return [{"past_values": draw(BATCH, config.context_length, config.num_input_channels)}]
-
-
-def _tokens(config: Any) -> list[Inputs]:
-    return [{"input_ids": torch.arange(BATCH * 12).view(BATCH, 12) % 23 + 3}]
-
-
-def _spoken(config: Any) -> list[Inputs]:
-    target = {"decoder_input_values": draw(BATCH, 8, 80), "speaker_embeddings": draw(BATCH, 512)}
-    return [{"input_ids": torch.arange(BATCH * 12).view(BATCH, 12) % 23 + 3, **target}]
-
-
-def _series(config: Any) -> list[Inputs]:
-    past, future = config.context_length + max(config.lags_sequence), config.prediction_length
-    return [
-        {
-            "past_values": draw(BATCH, past),
-            "past_time_features": draw(BATCH, past, 1),
-            "past_observed_mask": torch.ones(BATCH, past),
-            "future_values": draw(BATCH, future),
-            "future_time_features": draw(BATCH, future, 1),
-        }
-    ]
-
-
-# By folder, by class, by the name of the main input.
-_MAKERS: dict[str, Callable[[Any], list[Inputs]]] = {
-    "efficientloftr": _pair,
-    "superglue": _pair,
-    "clap": _spectrogram,
-    "informer": _series,
-    "SpeechT5ForTextToSpeech": _spoken,
-    "pixel_values": _pixels,
-    "input_values": _waves,
-    "input_features": _features,
-    "past_values": _past,
-    "input_ids": _tokens,
-}
 
 
 LIBRARIES: dict[str, type[Library]] = {

@@ -48,15 +48,15 @@ def serve(connection: Connection) -> None:
     while (job := connection.recv()) is not None:
         library_name, name, options = job
         try:
-            found = library(library_name)
+            of_name = library(library_name)
         except Exception:
             connection.send(("done", {"outcome": "could_not_run", "reason": traceback.format_exc()[-300:]}))
             continue
-        connection.send(("done", _row(found, name, options, connection)))
+        connection.send(("done", _row(of_name, name, options, connection)))
 
 
-def _row(found: Any, name: str, options: Options, connection: Connection) -> Row:
-    row = trial(lambda: found.build(name), options, lambda stage, row: connection.send(("stage", stage, dict(row))))
+def _row(of_name: Any, name: str, options: Options, connection: Connection) -> Row:
+    row = trial(lambda: of_name.build(name), options, lambda stage, row: connection.send(("stage", stage, dict(row))))
     gc.collect()  # cycles in modules keep hundreds of megabytes alive until the collector runs
     return row
 

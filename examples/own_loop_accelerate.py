@@ -36,9 +36,9 @@ def main() -> int:
                 optimizer.step()
                 optimizer.zero_grad()
     trained = accelerator.unwrap_model(model, keep_fp32_wrapper=False).cpu()
-    found = accuracy(trained, test_images, test_labels)
-    accelerator.print(f"test accuracy {before:.2%} as converted, {found:.2%} trained, of {len(test_labels)} images")
-    return int(found < ENOUGH)
+    reached = accuracy(trained, test_images, test_labels)
+    accelerator.print(f"test accuracy {before:.2%} as converted, {reached:.2%} trained, of {len(test_labels)} images")
+    return int(reached < ENOUGH)
 
 
 if __name__ == "__main__":

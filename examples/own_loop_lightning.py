@@ -54,9 +54,9 @@ def main() -> int:
         enable_model_summary=False,
     )
     trainer.fit(model, loader)
-    found = accuracy(model.network, test_images, test_labels)
-    print(f"test accuracy {found:.2%} of {len(test_labels)} images")
-    return int(found < ENOUGH)
+    reached = accuracy(model.network, test_images, test_labels)
+    print(f"test accuracy {reached:.2%} of {len(test_labels)} images")
+    return int(reached < ENOUGH)
 
 
 if __name__ == "__main__":

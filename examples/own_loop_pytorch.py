@@ -36,9 +36,9 @@ def main() -> int:
             scaler.update()
             schedule.step()
             average.update_parameters(model)
-    found = accuracy(average.module, test_images, test_labels)
-    print(f"test accuracy {found:.2%} of {len(test_labels)} images")
-    return int(found < ENOUGH)
+    reached = accuracy(average.module, test_images, test_labels)
+    print(f"test accuracy {reached:.2%} of {len(test_labels)} images")
+    return int(reached < ENOUGH)
 
 
 if __name__ == "__main__":

@@ -6,31 +6,23 @@
 
 import inspect
 import math
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from normrewrite.errors import NormRewriteError, first_line, possible
-from normrewrite.files import arch
-from normrewrite.outside import count, swells
+from normrewrite.files import arch, images
+from normrewrite.files.arrays import FORMS, Array, arrays_in
+from normrewrite.outside import count
 
-Array = npt.NDArray[Any]
+NO_BATCH = "the data held no batch. Give at least one input."
 _LARGEST = 1 << 30  # numbers of an example input: four gigabytes in fp32
-_MOST_PIXELS = 1 << 25  # of an image: 100 MB as pixels
-_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-_FORMS = (
-    "Give a .npz (arrays named as forward's arguments, or `images`; `labels` optional), a .npy of inputs, "
-    "a folder of images, or module:factory."
-)
 
 
 @dataclass(frozen=True)
@@ -98,7 +90,7 @@ class Data:
         """The first inputs, `size` of them at most, without labels. Raises NormRewriteError where there are none."""
         batch = next(iter(self.batches(size)), None)
         if batch is None:
-            raise NormRewriteError("the data held no batch. Give at least one input.")
+            raise NormRewriteError(NO_BATCH)
         return replace(batch.rows(slice(size)), labels=None)
 
 
@@ -131,10 +123,10 @@ def check_finite(batch: Batch, what: str) -> None:
     """Raises for inputs that are NaN or infinite; says which."""
     for name, values in batch.inputs.items():
         if not torch.isfinite(values).all():
-            rows = ~torch.isfinite(values.reshape(len(values) if values.dim() else 1, -1))
-            bad = rows.any(1).nonzero().flatten()
+            wrong = ~torch.isfinite(values.reshape(len(values) if values.dim() else 1, -1))
+            bad = wrong.any(1).nonzero().flatten()
             raise NormRewriteError(
-                f"{what}: {name}: {len(bad)} of {len(rows)} inputs hold NaN or infinity, the first is number {int(bad[0])}. "
+                f"{what}: {name}: {len(bad)} of {len(wrong)} inputs hold NaN or infinity, the first is number {int(bad[0])}. "
                 "Mend them or take them out."
             )
 
@@ -168,9 +160,7 @@ def open_data(
         return Data(_npz(path, names, mean, std))
     if ":" in source and not path.exists():
         return Data(stream=_Factory(source, first))
-    raise NormRewriteError(
-        f"--data {source}: {'not such data' if path.exists() else 'there is no such file'}. {_FORMS}"
-    )
+    raise NormRewriteError(f"--data {source}: {'not such data' if path.exists() else 'there is no such file'}. {FORMS}")
 
 
 def as_data(source: Tensor | Data | Mapping[str, Tensor] | Iterable[Any], names: Sequence[str]) -> Data:
@@ -199,7 +189,7 @@ def example(shape: str, seed: int = 0) -> Tensor:
 
 
 def _npz(path: Path, names: Sequence[str], mean: Sequence[float] | None, std: Sequence[float] | None) -> Batch:
-    arrays = _arrays(path)
+    arrays = arrays_in(path)
     labels = arrays.pop("labels", None)
     if "images" in arrays and "images" not in names and names:
         if names[0] in arrays:
@@ -216,48 +206,13 @@ def _npz(path: Path, names: Sequence[str], mean: Sequence[float] | None, std: Se
     return _checked(inputs, labels, where)
 
 
-def _arrays(path: Path) -> dict[str, Array]:
-    try:
-        with path.open("rb") as raw:
-            _check_packing(path, raw)
-            file: Any = np.load(raw, allow_pickle=False)
-            arrays = {"images": file} if path.suffix == ".npy" else {name: file[name] for name in file.files}
-    except NormRewriteError:
-        raise
-    except Exception as error:  # numpy, zipfile and zlib have a class of their own for every kind of damage
-        raise NormRewriteError(
-            f"--data {path}: can't be read as {path.suffix} ({first_line(error)}). {_FORMS}"
-        ) from error
-    if not all(isinstance(values, np.ndarray) for values in arrays.values()):
-        raise NormRewriteError(
-            f"--data {path}: can't be read as {path.suffix} (it holds other things than arrays). {_FORMS}"
-        )
-    return arrays
-
-
-def _check_packing(path: Path, raw: IO[bytes]) -> None:
-    """Raises for an archive that unpacks without bound."""
-    if zipfile.is_zipfile(raw):
-        with zipfile.ZipFile(raw) as archive:
-            entries = archive.infolist()
-        _check_size(f"--data {path}", path.stat().st_size, sum(entry.file_size for entry in entries))
-    raw.seek(0)
-
-
-def _check_size(where: str, packed: int, unpacked: int) -> None:
-    if swells(packed, unpacked):
-        raise NormRewriteError(
-            f"{where}: {packed:,} bytes that unpack to {unpacked:,}. If that is your data, save it without compression."
-        )
-
-
 def _checked(inputs: dict[str, Tensor], labels: Any, where: str) -> Batch:
     """A stack of at least one row, with a label a row if any."""
     batch = Batch(inputs, None if labels is None else _labels(labels, where))
-    rows = {len(values) for values in [*inputs.values(), *([] if batch.labels is None else [batch.labels])]}
-    if len(rows) != 1 or 0 in rows:
+    sizes = {len(values) for values in [*inputs.values(), *([] if batch.labels is None else [batch.labels])]}
+    if len(sizes) != 1 or 0 in sizes:
         raise NormRewriteError(
-            f"{where}: arrays of {sorted(rows)} rows. All must have the same number, at least one, labels too; a network whose "
+            f"{where}: arrays of {sorted(sizes)} rows. All must have the same number, at least one, labels too; a network whose "
             "inputs have several lengths takes module:factory, which gives batches."
         )
     return batch
@@ -299,81 +254,15 @@ def _normalised(pixels: Array, where: str, mean: Sequence[float] | None, std: Se
 
 def _folder(folder: Path, name: str, mean: Sequence[float] | None, std: Sequence[float] | None, strict: bool) -> Data:
     """All images below a folder, of one size; subfolders, where all images are in one, are classes in sorted order."""
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _IMAGE_SUFFIXES)
-    if not paths:
-        raise NormRewriteError(
-            f"--data {folder}: no image in the folder ({', '.join(sorted(_IMAGE_SUFFIXES))}). {_FORMS}"
-        )
-    classes = _classes(folder, paths)
-    pixels, skipped = _readable(paths, strict)
+    paths = images.find(folder)
+    classes = images.classes(folder, paths)
+    pixels, skipped = images.read(paths, strict)
     if len({image.shape for image in pixels.values()}) > 1:
         raise NormRewriteError(f"--data {folder}: images of different sizes. Resize them to the network's input first.")
     labels = None if classes is None else np.array([classes[path] for path in pixels])
     where = f"--data {folder}"
     whole = _checked({name: _normalised(np.stack(list(pixels.values())), where, mean, std)}, labels, where)
     return Data(whole, skipped=skipped)
-
-
-def _classes(folder: Path, paths: Sequence[Path]) -> dict[Path, int] | None:
-    """The class of each image by its subfolder, where all are in one."""
-    inside = {path: path.relative_to(folder).parts for path in paths}
-    if any(len(parts) == 1 for parts in inside.values()):
-        return None
-    names = sorted({parts[0] for parts in inside.values()})
-    return {path: names.index(parts[0]) for path, parts in inside.items()}
-
-
-def _readable(paths: Sequence[Path], strict: bool) -> tuple[dict[Path, Array], tuple[str, ...]]:
-    """The images, and the files that are none; the first of these is raised where `strict`, or where no image is left."""
-    pixels: dict[Path, Array] = {}
-    packed = unpacked = 0
-    faults: dict[str, NormRewriteError] = {}
-    for path in paths:
-        try:
-            packed, unpacked = packed + path.stat().st_size, unpacked + _unpacked(path)
-            _check_size(f"--data {path}", packed, unpacked)
-            pixels[path] = _pixels(path)
-        except _Damaged as error:
-            faults[str(path)] = error
-    if faults and (strict or not pixels):
-        raise next(iter(faults.values()))
-    return pixels, tuple(faults)
-
-
-class _Damaged(NormRewriteError):
-    """An image that can't be read."""
-
-
-def _pixels(path: Path) -> Array:
-    with _image(path) as image:
-        return np.asarray(image.convert("RGB"))
-
-
-def _unpacked(path: Path) -> int:
-    """Bytes of an image as pixels, by its head alone."""
-    with _image(path) as image:
-        if image.width * image.height > _MOST_PIXELS:
-            raise _Damaged(
-                f"--data {path}: can't be read as an image (of {image.width} x {image.height} pixels). Give smaller ones."
-            )
-        return 3 * int(image.width * image.height)
-
-
-@contextmanager
-def _image(path: Path) -> Iterator[Any]:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise NormRewriteError("a folder of images needs Pillow: pip install normrewrite[images]") from error
-    if not path.is_file():
-        raise _Damaged(f"--data {path}: can't be read as an image (it is no file).")
-    try:
-        with Image.open(path) as image:
-            yield image
-    except NormRewriteError:
-        raise
-    except Exception as error:  # Pillow's readers raise whatever a damaged file leads them to
-        raise _Damaged(f"--data {path}: can't be read as an image ({first_line(error)}).") from error
 
 
 @dataclass(frozen=True)
@@ -388,7 +277,7 @@ class _Factory:
         where = f"--data {self.source}"
         try:
             with arch.search_path(self.source):
-                batches: Any = arch.find(self.source, "--data", _FORMS)()
+                batches: Any = arch.find(self.source, "--data", FORMS)()
                 for item in batches:
                     yield _batch(item, self.first, where)
         except NormRewriteError:

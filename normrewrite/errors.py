@@ -1,7 +1,7 @@
 """The one exception: it says where, what was found, what was needed and what to do, and carries an exit code."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 
@@ -27,6 +27,11 @@ def nearest(found: str, known: Iterable[str]) -> str:
 def first_line(error: BaseException) -> str:
     """An error on one line, for a message that quotes it."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+def some(names: Sequence[str], most: int) -> str:
+    """The first of many names on one line: `bn1, bn2, ...`."""
+    return f"{', '.join(names[:most])}{', ...' if len(names) > most else ''}"
 
 
 def possible(path: Path, what: str = "") -> None:

@@ -153,8 +153,8 @@ def dtype_of(model: nn.Module) -> torch.dtype | None:
     """What a model is to be given: the one dtype of all floating parameters of its layers of torch's kinds; None where there
     are several, or none, as a module with parameters of its own alone may well cast."""
     layers = [module for module in model.modules() if any(map(_of_torch, type(module).__mro__))]
-    found = {p.dtype for layer in layers for p in layer.parameters(recurse=False) if p.is_floating_point()}
-    return found.pop() if len(found) == 1 else None
+    dtypes = {p.dtype for layer in layers for p in layer.parameters(recurse=False) if p.is_floating_point()}
+    return dtypes.pop() if len(dtypes) == 1 else None
 
 
 def _of_torch(kind: type) -> bool:
@@ -181,8 +181,7 @@ _FLOATS = {"tensor(float16)": np.float16, "tensor(float)": np.float32, "tensor(d
 
 
 def _onnx_runner(path: Path, of: Callable[[object], dict[str, Any]]) -> Callable[[Batch], dict[str, Any]]:
-    if not path.is_file():
-        raise NormRewriteError(f"{path}: there is no such file.")
+    onnx_file.require_file(path)
     open_ended = onnx_file.has_open_loops(path)
     session = _session(path)
     wanted = {node.name: node.type for node in session.get_inputs()}

@@ -12,8 +12,8 @@ from normrewrite.sites import Site
 
 def parameters_of(*modules: nn.Module | Site | None) -> list[Parameter]:
     """The parameters of the modules in order; without those of a norm's origin, which has none."""
-    found = [module.module if isinstance(module, Site) else module for module in modules]
-    return [parameter for module in found if module is not None for parameter in module.parameters()]
+    owners = [module.module if isinstance(module, Site) else module for module in modules]
+    return [parameter for module in owners if module is not None for parameter in module.parameters()]
 
 
 def inherited(old: list[Parameter], new: list[Parameter]) -> dict[int, list[Parameter]]:

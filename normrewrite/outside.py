@@ -34,7 +34,7 @@ def count(text: str) -> int | None:
 
 def visible(text: str) -> str:
     """A text with every character that acts on a terminal written out; lines and tabs stay."""
-    return _UNSEEN.sub(lambda found: ascii(found[0])[1:-1], text)
+    return _UNSEEN.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def swells(packed: int, unpacked: int) -> bool:

@@ -89,16 +89,16 @@ class _ByReference:
     def _follow(self, reference: Reference) -> None:
         for weight in self.weights:
             if weight.name not in reference or reference[weight.name].shape[1:] != (weight.blocks,):
-                found = tuple(reference[weight.name].shape) if weight.name in reference else "none"
+                shape = tuple(reference[weight.name].shape) if weight.name in reference else "none"
                 raise NormRewriteError(
-                    f"{weight.name}: reference norms are (epochs, {weight.blocks}), got {found}. Record them by NormRecord "
+                    f"{weight.name}: reference norms are (epochs, {weight.blocks}), got {shape}. Record them by NormRecord "
                     "on the same network."
                 )
         self._reference = {weight.name: reference[weight.name].clone() for weight in self.weights}
 
     def _wanted(self, weight: InvariantWeight) -> Tensor:
-        rows = self._reference[weight.name]
-        norms: Tensor = rows[min(self.epoch, len(rows) - 1)]
+        by_epoch = self._reference[weight.name]
+        norms: Tensor = by_epoch[min(self.epoch, len(by_epoch) - 1)]
         return norms.to(weight.parameter.device)
 
     def _before(self) -> None:

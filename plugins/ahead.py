@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from normrewrite.errors import NormRewriteError
-from normrewrite.plugins.spec import Given, Op
+from normrewrite.plugins.spec import Op, Values
 
 PTX = 87  # the version asked for, 8.7: the least that knows sm_120, so that older drivers take it
 _ENTRY = re.compile(r"(\.entry \w+\()(.*?)(\n\))", re.DOTALL)
@@ -33,7 +33,7 @@ class Kernel:
     groups: int
 
 
-def kernel(op: Op, given: Given, shape: Sequence[int], dtype: str, capability: int) -> Kernel:
+def kernel(op: Op, values: Values, shape: Sequence[int], dtype: str, capability: int) -> Kernel:
     """The operator with these attributes on x of (B, G, K, S); B is what the kernel is tuned for, and may be another.
 
     Raises NormRewriteError where one launch can't do it, by name.
@@ -43,18 +43,18 @@ def kernel(op: Op, given: Given, shape: Sequence[int], dtype: str, capability: i
     x = torch.empty(tuple(shape), dtype=getattr(torch, dtype), device="meta")
     parameter = torch.empty(x.shape[1:3], dtype=torch.float32 if op.int8 else x.dtype, device="meta")
     try:
-        launch = once(x, parameter, parameter, op.row(given), given["eps"], bool(given["centred"]))
+        launch = once(x, parameter, parameter, op.row(values), values["eps"], bool(values["centred"]))
     except NormRewriteError as error:
         raise NormRewriteError(f"{op.name} ahead of time: {error}") from error
     made = compiled(launch, capability, PTX)
-    told = made.metadata
-    if told.global_scratch_size or told.profile_scratch_size:
+    metadata = made.metadata
+    if metadata.global_scratch_size or metadata.profile_scratch_size:
         raise NormRewriteError(
             f"{op.name} ahead of time: the kernel wants scratch memory, which an engine can't give it."
         )
     numbers = launch.arguments
     ptx = without_scratch(made.asm["ptx"])
-    return Kernel(told.name, ptx, 32 * launch.warps, told.shared, numbers["ROWS"], numbers["GROUPS"])
+    return Kernel(metadata.name, ptx, 32 * launch.warps, metadata.shared, numbers["ROWS"], numbers["GROUPS"])
 
 
 def without_scratch(ptx: str) -> str:
@@ -66,5 +66,5 @@ def without_scratch(ptx: str) -> str:
         raise NormRewriteError(
             f"this Triton passes other hidden arguments ({len(hidden)}) than is known; 3.6 passes two."
         )
-    kept = ",".join(parameters[:_PARAMETERS])
-    return ptx[: entry.start(2)] + kept + ptx[entry.end(2) :]
+    remaining = ",".join(parameters[:_PARAMETERS])
+    return ptx[: entry.start(2)] + remaining + ptx[entry.end(2) :]

@@ -71,7 +71,7 @@ def strides(shape: Sequence[int], multiple: int = 0) -> tuple[int, ...]:
     if multiple:
         order.append(order.pop(1))
         sizes[1] = math.ceil(shape[1] / multiple) * multiple
-    found, step = [0] * len(shape), 1
+    laid_out, step = [0] * len(shape), 1
     for axis in reversed(order):
-        found[axis], step = step, step * sizes[axis]
-    return tuple(found)
+        laid_out[axis], step = step, step * sizes[axis]
+    return tuple(laid_out)

@@ -47,9 +47,9 @@ _KEPT = ("mean_ptr", "spread_ptr", "indices_ptr", "signs_ptr")  # what row_forwa
 def launches(row: Metric, eps: float, centred: bool, x: Tensor) -> list[Launch]:
     """What the library launches for a norm of x: (B, G, K, S), on the meta device, linear or channels-last."""
     weight = torch.empty(x.shape[1:3], dtype=torch.float32 if x.dtype is torch.int8 else x.dtype, device=x.device)
-    with using(FIXED), recorded() as found:
+    with using(FIXED), recorded() as launched:
         launching.forward(x, None, weight, weight, row, "exact", eps, sample=True, centred=centred)
-    return [_y_alone(each) for each in found]
+    return [_y_alone(each) for each in launched]
 
 
 def _y_alone(launch: Launch) -> Launch:
@@ -62,12 +62,12 @@ def _y_alone(launch: Launch) -> Launch:
 @cache
 def recorded_kernels(dtypes: tuple[str, ...], operators: tuple[str, ...]) -> dict[str, Launch]:
     """By its key, one launch of every kernel that norms of these dtypes by these operators need, whatever their sizes."""
-    found: dict[str, Launch] = {}
+    by_key: dict[str, Launch] = {}
     for x in (x for dtype in dtypes for x in _samples(dtype)):
         for row in (row for name in operators for row in _rows(OPS[name]) if _dtype(x) in OPS[name].dtypes):
             for centred in (True, False) if _fits(x, row) else ():
-                found |= {key(each): each for each in launches(row, 1e-5, centred, x)}
-    return found
+                by_key |= {key(each): each for each in launches(row, 1e-5, centred, x)}
+    return by_key
 
 
 def _fits(x: Tensor, row: Metric) -> bool:
@@ -107,8 +107,8 @@ def _dtype(x: Tensor) -> str:
 
 
 def _constants(launch: Launch) -> list[str]:
-    told = [(p.name, launch.arguments.get(p.name, p.default)) for p in launch.kernel.params if p.is_constexpr]
-    return [f"{name}={int(value) if isinstance(value, bool) else value}" for name, value in told]
+    values = [(p.name, launch.arguments.get(p.name, p.default)) for p in launch.kernel.params if p.is_constexpr]
+    return [f"{name}={int(value) if isinstance(value, bool) else value}" for name, value in values]
 
 
 # --- compiled, and written -------------------------------------------------------------------------------------------
@@ -139,28 +139,28 @@ def compiled_kernel(name: str, launch: Launch, capabilities: Sequence[int]) -> K
         with knobs.compilation.scope():
             knobs.compilation.disable_line_info = True  # two fifths of the text
             made = compiled(launch, capability, PTX if capability == LEAST else None)
-        told = made.metadata
-        if told.global_scratch_size or told.profile_scratch_size:
+        metadata = made.metadata
+        if metadata.global_scratch_size or metadata.profile_scratch_size:
             raise NormRewriteError(f"{name}: the compiled kernel wants scratch memory, which nothing gives it.")
         codes[capability] = made.asm["ptx"].encode() + b"\0" if capability == LEAST else made.asm["cubin"]
-    return Kernel(name, told.name, 32 * launch.warps, told.shared, arguments(launch), codes)
+    return Kernel(name, metadata.name, 32 * launch.warps, metadata.shared, arguments(launch), codes)
 
 
 def write(kernels: Iterable[Kernel], folder: Path) -> None:
     """kernels.bin and tables.cpp, of which plugins/cpp/CMakeLists.txt makes a library."""
     kernels = sorted(kernels, key=lambda kernel: kernel.key)
-    blob, rows = bytearray(), []
+    blob, lines = bytearray(), []
     for kernel in kernels:
         codes = []
         for capability, code in sorted(kernel.codes.items()):
             blob += b"\0" * (-len(blob) % 64)
             codes.append(f"{{{capability}, {_bool(capability == LEAST)}, {len(blob)}}}")
             blob += code
-        told = ", ".join(json.dumps(text) for text in (kernel.key, kernel.entry, kernel.arguments))
-        rows.append(f"    {{{told}, {kernel.threads}, {kernel.shared}, {{{', '.join(codes)}}}}},")
+        texts = ", ".join(json.dumps(text) for text in (kernel.key, kernel.entry, kernel.arguments))
+        lines.append(f"    {{{texts}, {kernel.threads}, {kernel.shared}, {{{', '.join(codes)}}}}},")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "kernels.bin").write_bytes(blob)
-    (folder / "tables.cpp").write_text(_TABLES.format(kernels="\n".join(rows), **_constants_of_tables()))
+    (folder / "tables.cpp").write_text(_TABLES.format(kernels="\n".join(lines), **_constants_of_tables()))
 
 
 _TABLES = """// Made by normrewrite.plugins.embedded: operators and sizes as Python defines them, and the compiled kernels.
@@ -218,7 +218,7 @@ def _attribute(attribute: Any) -> str:
         str(limit) if abs(limit) < float("inf") else f"{'-' * (limit < 0)}INFINITY"
         for limit in (bounds.least, bounds.most)
     ]
-    told = [
+    parts = [
         json.dumps(attribute.name),
         _bool(attribute.kind == "int"),
         *limits,
@@ -226,7 +226,7 @@ def _attribute(attribute: Any) -> str:
         json.dumps(bounds.words),
     ]
     values = default if attribute.kind == "floats" else [default]
-    return f"{{{', '.join(told)}, {_list(repr(value) for value in values)}}}"
+    return f"{{{', '.join(parts)}, {_list(repr(value) for value in values)}}}"
 
 
 def _list(values: Iterable[Any]) -> str:
@@ -261,11 +261,11 @@ def _compiled(dtypes: tuple[str, ...], operators: tuple[str, ...], capabilities:
 def _asked(option: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
     if text == "all":
         return tuple(known)
-    given = tuple(each.strip() for each in text.split(","))
-    for each in given:
-        if each not in known:
-            raise click.BadParameter(f"{each!r} is unknown. Known: {', '.join(known)}.", param_hint=option)
-    return given
+    names = tuple(name.strip() for name in text.split(","))
+    for name in names:
+        if name not in known:
+            raise click.BadParameter(f"{name!r} is unknown. Known: {', '.join(known)}.", param_hint=option)
+    return names
 
 
 if __name__ == "__main__":

@@ -42,15 +42,15 @@ def _described(quick: Any, op: Op) -> Callable[..., Any]:
 def _implemented(quick: Any, op: Op, capability: int) -> Callable[..., Any]:
     """What gives the kernel, how it is launched, and its further argument."""
 
-    def implement(x: Any, weight: Any, bias: Any, *values: Any) -> tuple[str, str, Any, Any]:
-        named = {attribute.name: value for attribute, value in zip(op.attributes, values, strict=False)}
+    def implement(x: Any, weight: Any, bias: Any, *numbers: Any) -> tuple[str, str, Any, Any]:
+        named = {attribute.name: value for attribute, value in zip(op.attributes, numbers, strict=False)}
         shapes, dtypes = [tuple(t.shape) for t in (x, weight, bias)], [_dtype(t) for t in (x, weight, bias)]
-        given = op.parse(named)
-        problem = op.why_not(shapes, dtypes, given) or _open_n(shapes[0])
+        values = op.parse(named)
+        problem = op.why_not(shapes, dtypes, values) or _open_n(shapes[0])
         if problem:
             raise NormRewriteError(f"{op.name} ahead of time {problem}.")
         tuned_for = x.shape.opt if x.shape.is_dynamic else shapes[0]
-        one = ahead.kernel(op, given, tuned_for, dtypes[0], capability)
+        one = ahead.kernel(op, values, tuned_for, dtypes[0], capability)
         samples = x.shape_expr[0]
         launch = quick.KernelLaunchParams()
         launch.grid_x = quick.cdiv(samples, one.rows) * one.groups

@@ -32,11 +32,11 @@ class Runtime:
 
     def environment(self, folder: Path) -> dict[str, str]:
         """Where its parser finds the library under the name it looks for: a link in `folder`, nothing in site-packages."""
-        found = find_spec(self.libs) if self.link else None
-        if self.link is None or found is None or not found.submodule_search_locations:
+        spec = find_spec(self.libs) if self.link else None
+        if self.link is None or spec is None or not spec.submodule_search_locations:
             return dict(os.environ)
         present, wanted = self.link
-        library = Path(next(iter(found.submodule_search_locations))) / present
+        library = Path(next(iter(spec.submodule_search_locations))) / present
         if library.is_file():
             (folder / wanted).symlink_to(library)
         paths = [str(folder), os.environ.get("LD_LIBRARY_PATH", "")]

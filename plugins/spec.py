@@ -1,11 +1,11 @@
 """One spec an operator: what its node takes and gives, its attributes with types and ranges, and its reference.
 
 >>> op = OPS["NormRewriteTop"]
->>> given = op.parse({"count": 10, "percent": 0.0, "reads": [1.9, 0, 0, 0, 0], "eps": 1e-5, "centred": 1})
->>> y = op.reference(x, weight, bias, given)              # x: (B, G, K, S); weight, bias: (G, K, 1); float64
+>>> values = op.parse({"count": 10, "percent": 0.0, "reads": [1.9, 0, 0, 0, 0], "eps": 1e-5, "centred": 1})
+>>> y = op.reference(x, weight, bias, values)             # x: (B, G, K, S); weight, bias: (G, K, 1); float64
 
 Nothing is stated twice: operators follow from the rows of norms.METRICS, names, types and defaults of attributes from the
-operator's body in backends/onnx.py, ranges from the table there. Lowerings to plugins are functions of these specs.
+operator's body in backends/onnx.py, ranges from the table there. Plugins are made from these specs alone.
 """
 
 import math
@@ -28,7 +28,7 @@ RANKS = (4, 3, 3)  # of the inputs: (B, G, K, S), (G, K, 1), (G, K, 1)
 DTYPES = ("float32", "float16")  # of all of them alike, and of y
 INT8 = ("int8", "float32", "float32")  # of an operator for int8, whose y is int8, too
 Kind = Literal["int", "float", "floats"]
-Given = Mapping[str, Any]
+Values = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,10 @@ class Op:
         """Those of the table that it computes."""
         return [row.name for row in METRICS.values() if nodes.operator(row) == self.name.removesuffix(nodes.INT8)]
 
-    def parse(self, given: Given, where: str = "") -> dict[str, Any]:
+    def parse(self, values: Values, where: str = "") -> dict[str, Any]:
         """All attributes in order, defaults for those that are missing. Raises NormRewriteError out of a range."""
         where = where or self.name
-        parsed = {a.name: a.parse(given.get(a.name, a.default), where) for a in self.attributes}
+        parsed = {a.name: a.parse(values.get(a.name, a.default), where) for a in self.attributes}
         if parsed.get("count") and parsed.get("percent"):
             raise NormRewriteError(
                 f"{where}: count {parsed['count']} and percent {parsed['percent']:g} exclude each other."
@@ -84,37 +84,37 @@ class Op:
             )
         return parsed
 
-    def row(self, given: Given) -> Metric:
+    def row(self, values: Values) -> Metric:
         """The row of the table that a node describes; its C(n) is the node's `reads`."""
 
         def gain(n: int, k: int) -> float:
             t = nodes.variable(self.base, n)
-            read = math.fsum(value * t**power for power, value in enumerate(given["reads"]))
+            read = math.fsum(value * t**power for power, value in enumerate(values["reads"]))
             if read <= 0:
                 raise NormRewriteError(
                     f"{self.name}: attribute reads gives {read:g} for {n} elements, and must be above 0."
                 )
             return 1 / read
 
-        row = replace(self.base, exact=gain, paper=gain, power=int(given.get("power", 1)))
+        row = replace(self.base, exact=gain, paper=gain, power=int(values.get("power", 1)))
         if self.base.family != "top":
             return row
-        if given["percent"]:
-            return replace(row, count=None, percent=given["percent"])
-        return replace(row, count=max(1, given["count"]), percent=None)
+        if values["percent"]:
+            return replace(row, count=None, percent=values["percent"])
+        return replace(row, count=max(1, values["count"]), percent=None)
 
     def reference(
-        self, x: npt.NDArray[Any], weight: npt.NDArray[Any], bias: npt.NDArray[Any], given: Given
+        self, x: npt.NDArray[Any], weight: npt.NDArray[Any], bias: npt.NDArray[Any], values: Values
     ) -> npt.NDArray[Any]:
         """y: (B, G, K, S), float64; whole numbers where it is int8."""
-        weight, bias = (values.reshape(x.shape[1:3]) for values in (weight, bias))
-        centred = bool(given["centred"])
-        y = reference.row_norm(x, self.row(given), weight, bias, given["eps"], centred=centred)[0]
+        weight, bias = (parameter.reshape(x.shape[1:3]) for parameter in (weight, bias))
+        centred = bool(values["centred"])
+        y = reference.row_norm(x, self.row(values), weight, bias, values["eps"], centred=centred)[0]
         return np.clip(np.round(y), -128, 127) if self.int8 else y
 
-    def why_not(self, shapes: Sequence[Sequence[int]], dtypes: Sequence[str], given: Given) -> str | None:
+    def why_not(self, shapes: Sequence[Sequence[int]], dtypes: Sequence[str], values: Values) -> str | None:
         """Why a node can't take inputs of these shapes (-1: open) and dtypes, or None."""
-        return self.why_not_dtypes(dtypes) or self._why_not_ranks(shapes) or self._too_few(shapes[0], given)
+        return self.why_not_dtypes(dtypes) or self._why_not_ranks(shapes) or self._too_few(shapes[0], values)
 
     def why_not_dtypes(self, dtypes: Sequence[str]) -> str | None:
         """The same of the dtypes alone, which are known first."""
@@ -139,8 +139,8 @@ class Op:
                 return f"takes {name} {'×'.join(map(str, wanted))}, got {'×'.join(map(str, shape))}"
         return None
 
-    def _too_few(self, shape: Sequence[int], given: Given) -> str | None:
-        n, row = shape[2] * shape[3], self.row(given)
+    def _too_few(self, shape: Sequence[int], values: Values) -> str | None:
+        n, row = shape[2] * shape[3], self.row(values)
         least = max(2, (row.count or 2) if row.family == "top" else 2)
         return f"needs {least} elements that share statistics, got {n}" if -1 not in shape[2:] and n < least else None
 
@@ -156,10 +156,10 @@ def _attributes(name: str) -> list[Attribute]:
     import onnx
 
     kinds: dict[int, Kind] = {1: "float", 2: "int", 6: "floats"}  # onnx.AttributeProto's FLOAT, INT, FLOATS
-    declared = [given for given in nodes.body(name, 20).attribute_proto if given.name in nodes.RANGES]
-    values = {given.name: onnx.helper.get_attribute_value(given) for given in declared}
+    declared = [proto for proto in nodes.body(name, 20).attribute_proto if proto.name in nodes.RANGES]
+    values = {proto.name: onnx.helper.get_attribute_value(proto) for proto in declared}
     return [
-        Attribute(given.name, kinds[given.type], values[given.name], nodes.RANGES[given.name]) for given in declared
+        Attribute(proto.name, kinds[proto.type], values[proto.name], nodes.RANGES[proto.name]) for proto in declared
     ]
 
 

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from normrewrite.errors import NormRewriteError
+from normrewrite.norms import Metric
 from normrewrite.plugins import compute as memory
-from normrewrite.plugins.spec import DTYPES, INPUTS, INT8, NAMESPACE, RANKS, VERSION, Attribute, Given, Op
+from normrewrite.plugins.spec import DTYPES, INPUTS, INT8, NAMESPACE, RANKS, VERSION, Attribute, Op, Values
 
 _NAMES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT8": "int8"}
 _MULTIPLES = {"LINEAR": 0, "HWC": 1, "HWC8": 8}  # of channels, see compute.strides
@@ -37,12 +38,12 @@ def creator(trt: Any, op: Op) -> Any:
 
         def create_plugin(self, name: str, fields: Any, _phase: Any) -> Any:
             try:
-                given = op.parse({field.name: field.data for field in fields}, f"node {name or op.name}")
+                values = op.parse({field.name: field.data for field in fields}, f"node {name or op.name}")
             except NormRewriteError as error:
                 problems.append(str(error))
                 return None
-            self.made[name] = given
-            return plugin(given, name)
+            self.made[name] = values
+            return plugin(values, name)
 
     return Creator()
 
@@ -51,81 +52,94 @@ def _plugin(trt: Any, op: Op, problems: list[str]) -> Any:
     """The class of the operator's plugins. problems: where what one has against its inputs is noted."""
     bases = trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime
 
-    class Plugin(*bases):  # type: ignore[misc]
-        def __init__(self, given: Given, name: str) -> None:
+    class Plugin(_Methods, *bases):  # type: ignore[misc]
+        def __init__(self, values: Values, name: str) -> None:
             for base in bases:
                 base.__init__(self)
             self.plugin_name, self.plugin_namespace, self.plugin_version = op.name, NAMESPACE, VERSION
             self.num_outputs = 1
-            self.op, self.given, self.node, self.row = op, given, name, op.row(given)
-
-        def get_capability_interface(self, _kind: Any) -> Any:
-            return self
-
-        def clone(self) -> Any:
-            copied = Plugin(self.given, self.node)
-            copied.__dict__.update(self.__dict__)
-            return copied
-
-        # --- while an engine is built ---
-
-        def get_output_data_types(self, types: Sequence[Any]) -> list[Any]:
-            self._refuse(op.why_not_dtypes([_dtype(each) for each in types]))
-            return [types[0]]
-
-        def get_output_shapes(self, inputs: Sequence[Any], _shape_inputs: Any, _expressions: Any) -> list[Any]:
-            shape = trt.DimsExprs(len(inputs[0]))
-            for axis in range(len(inputs[0])):
-                shape[axis] = inputs[0][axis]
-            return [shape]
-
-        def supports_format_combination(self, place: int, tensors: Sequence[Any], _inputs: int) -> bool:
-            described = [tensor.desc for tensor in tensors]
-            return supported(place, described[: place + 1])
-
-        def configure_plugin(self, inputs: Sequence[Any], _outputs: Sequence[Any]) -> None:
-            self._check([tensor.desc for tensor in inputs])
-
-        def get_valid_tactics(self) -> list[int]:
-            return []
-
-        def get_fields_to_serialize(self) -> Any:
-            return trt.PluginFieldCollection([_field(trt, a, self.given[a.name]) for a in op.attributes])
-
-        # --- while it runs ---
-
-        def attach_to_context(self, _context: Any) -> Any:
-            return self.clone()
-
-        def set_tactic(self, _tactic: int) -> None:
-            pass
-
-        def on_shape_change(self, inputs: Sequence[Any], _outputs: Sequence[Any]) -> None:
-            self._check(inputs)
-
-        def enqueue(
-            self,
-            inputs: Sequence[Any],
-            outputs: Sequence[Any],
-            sources: Any,
-            targets: Any,
-            _workspace: int,
-            stream: int,
-        ) -> None:
-            with memory.on_stream(stream):
-                x, weight, bias = (_tensor(*pair) for pair in zip(sources, inputs, strict=True))
-                memory.compute(self.row, self.given, x, weight, bias, _tensor(targets[0], outputs[0]))
-
-        def _check(self, inputs: Sequence[Any]) -> None:
-            dtypes = [_dtype(tensor.type) for tensor in inputs]
-            self._refuse(op.why_not([tuple(tensor.dims) for tensor in inputs], dtypes, self.given))
-
-        def _refuse(self, problem: str | None) -> None:
-            if problem:
-                problems.append(f"node {self.node or op.name} {problem}.")
-                raise NormRewriteError(problems[-1])
+            self.trt, self.op, self.problems = trt, op, problems
+            self.values, self.node, self.row = values, name, op.row(values)
 
     return Plugin
+
+
+class _Methods:
+    """What TensorRT asks of a plugin."""
+
+    trt: Any
+    op: Op
+    values: Values
+    node: str
+    row: Metric
+    problems: list[str]
+
+    def get_capability_interface(self, _kind: Any) -> Any:
+        return self
+
+    def clone(self) -> Any:
+        kind: Any = type(self)
+        copied = kind(self.values, self.node)
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+    # --- while an engine is built ---
+
+    def get_output_data_types(self, types: Sequence[Any]) -> list[Any]:
+        self._refuse(self.op.why_not_dtypes([_dtype(each) for each in types]))
+        return [types[0]]
+
+    def get_output_shapes(self, inputs: Sequence[Any], _shape_inputs: Any, _expressions: Any) -> list[Any]:
+        shape = self.trt.DimsExprs(len(inputs[0]))
+        for axis in range(len(inputs[0])):
+            shape[axis] = inputs[0][axis]
+        return [shape]
+
+    def supports_format_combination(self, place: int, tensors: Sequence[Any], _inputs: int) -> bool:
+        described = [tensor.desc for tensor in tensors]
+        return supported(place, described[: place + 1])
+
+    def configure_plugin(self, inputs: Sequence[Any], _outputs: Sequence[Any]) -> None:
+        self._check([tensor.desc for tensor in inputs])
+
+    def get_valid_tactics(self) -> list[int]:
+        return []
+
+    def get_fields_to_serialize(self) -> Any:
+        return self.trt.PluginFieldCollection([_field(self.trt, a, self.values[a.name]) for a in self.op.attributes])
+
+    # --- while it runs ---
+
+    def attach_to_context(self, _context: Any) -> Any:
+        return self.clone()
+
+    def set_tactic(self, _tactic: int) -> None:
+        pass
+
+    def on_shape_change(self, inputs: Sequence[Any], _outputs: Sequence[Any]) -> None:
+        self._check(inputs)
+
+    def enqueue(
+        self,
+        inputs: Sequence[Any],
+        outputs: Sequence[Any],
+        sources: Any,
+        targets: Any,
+        _workspace: int,
+        stream: int,
+    ) -> None:
+        with memory.on_stream(stream):
+            x, weight, bias = (_tensor(*pair) for pair in zip(sources, inputs, strict=True))
+            memory.compute(self.row, self.values, x, weight, bias, _tensor(targets[0], outputs[0]))
+
+    def _check(self, inputs: Sequence[Any]) -> None:
+        dtypes = [_dtype(tensor.type) for tensor in inputs]
+        self._refuse(self.op.why_not([tuple(tensor.dims) for tensor in inputs], dtypes, self.values))
+
+    def _refuse(self, problem: str | None) -> None:
+        if problem:
+            self.problems.append(f"node {self.node or self.op.name} {problem}.")
+            raise NormRewriteError(self.problems[-1])
 
 
 def supported(place: int, described: Sequence[Any]) -> bool:

@@ -608,7 +608,7 @@ def test_images_that_unpack_without_bound_are_refused(folder: Path, monkeypatch:
     monkeypatch.setattr(outside, "UNPACKED", 1 << 21)
     with pytest.raises(NormRewriteError, match=r"images/b\.png: [\d,]+ bytes that unpack to 2,160,000"):
         opened()
-    monkeypatch.setattr("normrewrite.data._MOST_PIXELS", 600 * 599)
+    monkeypatch.setattr("normrewrite.files.images._MOST_PIXELS", 600 * 599)
     with pytest.raises(NormRewriteError, match=r"images/a\.png: can't be read as an image \(of 600 x 600 pixels\)"):
         opened()
 

@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="triton is not installed: pip install normr
 
 import normrewrite as nr
 from benchmarks import gpu_norms, gpu_traffic, right
-from benchmarks.gpu_norms import SPECS, case, goals, lines, plot, told
+from benchmarks.gpu_norms import SPECS, case, goals, lines, plot, summary
 from benchmarks.gpu_traffic import NATIVE, RESNET50, Norms, batch_launches, moved, passes, row_launches, table
 from benchmarks.networks import resnet50
 from normrewrite.backends.kernels import kernels
@@ -95,7 +95,7 @@ def test_report_and_goals() -> None:
 
 def test_layer_norms_and_the_step_are_judged_and_what_is_missing_is_named() -> None:
     layers = [{"shape": (64, 8), "ms": {"native": 3.0, "compiled": 2.0, "l1": 2.5}, "floor ms": {"l1": 1.0}}]
-    shown = told(
+    shown = summary(
         _result(**{"layer norm": layers, "step": {"native": 100.0, "l1": 90.0}, "left out": ["x at batch 64"]})
     )
     for line in (

@@ -123,7 +123,7 @@ def test_what_has_a_result_is_not_run_again(tmp_path: Path, monkeypatch: pytest.
     for _ in range(2):
         for _, run in results.missing(arms):
             carry_out(run, machine, results)
-    assert len(done) == 4 and len(results.found(arms)["l1"]) == 2
+    assert len(done) == 4 and len(results.by_arm(arms)["l1"]) == 2
     path = results.folder / done[3].file
     assert json.loads(path.read_text())["loss"] is None and json.loads(path.read_text())["stamp"]["torch"]
     path.rename(path.with_name(f"{path.name}.part"))  # as a run that was killed while it wrote

@@ -60,10 +60,10 @@ def rows(result: dict[str, Any]) -> Iterator[list[str]]:
         yield [name, *numbers, f"{of['seconds']:.1f}", f"{of['bytes'] / 1e6:.0f}"]
 
 
-def summary(found: list[Verdict]) -> dict[str, Any]:
-    by_kind = {name: [each for each in found if each.kind == name] for name in KINDS}
+def summary(verdicts: list[Verdict]) -> dict[str, Any]:
+    by_kind = {name: [each for each in verdicts if each.kind == name] for name in KINDS}
     return {
-        "inputs": len(found),
+        "inputs": len(verdicts),
         "limits": {"seconds": LIMIT, "bytes": MEMORY},
         "kinds": {
             name: {
@@ -84,7 +84,7 @@ def summary(found: list[Verdict]) -> dict[str, Any]:
                 "faults": each.faults,
                 "said": each.message[:300],
             }
-            for each in found
+            for each in verdicts
             if each.faults
         ],
     }
@@ -101,11 +101,11 @@ def main() -> None:
     options = parser.parse_args()
     seeds = options.only or list(range(options.first, options.first + options.inputs))
     seeds = [seed for seed in seeds if kind_of(Random(seed)) not in options.without]
-    found = []
+    verdicts = []
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("inputs", total=len(seeds))
         for verdict in run(seeds, options.workers):
-            found.append(verdict)
+            verdicts.append(verdict)
             progress.advance(task)
             if options.show or verdict.faults or verdict.code == UNFORESEEN:
                 print(f"{verdict.seed} {verdict.kind}: normrewrite {' '.join(verdict.words)!r:.300}")
@@ -113,11 +113,11 @@ def main() -> None:
                     f"  code {verdict.code}, {verdict.seconds:.1f} s; {'; '.join(verdict.faults) or 'as it should be'}"
                 )
                 print(f"  {verdict.output if options.show else verdict.message[:300]}", flush=True)
-    result = summary(found)
+    result = summary(verdicts)
     print(markdown(HEAD, list(rows(result))))
     if not options.only:
         print(f"wrote {write('fuzz', result, 'onnx', 'onnxruntime', 'safetensors')}")
-    sys.exit(any(verdict.faults for verdict in found))
+    sys.exit(any(verdict.faults for verdict in verdicts))
 
 
 if __name__ == "__main__":

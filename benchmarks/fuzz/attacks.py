@@ -203,10 +203,10 @@ def constructions() -> list[Any]:
 def _doubled(times: int) -> Any:
     import _codecs
 
-    found: Any = "x" * 1000
+    text: Any = "x" * 1000
     for _ in range(times):
-        found = Call(_codecs.encode, found, "hex")
-    return found
+        text = Call(_codecs.encode, text, "hex")
+    return text
 
 
 def constructors(random: Random, folder: Path) -> list[str]:

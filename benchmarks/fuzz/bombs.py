@@ -18,24 +18,24 @@ from benchmarks.fuzz.inputs import ARCH, SHAPE, reading
 
 def knot(times: int = 40) -> Any:
     """Lists of two of the list before: few in memory, without end for who goes through them."""
-    found: Any = []
+    knotted: Any = []
     for _ in range(times):
-        found = [found, found]
-    return found
+        knotted = [knotted, knotted]
+    return knotted
 
 
 def deep(times: int = 2_000) -> Any:
-    found: Any = []
+    nested: Any = []
     for _ in range(times):
-        found = [found]
-    return found
+        nested = [nested]
+    return nested
 
 
 def shared_modules(times: int = 40) -> nn.Module:
-    found: nn.Module = nn.BatchNorm2d(4)
+    module: nn.Module = nn.BatchNorm2d(4)
     for _ in range(times):
-        found = nn.Sequential(found, found)
-    return found
+        module = nn.Sequential(module, module)
+    return module
 
 
 def _pickled(content: Callable[[Path], Any]) -> Callable[[Random, Path], list[str]]:
@@ -111,9 +111,9 @@ def _onnx(nodes: list[Any], constants: list[Any], functions: tuple[Any, ...] = (
 def _filled(operator: str) -> bytes:
     sizes = numpy_helper.from_array(np.array([50_000, 50_000]), "s")
     one = numpy_helper.from_array(np.ones((1, 1), np.float32), "one")
-    given = {"ConstantOfShape": ["s"], "Tile": ["one", "s"], "Expand": ["one", "s"]}[operator]
+    inputs = {"ConstantOfShape": ["s"], "Tile": ["one", "s"], "Expand": ["one", "s"]}[operator]
     nodes = [
-        helper.make_node(operator, given, ["z"]),
+        helper.make_node(operator, inputs, ["z"]),
         helper.make_node("ReduceSum", ["z"], ["r"], keepdims=0),
         helper.make_node("Add", ["x", "r"], ["y"]),
     ]

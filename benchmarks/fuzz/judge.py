@@ -121,16 +121,18 @@ def _listing(folder: Path) -> list[str]:
 
 def _memory(name: str) -> int:
     """Bytes of this process, by the kernel's own name for them."""
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
+    line = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert line is not None
+    return int(line[1]) * 1024
 
 
 def _judged(seed: int, folder: Path, log: Path, code: int, seconds: float) -> Verdict:
     output = log.read_text(errors="replace") if log.is_file() else ""
-    told, peak = Path(f"{log}.asked"), Path(f"{log}.peak")
+    request, peak = Path(f"{log}.asked"), Path(f"{log}.peak")
     asked = (
-        json.loads(told.read_text()) if told.is_file() else {"kind": "(not made)", "words": [], "before": [], "held": 0}
+        json.loads(request.read_text())
+        if request.is_file()
+        else {"kind": "(not made)", "words": [], "before": [], "held": 0}
     )
     used = int(peak.read_text() or 0) - asked["held"] if peak.is_file() else 0
     verdict = Verdict(seed, asked["kind"], asked["words"], code, seconds, used, output)

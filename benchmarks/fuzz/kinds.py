@@ -8,7 +8,7 @@ from random import Random
 
 import torch
 
-from benchmarks.fuzz import attacks, bombs, inputs
+from benchmarks.fuzz import arguments, attacks, bombs, inputs
 from benchmarks.fuzz.judge import SIGNALS
 
 Kind = Callable[[Random, Path], list[str]]
@@ -23,7 +23,7 @@ KINDS: dict[str, tuple[Kind, int]] = {
     "manifests": (inputs.manifests, 11),
     "ONNX files": (inputs.onnx_files, 5),
     "data": (inputs.data_files, 8),
-    "arguments and rules": (inputs.arguments, 10),
+    "arguments and rules": (arguments.arguments, 10),
     SIGNALS: (attacks.signals, 2),
 }
 

@@ -43,11 +43,11 @@ def main(arguments: list[str] | None = None) -> int:
         print("no GPU here: nothing was run. --budget cpu needs none.", file=sys.stderr)
         return 2
     try:
-        told = (_page if options.page else _recipe if options.recipe else _claims)(options)
+        text = (_page if options.page else _recipe if options.recipe else _claims)(options)
     except nr.NormRewriteError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    print(f"\n{told}")
+    print(f"\n{text}")
     return 0
 
 
@@ -57,9 +57,9 @@ def _claims(options: argparse.Namespace) -> str:
     if options.budget == "smoke":
         results.forget()  # what reads old results would not smoke
     run(options, {name: CLAIMS[name].arms(options.budget) for name in options.only}, results)
-    told = page.summary(options.budget, results, options.only)
+    verdicts = page.summary(options.budget, results, options.only)
     smoked = options.budget == "smoke"
-    return f"{told}\n\n{page.write(results.folder / 'paper.md', {'smoke': results}) if smoked else _page(options)}"
+    return f"{verdicts}\n\n{page.write(results.folder / 'paper.md', {'smoke': results}) if smoked else _page(options)}"
 
 
 def _page(options: argparse.Namespace) -> str:
@@ -71,7 +71,7 @@ def _recipe(options: argparse.Namespace) -> str:
     name, arms = options.recipe.stem, recipe.read(options.recipe)
     results = Results(FOLDER / name)
     run(options, {name: arms}, results)
-    return markdown(*table.accuracies(results.found(arms)))
+    return markdown(*table.accuracies(results.by_arm(arms)))
 
 
 def run(options: argparse.Namespace, studies: Mapping[str, Arms], results: Results) -> None:
@@ -80,14 +80,14 @@ def run(options: argparse.Namespace, studies: Mapping[str, Arms], results: Resul
     machine = Machine(options.data.resolve(), device, results.folder)
     limit, begun, longest = 60 * (options.minutes or _MINUTES.get(options.budget, math.inf)), time.monotonic(), 0.0
     for name, arms in studies.items():
-        for arm, each in results.missing(arms):
+        for arm, missing in results.missing(arms):
             started = time.monotonic()
             if started - begun + longest > limit:
                 print("out of time: the same command goes on from here", flush=True)
                 return
-            record = carry_out(each, machine, results)
+            record = carry_out(missing, machine, results)
             longest = max(longest, seconds := time.monotonic() - started)
-            print(f"{name}  {arm}  seed {each.seed}: {100 * record['accuracy']:.2f} %  {seconds:.0f} s", flush=True)
+            print(f"{name}  {arm}  seed {missing.seed}: {100 * record['accuracy']:.2f} %  {seconds:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

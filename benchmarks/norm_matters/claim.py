@@ -6,9 +6,9 @@ from typing import Any
 
 from benchmarks.norm_matters import table
 from benchmarks.norm_matters.judge import Rule
-from benchmarks.norm_matters.run import Arms, Budget, Found
+from benchmarks.norm_matters.run import Arms, Budget, ByArm
 
-Draw = Callable[[Any, Found], None]  # onto a matplotlib figure
+Draw = Callable[[Any, ByArm], None]  # onto a matplotlib figure
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,6 @@ class Claim:
     arms: Callable[[Budget], Arms]
     rules: tuple[Rule, ...]
     draw: Draw
-    rows: Callable[[Found], tuple[list[str], list[list[str]]]] = table.accuracies
+    rows: Callable[[ByArm], tuple[list[str], list[list[str]]]] = table.accuracies
     notes: str = ""
     remarks: Mapping[Budget, str] = field(default_factory=dict)

@@ -47,8 +47,8 @@ def open_task(task: Task, where: Path) -> tuple[Data, Data]:
     return _data(train, task, task.train), _data(test, task, task.test)
 
 
-def _data(found: Images, task: Task, count: int) -> Data:
-    images, labels = found
+def _data(labelled: Images, task: Task, count: int) -> Data:
+    images, labels = labelled
     if len(images) < count:
         raise NormRewriteError(f"{task.source}: {count} images are needed, got {len(images)}.")
     count = count or len(images)
@@ -66,10 +66,10 @@ def _digits() -> Images:
     """scikit-learn's 1,797, 8 × 8, in random order, as grey pixels of 0 to 255."""
     from sklearn.datasets import load_digits
 
-    found = load_digits()
-    order = np.random.default_rng(0).permutation(len(found.target))
-    grey = (found.images[order] * 255 / 16).astype(np.uint8)
-    return np.repeat(grey[..., None], 3, axis=-1), found.target[order].astype(np.int64)
+    data_set = load_digits()
+    order = np.random.default_rng(0).permutation(len(data_set.target))
+    grey = (data_set.images[order] * 255 / 16).astype(np.uint8)
+    return np.repeat(grey[..., None], 3, axis=-1), data_set.target[order].astype(np.int64)
 
 
 @lru_cache(maxsize=2)

@@ -57,12 +57,12 @@ def train(
         lr = schedule.get_last_lr()[0]
         loss = _epoch(model.train(), images, optimizer, recipe)
         angles = [_angle(a, weight.parameter) for a, weight in zip(start, weights, strict=True)]
-        told = {
+        measured = {
             "norm": geometric(_lengths(weights)),
             "step": lr / geometric(wanted) ** 2,
             "turn": statistics.mean(angles),
         }
-        epochs.append({"epoch": epoch + 1, "loss": loss, "val_accuracy": test(), **told})
+        epochs.append({"epoch": epoch + 1, "loss": loss, "val_accuracy": test(), **measured})
         schedule.step()
         norms.step()
         if follower is not None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from benchmarks.norm_matters.run import Arms, Budget, Found
+from benchmarks.norm_matters.run import Arms, Budget, ByArm
 
 Verdict = Literal["reproduced", "not reproduced", "not run", "too small to support it"]
 MARGIN = 1.0
@@ -27,14 +27,14 @@ class Check:
         return f"{'yes' if self.holds else 'no'}: {self.text}"
 
 
-Rule = Callable[[Found], Check]
+Rule = Callable[[ByArm], Check]
 
 
 def percents(records: list[dict[str, Any]]) -> list[float]:
     return [100 * record["accuracy"] for record in records]
 
 
-def told(records: list[dict[str, Any]]) -> str:
+def spread(records: list[dict[str, Any]]) -> str:
     """Mean and range."""
     values = percents(records)
     mean = f"{statistics.mean(values):.2f}"
@@ -44,8 +44,8 @@ def told(records: list[dict[str, Any]]) -> str:
 def above(better: str, worse: str, claimed: bool = True) -> Rule:
     """Every seed of `better` is above every seed of `worse`."""
 
-    def rule(found: Found) -> Check:
-        high, low = percents(found[better]), percents(found[worse])
+    def rule(by_arm: ByArm) -> Check:
+        high, low = percents(by_arm[better]), percents(by_arm[worse])
         gap = statistics.mean(high) - statistics.mean(low)
         return Check(f"`{better}` above `{worse}`: by {gap:.2f} points", min(high) > max(low), claimed)
 
@@ -55,8 +55,8 @@ def above(better: str, worse: str, claimed: bool = True) -> Rule:
 def alike(one: str, other: str, margin: float = MARGIN, claimed: bool = True) -> Rule:
     """Ranges touch, and means are at most `margin` points apart."""
 
-    def rule(found: Found) -> Check:
-        a, b = percents(found[one]), percents(found[other])
+    def rule(by_arm: ByArm) -> Check:
+        a, b = percents(by_arm[one]), percents(by_arm[other])
         gap = statistics.mean(a) - statistics.mean(b)
         touch = min(a) <= max(b) and min(b) <= max(a)
         text = f"`{one}` like `{other}`: {gap:+.2f} points, ranges {'touch' if touch else 'do not touch'}"
@@ -65,15 +65,15 @@ def alike(one: str, other: str, margin: float = MARGIN, claimed: bool = True) ->
     return rule
 
 
-def complete(arms: Arms, found: Found) -> bool:
-    return all(len(found.get(name, [])) == len(runs) for name, runs in arms.items())
+def complete(arms: Arms, by_arm: ByArm) -> bool:
+    return all(len(by_arm.get(name, [])) == len(runs) for name, runs in arms.items())
 
 
-def verdict(budget: Budget, arms: Arms, found: Found, rules: tuple[Rule, ...]) -> tuple[Verdict, list[Check]]:
+def verdict(budget: Budget, arms: Arms, by_arm: ByArm, rules: tuple[Rule, ...]) -> tuple[Verdict, list[Check]]:
     """By the claimed checks alone. Nothing is judged before every run is there."""
-    if not complete(arms, found):
+    if not complete(arms, by_arm):
         return "not run", []
-    checks = [rule(found) for rule in rules]
+    checks = [rule(by_arm) for rule in rules]
     if budget == "smoke":
         return "too small to support it", checks
     return ("reproduced" if all(check.holds for check in checks if check.claimed) else "not reproduced"), checks

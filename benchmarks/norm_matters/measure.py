@@ -43,7 +43,7 @@ def train(run: Run, machine: Machine) -> dict[str, Any]:
     if run.norm.initialise:
         nr.initialise_(model.train(), next(images.batches(256)).inputs)
     model.to(machine.device)
-    started, kept = time.perf_counter(), machine.beside / f"{run.key}.checkpoints"
+    started, checkpoints = time.perf_counter(), machine.beside / f"{run.key}.checkpoints"
     try:
         _, result = nr.finetune_(
             model,
@@ -51,20 +51,20 @@ def train(run: Run, machine: Machine) -> dict[str, Any]:
             val=test,
             labels=True,
             seed=run.seed,
-            checkpoints=kept,
+            checkpoints=checkpoints,
             resume=True,
             **run.recipe,
         )
     except nr.NormRewriteError as error:
         if error.exit_code != 1:
             raise
-        told = {"accuracy": accuracy(model, test, machine.device), "stopped": str(error), "epochs": []}
+        record = {"accuracy": accuracy(model, test, machine.device), "stopped": str(error), "epochs": []}
     else:
-        told = {"accuracy": result.epochs[-1].val_accuracy, "stopped": ""}
-        told |= {name: getattr(result, name) for name in ("steps", "skipped_steps", "nonfinite_batches")}
-        told["epochs"] = [asdict(epoch) for epoch in result.epochs]
-    shutil.rmtree(kept, ignore_errors=True)
-    return told | {"seconds": time.perf_counter() - started}
+        record = {"accuracy": result.epochs[-1].val_accuracy, "stopped": ""}
+        record |= {name: getattr(result, name) for name in ("steps", "skipped_steps", "nonfinite_batches")}
+        record["epochs"] = [asdict(epoch) for epoch in result.epochs]
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return record | {"seconds": time.perf_counter() - started}
 
 
 @torch.no_grad()
@@ -83,17 +83,17 @@ def decayed(run: Run, machine: Machine) -> dict[str, Any]:
     """A training under recipe["rule"]; those that follow the norms of the run with weight decay need it first."""
     images, test = open_task(run.task, machine.data)
     leader = decay.leader(run)
-    kept = machine.beside / f"{leader.key}.pt"
-    if run != leader and not kept.is_file():
+    norms_file = machine.beside / f"{leader.key}.pt"
+    if run != leader and not norms_file.is_file():
         decayed(leader, machine)
-    reference = None if run == leader else torch.load(kept, weights_only=True)
+    reference = None if run == leader else torch.load(norms_file, weights_only=True)
     model = made(run.network, run.norm, run.seed).to(machine.device)
     started = time.perf_counter()
     epochs, norms = decay.train(
         model, images, lambda: accuracy(model, test, machine.device), run.recipe, run.seed, reference
     )
     if run == leader:
-        torch.save(norms, kept)
+        torch.save(norms, norms_file)
     return {
         "accuracy": epochs[-1]["val_accuracy"],
         "stopped": "",
@@ -113,8 +113,8 @@ def convert(run: Run, machine: Machine) -> dict[str, Any]:
     else:
         source = (machine.data / "weights" / f"{run.network}.pt", f"{machine.data / 'zoo.py'}:{run.network}")
     model = nr.load(*source).eval()
-    found = converted(model, run.norm.to, Inputs(x[:64], x, test.whole.labels), outputs(model, x))
-    return {"accuracy": found["copied"], "stopped": "", "epochs": [], **found}
+    measured = converted(model, run.norm.to, Inputs(x[:64], x, test.whole.labels), outputs(model, x))
+    return {"accuracy": measured["copied"], "stopped": "", "epochs": [], **measured}
 
 
 MEASURES: dict[str, Callable[[Run, Machine], dict[str, Any]]] = {"train": train, "decay": decayed, "convert": convert}

@@ -104,7 +104,7 @@ def with_norm(model: nn.Module, norm: Norm) -> nn.Module:
     if norm.to != "l2":
         model = nr.convert(model, norm.to, gain=norm.gain, scope=norm.scope)
     if norm.times != 1:
-        for module in [found for found in model.modules() if isinstance(found, nr.nn.BatchNorm2d)]:
+        for module in [module for module in model.modules() if isinstance(module, nr.nn.BatchNorm2d)]:
             parametrize.register_parametrization(module, "weight", Times(1 / norm.times))
     return model
 

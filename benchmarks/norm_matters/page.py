@@ -11,7 +11,7 @@ from benchmarks import figure
 from benchmarks.norm_matters.claim import Claim
 from benchmarks.norm_matters.claims import CLAIMS
 from benchmarks.norm_matters.judge import complete, verdict
-from benchmarks.norm_matters.run import Arms, Budget, Found, Run
+from benchmarks.norm_matters.run import Arms, Budget, ByArm, Run
 from benchmarks.norm_matters.runner import Results
 from benchmarks.stamp import markdown
 
@@ -30,17 +30,17 @@ def summary(budget: Budget, results: Results, names: Iterable[str]) -> str:
 def write(path: Path, results: Mapping[Any, Results]) -> Path:
     """The page, and a picture beside it for every claim and budget that has all its runs."""
     for claim in CLAIMS.values():
-        for budget, kept in results.items():
+        for budget, of_budget in results.items():
             arms = claim.arms(budget)
-            if complete(arms, kept.found(arms)):
-                _draw(claim, kept.found(arms), path.parent / _picture(path, claim.name, budget))
+            if complete(arms, of_budget.by_arm(arms)):
+                _draw(claim, of_budget.by_arm(arms), path.parent / _picture(path, claim.name, budget))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text(path, results))
     return path
 
 
-def _draw(claim: Claim, found: Found, path: Path) -> None:
-    figure.save(lambda canvas: claim.draw(canvas, found), path, TALL.get(claim.name, figure.HEIGHT))
+def _draw(claim: Claim, by_arm: ByArm, path: Path) -> None:
+    figure.save(lambda canvas: claim.draw(canvas, by_arm), path, TALL.get(claim.name, figure.HEIGHT))
 
 
 def text(path: Path, results: Mapping[Any, Results]) -> str:
@@ -51,17 +51,17 @@ def text(path: Path, results: Mapping[Any, Results]) -> str:
 
 
 def _line(claim: Claim, results: Mapping[Any, Results]) -> list[str]:
-    verdicts = (f"**{_verdict(claim, budget, kept)}**" for budget, kept in results.items())
+    verdicts = (f"**{_verdict(claim, budget, of_budget)}**" for budget, of_budget in results.items())
     return [str(claim.number), f"[{claim.says}](#{claim.number}-{claim.name})", claim.paper, *verdicts]
 
 
 def _verdict(claim: Claim, budget: Budget, results: Results) -> str:
     arms = claim.arms(budget)
-    found = results.found(arms)
-    word, checks = verdict(budget, arms, found, claim.rules)
+    by_arm = results.by_arm(arms)
+    word, checks = verdict(budget, arms, by_arm, claim.rules)
     claimed = [check for check in checks if check.claimed]
     if word == "not run":
-        done, wanted = sum(map(len, found.values())), sum(map(len, arms.values()))
+        done, wanted = sum(map(len, by_arm.values())), sum(map(len, arms.values()))
         return f"{word} ({done} of {wanted} runs)" if done else word
     held = sum(check.holds for check in claimed)
     return f"{word} ({held} of {len(claimed)} checks)" if word == "not reproduced" else word
@@ -69,24 +69,24 @@ def _verdict(claim: Claim, budget: Budget, results: Results) -> str:
 
 def _section(path: Path, claim: Claim, results: Mapping[Any, Results]) -> str:
     parts = [f"## {claim.number} {claim.name}", f"**{claim.says}.** Paper: {claim.paper}.", claim.notes]
-    return "\n\n".join([*parts, *(_part(path, claim, budget, kept) for budget, kept in results.items())])
+    return "\n\n".join([*parts, *(_part(path, claim, budget, of_budget) for budget, of_budget in results.items())])
 
 
 def _part(path: Path, claim: Claim, budget: Budget, results: Results) -> str:
     """One budget's part of a section."""
     arms = claim.arms(budget)
-    found = results.found(arms)
-    told = [f"`python -m benchmarks.norm_matters --budget {budget} --only {claim.name}`: {_setup(arms)}"]
-    told.append(f"**{budget} budget: {_verdict(claim, budget, results)}.**")
-    if any(found.values()):
-        told.append(markdown(*claim.rows(found)))
-    if complete(arms, found):
-        _, checks = verdict(budget, arms, found, claim.rules)
-        told.append("\n".join(f"- {check}{'' if check.claimed else ' (not of the paper)'}" for check in checks))
-        told.append(f"![{claim.says}]({_picture(path, claim.name, budget)})")
-        told += [f"Remark: {claim.remarks[budget]}"] if budget in claim.remarks else []
-        told.append(_where(found))
-    return "\n\n".join(told)
+    by_arm = results.by_arm(arms)
+    parts = [f"`python -m benchmarks.norm_matters --budget {budget} --only {claim.name}`: {_setup(arms)}"]
+    parts.append(f"**{budget} budget: {_verdict(claim, budget, results)}.**")
+    if any(by_arm.values()):
+        parts.append(markdown(*claim.rows(by_arm)))
+    if complete(arms, by_arm):
+        _, checks = verdict(budget, arms, by_arm, claim.rules)
+        parts.append("\n".join(f"- {check}{'' if check.claimed else ' (not of the paper)'}" for check in checks))
+        parts.append(f"![{claim.says}]({_picture(path, claim.name, budget)})")
+        parts += [f"Remark: {claim.remarks[budget]}"] if budget in claim.remarks else []
+        parts.append(_where(by_arm))
+    return "\n\n".join(parts)
 
 
 def _setup(arms: Arms) -> str:
@@ -103,12 +103,12 @@ def _task(run: Run) -> str:
 
 
 def _recipe(run: Run) -> str:
-    told = {name: value for name, value in run.recipe.items() if name not in ("rule", "precision", "accumulator")}
-    return ", " + ", ".join(f"{name} {value}" for name, value in told.items()) if told else ""
+    options = {name: value for name, value in run.recipe.items() if name not in ("rule", "precision", "accumulator")}
+    return ", " + ", ".join(f"{name} {value}" for name, value in options.items()) if options else ""
 
 
-def _where(found: Mapping[str, list[dict[str, Any]]]) -> str:
-    records = [record for each in found.values() for record in each]
+def _where(by_arm: Mapping[str, list[dict[str, Any]]]) -> str:
+    records = [record for each in by_arm.values() for record in each]
     machines = sorted({record["stamp"].get("gpu", record["stamp"]["machine"]) for record in records})
     dates = sorted({record["stamp"]["date"] for record in records})
     torches = sorted({record["stamp"]["torch"] for record in records})

@@ -20,14 +20,14 @@ _ARM = ("network", "norm", "recipe", "seeds")
 def read(path: Path) -> Arms:
     """Raises NormRewriteError with the place where the file doesn't say what is needed."""
     try:
-        told = tomllib.loads(path.read_text())
+        content = tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise NormRewriteError(f"--recipe {path}: {first_line(error)}. Give a file like imagenet.toml.") from error
     for part in ("task", "recipe", "arms"):
-        if not isinstance(told.get(part), dict):
+        if not isinstance(content.get(part), dict):
             raise NormRewriteError(f"--recipe {path}: [{part}] is missing. Needed: [task], [recipe], [arms.NAME].")
-    task = _row(Task, told["task"], f"{path} [task]")
-    return {name: _arm(arm, task, told["recipe"], f"{path} [arms.{name}]") for name, arm in told["arms"].items()}
+    task = _row(Task, content["task"], f"{path} [task]")
+    return {name: _arm(arm, task, content["recipe"], f"{path} [arms.{name}]") for name, arm in content["arms"].items()}
 
 
 def _arm(arm: dict[str, Any], task: Task, recipe: dict[str, Any], where: str) -> list[Run]:

@@ -63,8 +63,8 @@ class Run:
 
     @property
     def key(self) -> str:
-        told = json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True)
-        return hashlib.sha256(told.encode()).hexdigest()[:12]
+        text = json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @property
     def file(self) -> str:
@@ -90,4 +90,4 @@ class Study:
 
 
 Arms = Mapping[str, list[Run]]
-Found = Mapping[str, list[dict[str, Any]]]  # by arm: the results of its runs
+ByArm = Mapping[str, list[dict[str, Any]]]  # by arm: the results of its runs

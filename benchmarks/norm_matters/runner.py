@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.norm_matters.measure import MEASURES, Machine
-from benchmarks.norm_matters.run import Arms, Budget, Found, Run
+from benchmarks.norm_matters.run import Arms, Budget, ByArm, Run
 from benchmarks.stamp import RESULTS, stamp
 
 FOLDER = RESULTS / "norm_matters"
@@ -30,10 +30,10 @@ class Results:
 
     def of(self, run: Run) -> dict[str, Any] | None:
         path = self.folder / run.file
-        found: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
-        return found
+        record: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
+        return record
 
-    def found(self, arms: Arms) -> Found:
+    def by_arm(self, arms: Arms) -> ByArm:
         """What there is, arm by arm, in the order of seeds."""
         read = {name: [self.of(run) for run in runs] for name, runs in arms.items()}
         return {name: [record for record in records if record is not None] for name, records in read.items()}

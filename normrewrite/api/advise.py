@@ -47,6 +47,7 @@ from normrewrite.diagnostics.moments import (
     Watch,
     every_row,
     headroom,
+    left_out,
     read,
 )
 from normrewrite.errors import NormRewriteError
@@ -112,7 +113,7 @@ class Advice(Result):
     def summary(self) -> Summary:
         head = f"advice for training in batches of {self.batch_size}, from {self.inputs} inputs"
         if self.skipped_batches:
-            head += f"; {self.skipped_batches} batches left out, as they were not finite"
+            head += f"; {left_out(self.skipped_batches)}"
         return [head, Table(_HEADS, [_cells(site) for site in self.sites]), *self._notes()]
 
     def _notes(self) -> list[str]:
@@ -171,10 +172,6 @@ def _to_calibrate(site: SiteAdvice) -> bool:
     return "calibrate" in site.why
 
 
-def _unmeasured(site: SiteAdvice) -> bool:
-    return 0 < site.calls < ENOUGH_CALLS
-
-
 # What is the same at many sites is said once, with their number.
 _NOTES: tuple[tuple[Callable[[SiteAdvice], bool], str], ...] = (
     (
@@ -205,7 +202,7 @@ _NOTES: tuple[tuple[Callable[[SiteAdvice], bool], str], ...] = (
     (lambda site: site.dead > 0, "dead channels at {n} of {of} sites: constant on all inputs; harmless in eval"),
     (lambda site: site.folds_into is not None, "in eval {n} of {of} norms fold into the layer in front of them"),
     (
-        _unmeasured,
+        lambda site: 0 < site.calls < ENOUGH_CALLS,
         "noise is that of Gaussians at {n} of {of} sites: give four batches or more to have it measured, also of linf and topk",
     ),
 )

@@ -106,16 +106,10 @@ def build(
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         engine, measured = Path(folder) / "engine", Path(folder) / "measured"
-        request = {
-            "module": builder.module,
-            "onnx": str(path.resolve()),
-            "engine": str(engine),
-            "gpus": list(gpus),
-            "profile": profile,
-            "timing_cache": None if timing_cache is None else str(timing_cache.resolve()),
-            "measured": str(measured),
-            "plugins": asked,
-        }
+        files = {"onnx": str(path.resolve()), "engine": str(engine), "measured": str(measured)}
+        cache = None if timing_cache is None else str(timing_cache.resolve())
+        wishes = {"gpus": list(gpus), "profile": profile, "timing_cache": cache, "plugins": asked}
+        request = {"module": builder.module, **files, **wishes}
         last = _run(request, builder, Path(folder), each)
         if timing_cache is not None:
             write_atomically(timing_cache, lambda temporary: shutil.copyfile(measured, temporary), True)
@@ -245,17 +239,20 @@ def _check_shape(option: str, name: str, shape: Shape, sizes: Sequence[int | Non
         )
 
 
-def _profile(name: str, sizes: Sequence[int | None], given: Mapping[str, Shape | None]) -> list[Shape]:
-    if None in sizes[1:] and not all(given.values()):
+def _profile(name: str, sizes: Sequence[int | None], asked: Mapping[str, Shape | None]) -> list[Shape]:
+    if None in sizes[1:] and not all(asked.values()):
         raise NormRewriteError(
             f"input {name}: sizes beside the batch are open, for which there is no sensible default. Give --min, --opt, --max."
         )
-    low, middle, high = (given[end] or _default(sizes, batch) for end, batch in zip(_ENDS, _BATCHES, strict=True))
-    if given["max"] is None:
-        high = tuple(map(max, high, low, given["opt"] or low))
-    if given["min"] is None:
+    low, middle, high = (
+        asked[end] or tuple(batch if n is None else n for n in sizes)
+        for end, batch in zip(_ENDS, _BATCHES, strict=True)
+    )
+    if asked["max"] is None:
+        high = tuple(map(max, high, low, asked["opt"] or low))
+    if asked["min"] is None:
         low = tuple(map(min, low, high))
-    if given["opt"] is None:
+    if asked["opt"] is None:
         middle = tuple(min(max(m, a), b) for m, a, b in zip(middle, low, high, strict=True))
     if not all(a <= m <= b for a, m, b in zip(low, middle, high, strict=True)):
         raise NormRewriteError(
@@ -264,14 +261,10 @@ def _profile(name: str, sizes: Sequence[int | None], given: Mapping[str, Shape |
     return [low, middle, high]
 
 
-def _default(sizes: Sequence[int | None], batch: int) -> Shape:
-    return tuple(batch if size is None else size for size in sizes)
-
-
 # --- the build itself ------------------------------------------------------------------------------------------------
 
 
-def _run(request: dict[str, Any], builder: Runtime, folder: Path, each: Callable[[str], object]) -> dict[str, Any]:
+def _run(request: dict[str, Any], builder: Runtime, folder: Path, progress: Callable[[str], object]) -> dict[str, Any]:
     """The worker's last event. Whatever becomes of the worker becomes an error here."""
     command = [sys.executable, "-P", str(_WORKER)]  # -P: its folder is no place to import from
     links = folder / "links"
@@ -285,7 +278,7 @@ def _run(request: dict[str, Any], builder: Runtime, folder: Path, each: Callable
             stderr=said,
             text=True,
         )
-        last = _listen(process, json.dumps(request), each)
+        last = _listen(process, json.dumps(request), progress)
         said.seek(0)
         lines = said.read().strip().splitlines()
     if "error" in last:
@@ -299,7 +292,7 @@ def _run(request: dict[str, Any], builder: Runtime, folder: Path, each: Callable
     return last
 
 
-def _listen(process: subprocess.Popen[str], request: str, each: Callable[[str], object]) -> dict[str, Any]:
+def _listen(process: subprocess.Popen[str], request: str, progress: Callable[[str], object]) -> dict[str, Any]:
     assert process.stdin is not None and process.stdout is not None
     last: dict[str, Any] = {}
     try:
@@ -308,7 +301,7 @@ def _listen(process: subprocess.Popen[str], request: str, each: Callable[[str], 
         for line in process.stdout:
             last = json.loads(line)
             if "phase" in last:
-                each(f"{last['phase']} {last['step']}/{last['steps']}")
+                progress(f"{last['phase']} {last['step']}/{last['steps']}")
     except BrokenPipeError:  # it was gone before it read its request
         pass
     finally:

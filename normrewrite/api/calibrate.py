@@ -21,7 +21,7 @@ from normrewrite import sites
 from normrewrite.data import Batch, Data, argument_names, as_data
 from normrewrite.diagnostics.exactness import Probe, in_eval, tolerance
 from normrewrite.diagnostics.least_squares import Fit, fit_, fittable
-from normrewrite.diagnostics.moments import Moments, Rows, headroom, read
+from normrewrite.diagnostics.moments import Moments, Rows, headroom, left_out, read
 from normrewrite.diagnostics.training_mode import TrainingDistance, TrainingMode
 from normrewrite.errors import NormRewriteError
 from normrewrite.nn.batch import BatchNorm, FrozenBatchNorm
@@ -88,7 +88,7 @@ class Calibration(Result):
             return []
         count = f"{sum(site.ratio is not None for site in self.sites)} sites calibrated on {self.inputs} inputs"
         if self.skipped_batches:
-            count += f"; {self.skipped_batches} batches left out, as they were not finite"
+            count += f"; {left_out(self.skipped_batches)}"
         return [count, Table(_HEADS, [_cells(site) for site in self.sites])]
 
 
@@ -185,7 +185,7 @@ def _around(
 ) -> tuple[TrainingDistance | None, list[str]]:
     """Calibrates, and says how far training is from the original before and after; or why that can't be said."""
     try:
-        mode = TrainingMode(batches, twin, original or _had_back(twin))
+        mode = TrainingMode(batches, twin, original or _original_in(twin))
         before = mode.apart(twin)
     except NormRewriteError as error:  # training needs two values a channel, say
         apply()
@@ -194,7 +194,7 @@ def _around(
     return mode.distance(before, mode.apart(twin)), []
 
 
-def _had_back(twin: nn.Module) -> nn.Module | None:
+def _original_in(twin: nn.Module) -> nn.Module | None:
     try:
         return untrained(twin, "")
     except NormRewriteError:  # it was trained since, or is none of ours
@@ -209,7 +209,7 @@ def calibratable(twin: nn.Module) -> bool:
 def _fits_alone(fits: list[Fit], data: Data, batch_size: int) -> Calibration:
     sizes = [len(batch) if batch.finite else 0 for batch in data.batches(batch_size)]
     skipped = sizes.count(0)
-    notes = [f"{skipped} batches left out, as they were not finite"] if skipped else []
+    notes = [left_out(skipped)] if skipped else []
     return Calibration([], fits, sum(sizes), skipped, notes)
 
 

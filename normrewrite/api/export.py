@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from normrewrite import sites
 from normrewrite.api.passage import Passage, limit, passage, why_apart
-from normrewrite.backends.onnx import add_bodies, fitted, inlined
+from normrewrite.backends.onnx import add_bodies, attribute, fitted, inlined
 from normrewrite.data import Data, argument_names, as_data
 from normrewrite.deploy import onnx_file
 from normrewrite.deploy.onnx_nodes import as_nodes
@@ -26,7 +26,7 @@ from normrewrite.deploy.onnx_ranges import tensors
 from normrewrite.deploy.precision import PRECISIONS, Precision, cast_model
 from normrewrite.deploy.precision import keep_io_types as cast_io
 from normrewrite.deploy.quantise import RANGES, Ranges, activations, quantise, unkept
-from normrewrite.errors import NormRewriteError, first_line, nearest
+from normrewrite.errors import NormRewriteError, first_line, nearest, some
 from normrewrite.execution import device_of, dtype_of, fitted_to
 from normrewrite.files import check_writable
 from normrewrite.nn.batch import BatchNorm
@@ -126,8 +126,8 @@ def export(
     whole = deepcopy(model).cpu().eval()
     if dtype not in (None, torch.float32):  # what the file is to compute in, `precision` says
         whole, inputs = whole.float(), tuple(fitted_to(torch.float32, value) for value in inputs)
-    lowered, live = as_nodes(deepcopy(whole), live_stats)
-    folded, outcome, notes = fold(lowered, inputs, forwards=learned is None)
+    as_graph, live = as_nodes(deepcopy(whole), live_stats)
+    folded, outcome, notes = fold(as_graph, inputs, forwards=learned is None)
     _refuse_live(folded, live_stats)
     plain = fold(whole, inputs, forwards=learned is None)[0] if live else folded  # a node of its own has no numbers yet
     _compare(before, model, plain, inputs)
@@ -171,16 +171,16 @@ def _compare(before: Passage, model: nn.Module, folded: nn.Module, inputs: tuple
         )
 
 
-def _examples(given: Tensor | Sequence[Tensor] | Mapping[str, Tensor], names: list[str]) -> tuple[Tensor, ...]:
+def _examples(inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor], names: list[str]) -> tuple[Tensor, ...]:
     """Forward's arguments in order, copied: the model may work in place."""
-    if isinstance(given, Mapping):
-        if set(given) != set(names[: len(given)]):
+    if isinstance(inputs, Mapping):
+        if set(inputs) != set(names[: len(inputs)]):
             raise NormRewriteError(
-                f"example_inputs: {', '.join(map(str, given))}; forward takes {', '.join(names)}, and needed are the first of "
+                f"example_inputs: {', '.join(map(str, inputs))}; forward takes {', '.join(names)}, and needed are the first of "
                 "them without a gap."
             )
-        given = [given[name] for name in names[: len(given)]]
-    examples = [given] if isinstance(given, Tensor) else list(given)
+        inputs = [inputs[name] for name in names[: len(inputs)]]
+    examples = [inputs] if isinstance(inputs, Tensor) else list(inputs)
     if not all(isinstance(value, Tensor) for value in examples):
         raise NormRewriteError(
             "example_inputs: needed are forward's arguments as tensors, as in torch.zeros(1, 3, 32, 32)."
@@ -200,22 +200,14 @@ def _quantised(
     if missing:
         instead = "are computed in fp32" if data is None else "are calibrated"
         notes.append(
-            f"{len(missing)} of {len(nodes)} products and adds have no learned range, and {instead}: {_some(missing)}"
+            f"{len(missing)} of {len(nodes)} products and adds have no learned range, and {instead}: {some(missing, 4)}"
         )
-    coarse = [node.name for node in nodes if node.op_type == "ConvTranspose" and _groups(node) > 1]
+    coarse = [node.name for node in nodes if node.op_type == "ConvTranspose" and attribute(node, "group", 1) > 1]
     if coarse:
         notes.append(
-            f"in ONNX the groups of a transposed convolution share their weights' steps, not in training: {_some(coarse)}"
+            f"in ONNX the groups of a transposed convolution share their weights' steps, not in training: {some(coarse, 4)}"
         )
     return quantise(proto, data, ranges, learned=known, kept=learned.kept), notes
-
-
-def _groups(node: Any) -> int:
-    return next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
-
-
-def _some(names: list[str]) -> str:
-    return f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
 
 
 def _check_request(
@@ -229,13 +221,13 @@ def _check_request(
 ) -> None:
     if opset not in _OPSETS:
         raise NormRewriteError(f"--opset {opset}: the exporter gives {_OPSETS.start} to {_OPSETS.stop - 1}.")
-    for what, given, known in (
+    for what, value, known in (
         ("precision", precision, PRECISIONS),
         ("deploy", deploy, DEPLOYS),
         ("ranges", ranges, RANGES),
     ):
-        if given not in known:
-            raise NormRewriteError(f"unknown {what} {given!r}.{nearest(given, known)} Known: {', '.join(known)}.")
+        if value not in known:
+            raise NormRewriteError(f"unknown {what} {value!r}.{nearest(value, known)} Known: {', '.join(known)}.")
     if precision == "int8" and calibrate is None and learned is None:
         raise NormRewriteError(
             "int8 needs unlabelled inputs to see how far activations reach: give --calibrate DATA, or a network that finetune "
@@ -309,16 +301,14 @@ def _to_onnx(
         raise NormRewriteError(f"torch can't export {type(model).__name__} to ONNX: {cause}.{hint}") from error
     assert program is not None
     proto = program.model_proto
-    if dynamic_batch and any(_fixed_first(value) for value in proto.graph.input):
+    if dynamic_batch and any(
+        d.HasField("dim_value") for value in proto.graph.input for d in value.type.tensor_type.shape.dim[:1]
+    ):
         raise NormRewriteError(
             f"{type(model).__name__} fixes its batch size while it runs (by len(x) or int(x.shape[0]), say). Export it "
             "with --static-batch."
         )
     return proto
-
-
-def _fixed_first(value: Any) -> bool:
-    return any(dim.HasField("dim_value") for dim in value.type.tensor_type.shape.dim[:1])
 
 
 def _open_shapes(inputs: Sequence[Tensor], dynamic_batch: bool, dynamic_size: bool) -> list[dict[int, Any]]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from normrewrite.data import Batch, Data, argument_names, as_data
+from normrewrite.data import NO_BATCH, Batch, Data, argument_names, as_data
 from normrewrite.errors import NormRewriteError
 from normrewrite.execution import call, device_of
 from normrewrite.nn.batch import BatchNorm, FrozenBatchNorm
@@ -59,7 +59,7 @@ def update_norms(
                 done += len(batch)
                 each(len(batch))
             if not done:
-                raise NormRewriteError("the data held no batch. Give at least one input.")
+                raise NormRewriteError(NO_BATCH)
     return model
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from normrewrite.backends.onnx import is_fitted
-from normrewrite.data import Batch, Data, argument_names, as_data, check_finite
+from normrewrite.data import NO_BATCH, Batch, Data, argument_names, as_data, check_finite
 from normrewrite.deploy import onnx_file, precision
 from normrewrite.diagnostics.comparison import Comparison, OutputDifference
 from normrewrite.diagnostics.outputs import check_labels, matched
@@ -52,7 +52,7 @@ def verify(
     for network in (a, b):
         require_network(network)
     data = _data(inputs, labels, a, b)
-    kind, usual = _limit(a, b)
+    kind, usual = max(map(own_limit, (a, b)), key=lambda own: own[1].tolerance)  # of the coarser one
     limit = _asked(usual, tolerance, min_snr, min_agreement)
     run_a, run_b = runner(a, leaves), runner(b, leaves)
     files = not (isinstance(a, nn.Module) and isinstance(b, nn.Module))
@@ -70,7 +70,7 @@ def verify(
         count, labelled = count + len(batch), labelled or batch.labels is not None
         each(len(batch))
     if not count:
-        raise NormRewriteError("the data held no batch. Give at least one input.")
+        raise NormRewriteError(NO_BATCH)
     outputs = _compared(differences, left)
     wider = (
         limit.tolerance > usual.tolerance or limit.min_snr < usual.min_snr or limit.min_agreement < usual.min_agreement
@@ -132,11 +132,6 @@ def named(inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor], *networks: N
 # --- what the two are held to -----------------------------------------------------------------------------------------
 
 _DTYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-
-
-def _limit(*networks: Network) -> tuple[str, Limit]:
-    """The limit of the coarser of two networks, and whose it is."""
-    return max((own_limit(network) for network in networks), key=lambda own: own[1].tolerance)
 
 
 def own_limit(network: Network) -> tuple[str, Limit]:

@@ -60,7 +60,7 @@ def _build(trt: Any, log: Any, creators: list[Any], request: dict[str, Any], tel
         version=trt.__version__,
         registered=registered,
         parsed=[(layer.type.name, layer.metadata) for layer in parsed],
-        attributes={name: given for creator in creators for name, given in creator.made.items()},
+        attributes={name: values for creator in creators for name, values in creator.made.items()},
     )
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from normrewrite.data import Batch
-from normrewrite.deploy.onnx_file import feed
+from normrewrite.deploy.onnx_file import feed, require_file
 from normrewrite.errors import NormRewriteError
 from normrewrite.plugins.registry import known, register
 from normrewrite.plugins.runtimes import RUNTIMES
@@ -32,8 +32,7 @@ _TYPES = {
 
 def runner(path: Path) -> Callable[[Batch], dict[str, Tensor]]:
     """What runs a batch through an engine. Raises NormRewriteError where there is no GPU, or the engine is for another."""
-    if not path.is_file():
-        raise NormRewriteError(f"{path}: there is no such file.")
+    require_file(path)
     if not torch.cuda.is_available():
         raise NormRewriteError(
             f"{path}: an engine runs only on the GPU it was built for, and torch sees none here. Verify its ONNX file instead."

@@ -18,7 +18,7 @@ _NODES, _SWELLED = (
     50_000,
     20,
 )  # nodes when functions stand where they are called, and what more that is than in the file
-_NUMBERS, _OF_GIVEN = 1 << 28, 256  # numbers of one result, and what more that is than all inputs and weights have
+_NUMBERS, _OF_INPUT = 1 << 28, 256  # numbers of one result, and what more that is than all inputs and weights have
 _SMALL = 64  # numbers of a constant that may be a shape
 
 _LOOPING = 5.0  # seconds of a run whose loops may have no end
@@ -109,13 +109,13 @@ def _constants(initializers: Iterable[Any]) -> dict[str, int]:
 
 
 def _values(nodes: Iterable[Any]) -> dict[str, int]:
-    found = {}
+    numbers = {}
     for node in nodes:
         for attribute in node.attribute if node.op_type == "Constant" else ():
             number = attribute.i if attribute.name == "value_int" else _number(attribute.t)
             if number is not None:
-                found[node.output[0]] = number
-    return found
+                numbers[node.output[0]] = number
+    return numbers
 
 
 def _number(tensor: Any) -> int | None:
@@ -133,14 +133,14 @@ def _check_results(proto: Any, where: str) -> None:
     """No result may be far larger than all that is given, as far as its size shows before."""
     import onnx.inliner
 
-    light, given = _without_weights(proto)
+    light, at_hand = _without_weights(proto)
     try:
         inferred = onnx.shape_inference.infer_shapes(onnx.inliner.inline_local_functions(light), data_prop=True)
     except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):  # damaged: the checker tells
         return
     for value in inferred.graph.value_info:
         numbers = math.prod(dim.dim_value or 1 for dim in value.type.tensor_type.shape.dim)
-        if numbers > max(_NUMBERS, _OF_GIVEN * given):
+        if numbers > max(_NUMBERS, _OF_INPUT * at_hand):
             raise NormRewriteError(
                 f"{where}: {value.name} would have {numbers:,} numbers. Give a file that makes less."
             )
@@ -152,13 +152,13 @@ def _without_weights(proto: Any) -> tuple[Any, int]:
 
     graph = onnx.GraphProto(name=proto.graph.name, node=proto.graph.node, input=proto.graph.input)
     graph.output.extend(proto.graph.output)
-    given = sum(math.prod(dim.dim_value or 1 for dim in each.type.tensor_type.shape.dim) for each in graph.input)
+    at_hand = sum(math.prod(dim.dim_value or 1 for dim in each.type.tensor_type.shape.dim) for each in graph.input)
     for tensor in proto.graph.initializer:
-        given += (numbers := math.prod(tensor.dims))
+        at_hand += (numbers := math.prod(tensor.dims))
         if numbers <= _SMALL:
             graph.initializer.append(tensor)
         else:
             graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
     light = onnx.ModelProto(ir_version=proto.ir_version, graph=graph, opset_import=proto.opset_import)
     light.functions.extend(proto.functions)
-    return light, given
+    return light, at_hand

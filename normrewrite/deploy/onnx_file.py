@@ -20,14 +20,19 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 LARGEST = 2**31 - 1  # bytes: protobuf's own limit, so the largest file without weights beside it
 
 
+def require_file(path: Path) -> None:
+    """Raises where there is none."""
+    if not path.is_file():
+        raise NormRewriteError(f"{path}: there is no such file.")
+
+
 def read(path: str | Path) -> Any:
     """An onnx.ModelProto that has been checked. Raises NormRewriteError for what is no sound ONNX file."""
     import onnx
 
     path = Path(path)
     possible(path)
-    if not path.is_file():
-        raise NormRewriteError(f"{path}: there is no such file.")
+    require_file(path)
     try:
         proto = onnx.load(path)
         onnx_bounds.check(proto, str(path))

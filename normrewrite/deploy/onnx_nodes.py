@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from normrewrite import sites
 from normrewrite.backends import onnx
+from normrewrite.backends.families import by_batch
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.sample import RowNorm
 from normrewrite.nn.tracing import OneNode
@@ -31,27 +32,24 @@ class Node(OneNode):
             self.eps = torch.finfo(torch.float32).eps  # statistics are fp32 in a body
         self.centred = bool(getattr(norm, "centred", True))
         self.weight, self.bias = norm.weight, norm.bias
-        self.layout = (_rows, _as_input) if isinstance(norm, BatchNorm) else (norm.view, norm.from_view)
+        self.layout = (by_batch, _as_input) if isinstance(norm, BatchNorm) else (norm.view, norm.from_view)
         self.tail = nn.Sequential(*(norm.get_submodule(name) for name in getattr(norm, "tail", ())))
 
     def forward(self, x: Tensor) -> Tensor:
         view, from_view = self.layout
-        rows = view(x)
-        groups, members = int(rows.shape[1]), int(rows.shape[2])
+        samples = view(x)
+        groups, members = int(samples.shape[1]), int(samples.shape[2])
         weight, bias = _affine(self.weight, 1.0, groups, members, x), _affine(self.bias, 0.0, groups, members, x)
-        name, given = f"{onnx.DOMAIN}::{onnx.operator(self.row)}", self._attributes(rows)
-        y = torch.onnx.ops.symbolic(name, (rows, weight, bias), given, dtype=x.dtype, shape=rows.shape, version=1)
+        name, attributes = f"{onnx.DOMAIN}::{onnx.operator(self.row)}", self._attributes(samples)
+        y = torch.onnx.ops.symbolic(
+            name, (samples, weight, bias), attributes, dtype=x.dtype, shape=samples.shape, version=1
+        )
         return self.tail(from_view(y, x))  # type: ignore[no-any-return]
 
-    def _attributes(self, rows: Tensor) -> dict[str, Any]:
-        n: Any = rows.shape[2] * rows.shape[3]
+    def _attributes(self, samples: Tensor) -> dict[str, Any]:
+        n: Any = samples.shape[2] * samples.shape[3]
         known = n if isinstance(n, int) else None  # a torch.SymInt where the export leaves sizes open
         return onnx.attributes(self.row, known, gain=self.gain, eps=self.eps, centred=self.centred)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(N, C, *) as (1, C, 1, N * prod(*)): batch scope in the form of rows."""
-    return x.transpose(0, 1).reshape(1, x.shape[1], 1, -1)
 
 
 def _as_input(y: Tensor, x: Tensor) -> Tensor:
@@ -71,8 +69,8 @@ def is_live(module: nn.Module, live_stats: bool) -> bool:
 
 def as_nodes(model: nn.Module, live_stats: bool = False) -> tuple[nn.Module, list[str]]:
     """The model in which live norms are nodes, changed in place unless it is a norm itself, and the names of the norms."""
-    found = sites.find(model, lambda module: is_live(module, live_stats))
-    for site in found:
+    live_sites = sites.find(model, lambda module: is_live(module, live_stats))
+    for site in live_sites:
         new = sites.replace(site, Node(site.module))
         model = new if site.module is model else model
-    return model, [site.label for site in found]
+    return model, [site.label for site in live_sites]

@@ -22,7 +22,7 @@ def tensors(proto: Any, learned: LearnedRanges, model: nn.Module) -> tuple[dict[
     another number of them than was computed in training, none of them is taken.
     """
     check(learned, model)
-    found: defaultdict[str, set[float]] = defaultdict(set)
+    by_tensor: defaultdict[str, set[float]] = defaultdict(set)
     for sides in (("",), SIDES):
         names = [name for name in learned.amax if name.endswith(sides[0]) and ("+" in name) == (sides is SIDES)]
         times = Counter(map(owner, names))
@@ -30,22 +30,22 @@ def tensors(proto: Any, learned: LearnedRanges, model: nn.Module) -> tuple[dict[
             if times[module] and len(nodes) % times[module] == 0:  # a module that is called twice has each node twice
                 for i, node in enumerate(nodes):
                     for tensor, side in zip(node.input, sides, strict=False):
-                        found[tensor].add(learned.amax[called(module, i % times[module] + 1, side)])
-    several = [name for name, values in found.items() if len(values) > 1]
+                        by_tensor[tensor].add(learned.amax[called(module, i % times[module] + 1, side)])
+    several = [name for name, values in by_tensor.items() if len(values) > 1]
     notes = [f"{len(several)} activations have several readers with ranges of their own: the widest serves them all"]
-    return {name: max(values) for name, values in found.items()}, notes if several else []
+    return {name: max(values) for name, values in by_tensor.items()}, notes if several else []
 
 
 def _by_module(proto: Any, model: nn.Module, adds: bool) -> dict[str, list[Any]]:
     """The quantised products, or adds, of each module in order, under the name that training calls the module by."""
     ids: dict[int, str] = {}
     first = {name: ids.setdefault(id(module), name) for name, module, _ in sites.registrations(model)}
-    found: defaultdict[str, list[Any]] = defaultdict(list)
+    by_module: defaultdict[str, list[Any]] = defaultdict(list)
     for node in quantised_nodes(proto):
         if (node.op_type == "Add") == adds:
             scopes = [first.get(name, name) for name in onnx_file.scopes(node)]
-            found[scopes[-1] if scopes and _runs_itself(model, scopes) else ""].append(node)
-    return found
+            by_module[scopes[-1] if scopes and _runs_itself(model, scopes) else ""].append(node)
+    return by_module
 
 
 def _runs_itself(model: nn.Module, scopes: list[str]) -> bool:

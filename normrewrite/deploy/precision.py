@@ -70,8 +70,8 @@ def shown(proto: Any) -> Precision:
 
 def by_types(proto: Any) -> Precision:
     """Int8 where a model dequantises, else its widest weights."""
-    found = present(proto, weights=True)
-    return next((kind for kind in ("int8", "fp32", "fp16", "bf16") if kind in found), "fp32")
+    kinds = present(proto, weights=True)
+    return next((kind for kind in ("int8", "fp32", "fp16", "bf16") if kind in kinds), "fp32")
 
 
 def _said(proto: Any) -> Precision | None:
@@ -91,6 +91,6 @@ def present(proto: Any, weights: bool = False) -> set[Precision]:
     if not weights:
         codes |= {value.type.tensor_type.elem_type for value in [*graph.input, *graph.output, *graph.value_info]}
     names = {code: name for name, code in onnx.TensorProto.DataType.items()}  # a file may say any number
-    found = {_NAMES[names[code]] for code in codes if names.get(code) in _NAMES}
+    kinds = {_NAMES[names[code]] for code in codes if names.get(code) in _NAMES}
     quantised = any(node.op_type == "DequantizeLinear" for node in graph.node)
-    return found | ({"int8"} if quantised else set())
+    return kinds | ({"int8"} if quantised else set())

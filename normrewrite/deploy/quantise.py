@@ -53,14 +53,16 @@ def quantise(
         )
     with _quiet():
         try:
-            found = _by_ranges(proto, nodes, learned) if data is None else _by_data(proto, nodes, data, ranges, learned)
+            quantised = (
+                _by_ranges(proto, nodes, learned) if data is None else _by_data(proto, nodes, data, ranges, learned)
+            )
         except NormRewriteError:
             raise
         except Exception as error:  # onnxruntime runs the model here, on data of any shape
             raise NormRewriteError(f"int8: onnxruntime can't calibrate the model: {first_line(error)}") from error
     if learned:
-        _read_exactly(found, {node.name for node in nodes})
-    return found
+        _read_exactly(quantised, {node.name for node in nodes})
+    return quantised
 
 
 def _read_exactly(quantised: Any, nodes: Collection[str]) -> None:

@@ -163,6 +163,11 @@ def headroom(values: Tensor) -> float:
     return math.log2(FP16_MAX) - math.log2(largest) if largest < math.inf else -math.inf
 
 
+def left_out(batches: int) -> str:
+    """What is said of batches that would have spoilt every figure."""
+    return f"{batches} batches left out, as they were not finite"
+
+
 def every_row(site: Site, n: int) -> Rows:
     """All metrics that n elements suffice for: the registry's, and topk:1%, whose k grows with n."""
     rows = (*METRICS.values(), metric("topk:1%"))

@@ -66,13 +66,13 @@ def find(arch: str, option: str = "--arch", forms: str = _FORMS) -> Factory:
 def attribute(module: ModuleType, name: str, where: str) -> Factory:
     """A callable of a module, by name."""
     try:
-        found: Factory = getattr(module, name)
+        factory: Factory = getattr(module, name)
     except AttributeError:
         own = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
         raise NormRewriteError(f"{where}: there is no {name!r} in {module.__name__}.{nearest(name, own)}") from None
-    if not callable(found):
-        raise NormRewriteError(f"{where}: {name!r} is a {type(found).__name__}, not a function or class.")
-    return found
+    if not callable(factory):
+        raise NormRewriteError(f"{where}: {name!r} is a {type(factory).__name__}, not a function or class.")
+    return factory
 
 
 @contextlib.contextmanager

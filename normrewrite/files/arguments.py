@@ -34,8 +34,8 @@ def _string(content: Any, at: int, width: int) -> tuple[bytes, int]:
 
 
 def _unicode(content: Any, at: int) -> tuple[str, int]:
-    found, end = _string(content, at, 4)
-    return str(found, "utf-8", "surrogatepass"), end
+    text, end = _string(content, at, 4)
+    return str(text, "utf-8", "surrogatepass"), end
 
 
 ARGUMENTS: dict[str, Callable[[Any, int], tuple[Any, int]]] = {

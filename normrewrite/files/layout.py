@@ -77,9 +77,9 @@ class Layout:
 
 def of(record: object) -> Layout:
     """What a manifest that has been checked tells of the layout."""
-    told = record.get(KEY) if isinstance(record, Mapping) else None
-    told = told if isinstance(told, Mapping) else {}
-    return Layout(tuple(told.get("key", ())), told.get("prefix", ""), tuple(told.get("compiled", ())))
+    entry = record.get(KEY) if isinstance(record, Mapping) else None
+    entry = entry if isinstance(entry, Mapping) else {}
+    return Layout(tuple(entry.get("key", ())), entry.get("prefix", ""), tuple(entry.get("compiled", ())))
 
 
 # --- where the weights are ----------------------------------------------------------------------------------------------------
@@ -100,17 +100,17 @@ def find(content: object, key: str | None, path: Path) -> tuple[Weights, Layout,
     notes: list[str] = []
     if asked and not all(isinstance(part, str) for part in asked):  # of a list, say: what goes out has a name
         content, asked = _at(content, asked), None
-    keys, found = _select(content, asked, path, notes)
+    keys, weights = _select(content, asked, path, notes)
     beside, left = _beside(content, keys) if isinstance(content, Mapping) and keys else ({}, [])
     layout = Layout(keys, beside=beside, left=tuple(left))
-    if isinstance(found, nn.Module):
-        return found, layout, notes
-    if not all(isinstance(name, str) for name in found):
+    if isinstance(weights, nn.Module):
+        return weights, layout, notes
+    if not all(isinstance(name, str) for name in weights):
         raise NormRewriteError(f"{path}: its state_dict has names that are no text. Save model.state_dict().")
-    if unfit := next((name for name in found if not is_name(name)), None):
+    if unfit := next((name for name in weights if not is_name(name)), None):
         raise NormRewriteError(f"{path}: its state_dict has {unfit!r:.80}: {CODE}. Rename the tensor.")
-    tensors = {name: value for name, value in found.items() if isinstance(value, Tensor) or name.endswith(_EXTRA)}
-    others = {name: value for name, value in found.items() if name not in tensors and name != manifest.KEY}
+    tensors = {name: value for name, value in weights.items() if isinstance(value, Tensor) or name.endswith(_EXTRA)}
+    others = {name: value for name, value in weights.items() if name not in tensors and name != manifest.KEY}
     layout = replace(layout, left=(*left, *(name for name, value in others.items() if not _is_small(value))))
     others = {name: value for name, value in others.items() if _is_small(value)}
     layout = replace(layout, among=others) if keys else replace(layout, beside=others)
@@ -158,12 +158,12 @@ def _leads(value: object) -> bool:
     """Whether there are weights in it, at any depth; what stands at several places is looked at once."""
     waiting, seen = [value], set[int]()
     while waiting:
-        each = waiting.pop()
-        if isinstance(each, nn.Module | Tensor):
+        part = waiting.pop()
+        if isinstance(part, nn.Module | Tensor):
             return True
-        if isinstance(each, Mapping) and id(each) not in seen:
-            seen.add(id(each))
-            waiting += each.values()
+        if isinstance(part, Mapping) and id(part) not in seen:
+            seen.add(id(part))
+            waiting += part.values()
     return False
 
 
@@ -188,10 +188,8 @@ def _has(content: object, part: str | int) -> bool:
 
 def _keys(content: object) -> str:
     """What --key may name in it, as far as that is soon told."""
-    found = (
-        content if isinstance(content, Mapping) else range(len(content)) if isinstance(content, list | tuple) else ()
-    )
-    return ", ".join([str(each) for each in found][:12])
+    keys = content if isinstance(content, Mapping) else range(len(content)) if isinstance(content, list | tuple) else ()
+    return ", ".join([str(each) for each in keys][:12])
 
 
 def _no_such_key(content: object, key: str, path: Path) -> NoSuchKey:
@@ -240,16 +238,16 @@ def fitted(
         short = [name.removeprefix(prefix) for name in names]
         compiled = sorted({module for name in short for module in _compiled_in(name)})
         for inner in ((), tuple(compiled)) if compiled else ((),):
-            found, own = _taken(file, replace(layout, prefix=prefix, compiled=inner, among=others))
-            if len(found) == len(names) and _fits(found, wanted):
-                return found, own, "" if prefix == layout.prefix else _of_prefix(prefix)
+            tensors, own = _taken(file, replace(layout, prefix=prefix, compiled=inner, among=others))
+            if len(tensors) == len(names) and _fits(tensors, wanted):
+                return tensors, own, "" if prefix == layout.prefix else _of_prefix(prefix)
     part = _one_part(file, wanted)
     if part is None:
         return dict(state), layout, ""
-    found, own = _taken(file, replace(layout, prefix=part, compiled=(), among=others))
+    tensors, own = _taken(file, replace(layout, prefix=part, compiled=(), among=others))
     large = [name for name, value in own.among.items() if not _is_small(value)]
     own = replace(own, among={n: v for n, v in own.among.items() if n not in large}, left=(*own.left, *large))
-    return found, own, "" if part == layout.prefix else f"the names that begin with {part!r} fit, and were taken"
+    return tensors, own, "" if part == layout.prefix else f"the names that begin with {part!r} fit, and were taken"
 
 
 def _one_part(file: Mapping[str, Tensor], wanted: Collection[str]) -> str | None:
@@ -269,10 +267,10 @@ def without_extra(
 ) -> tuple[dict[str, Tensor], Layout]:
     """Without the further states of modules, other than tensors, that the network does not ask for: these are carried along."""
     extra = {name: value for name, value in state.items() if not isinstance(value, Tensor) and name not in wanted}
-    kept = {name: value for name, value in layout.named(extra).items() if _is_small(value)}
-    left = [name for name in layout.named(extra) if name not in kept]
+    small = {name: value for name, value in layout.named(extra).items() if _is_small(value)}
+    left = [name for name in layout.named(extra) if name not in small]
     own = {name: value for name, value in state.items() if name not in extra}
-    return own, replace(layout, among={**layout.among, **kept}, left=(*layout.left, *left))
+    return own, replace(layout, among={**layout.among, **small}, left=(*layout.left, *left))
 
 
 def _of_prefix(prefix: str) -> str:
@@ -281,10 +279,10 @@ def _of_prefix(prefix: str) -> str:
     return "" if plain else f"every name begins with {prefix!r}, without which all of them fit"
 
 
-def _fits(found: Mapping[str, Tensor], wanted: Collection[str]) -> bool:
+def _fits(tensors: Mapping[str, Tensor], wanted: Collection[str]) -> bool:
     """Torch itself doesn't ask for the counts of old batch norms."""
-    return found.keys() <= set(wanted) and all(
-        name.endswith("num_batches_tracked") for name in wanted if name not in found
+    return tensors.keys() <= set(wanted) and all(
+        name.endswith("num_batches_tracked") for name in wanted if name not in tensors
     )
 
 
@@ -343,19 +341,19 @@ def _with_compiled(name: str, compiled: tuple[str, ...]) -> str:
 
 def _beside(content: Mapping[Any, Any], keys: tuple[str, ...]) -> tuple[dict[str, Any], list[str]]:
     """Everything but the weights: what is small and plain, and the names of the rest, as an optimiser's state."""
-    kept: dict[str, Any] = {}
+    small: dict[str, Any] = {}
     left: list[str] = []
     for name, value in content.items():
         if name == keys[0] and len(keys) > 1:
             inner, more = _beside(value, keys[1:])
-            kept |= {name: inner} if inner else {}
+            small |= {name: inner} if inner else {}
             left += [f"{name}.{each}" for each in more]
         elif name not in (keys[0], manifest.KEY):
             if _is_small(name) and _is_small(value) and not _is_weights(value):
-                kept[name] = value
+                small[name] = value
             else:
                 left.append(str(name))
-    return kept, left
+    return small, left
 
 
 def _is_small(value: object) -> bool:
@@ -364,18 +362,18 @@ def _is_small(value: object) -> bool:
     waiting: list[Any] = [value]
     room = _ROOM
     while waiting and room > 0:
-        each = waiting.pop()
+        part = waiting.pop()
         room -= _PLAIN
-        if type(each) in (dict, OrderedDict):
-            if {"state", "param_groups"} <= each.keys():
+        if type(part) in (dict, OrderedDict):
+            if {"state", "param_groups"} <= part.keys():
                 return False
-            waiting += [*each, *each.values()]
-        elif type(each) in (list, tuple, set):
-            waiting += each
-        elif type(each) is Tensor and each.layout is torch.strided and not each.is_meta:
-            room -= each.untyped_storage().nbytes()
-        elif type(each) is str:
-            room -= len(each)
-        elif each is not None and type(each) not in (bool, int, float):
+            waiting += [*part, *part.values()]
+        elif type(part) in (list, tuple, set):
+            waiting += part
+        elif type(part) is Tensor and part.layout is torch.strided and not part.is_meta:
+            room -= part.untyped_storage().nbytes()
+        elif type(part) is str:
+            room -= len(part)
+        elif part is not None and type(part) not in (bool, int, float):
             return False
     return not waiting and room > 0

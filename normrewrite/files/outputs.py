@@ -45,7 +45,7 @@ def check_outputs(
             continue
         _check_suffix(path, "a manifest" if option == "--manifest" else kind if option == "-o" else "")
         check_writable(path, force)
-        clash = next((other for other, found in taken.items() if _same_file(path, found)), None)
+        clash = next((other for other, file in taken.items() if _same_file(path, file)), None)
         if clash is not None:
             raise NormRewriteError(f"output {path}: {clash} is the same file. Choose another name.")
         taken[option] = path

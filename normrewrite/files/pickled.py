@@ -210,8 +210,8 @@ class Reader:
             self._note(f"it makes {cls} with arguments")
         self.stack.append(Made(str(cls)))
 
-    def _is_free(self, found: object) -> bool:
-        return isinstance(found, Global) and found in self.free
+    def _is_free(self, value: object) -> bool:
+        return isinstance(value, Global) and value in self.free
 
     def _reduce(self, _: bytes) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()

@@ -106,15 +106,15 @@ def look(path: Path, *, key: str | None = None, allow: Sequence[str] = (), trust
     content, metadata = _read_safetensors(path) if form == "safetensors" else (unpickle.load(path, allow, trust), {})
     record = content.get(manifest.KEY) if isinstance(content, Mapping) else None
     checked = None if record is None else manifest.check(record, str(path))
-    found, layout, notes = layouts.find(content, key, path)
+    weights, layout, notes = layouts.find(content, key, path)
     if form == "safetensors":  # which has no keys; those of a checkpoint that it was made from are in its manifest
         layout = replace(layout, key=layouts.of(checked).key, metadata=metadata)
-    if isinstance(found, nn.Module):
-        wrong = soundness.check(found)
+    if isinstance(weights, nn.Module):
+        wrong = soundness.check(weights)
         if wrong is not None:
             raise NormRewriteError(f"{path}: the module in it is damaged: {wrong}. Save it again.")
         form = "module"
-    return Content(found, form, checked, layout, notes)
+    return Content(weights, form, checked, layout, notes)
 
 
 def record(
@@ -132,14 +132,14 @@ def _named_by(record: dict[str, Any] | None, trust: bool, path: Path) -> tuple[s
     named = None if record is None else record.get("arch")
     if record is not None and named is not None and trust:
         return named, arch_.parse_arguments(record.get("arch_args", []))
-    told = (
+    hint = (
         f" Its manifest names {named!r}, and nothing of that was imported: give it as --arch if you know it, or --trust the file."
         if named
         else ""
     )
     raise NormRewriteError(
         f"{path} holds a state_dict: tensors without the code they belong to. Name it with --arch PATH.py:factory or "
-        f"--arch module:factory.{told}"
+        f"--arch module:factory.{hint}"
     )
 
 
@@ -239,26 +239,26 @@ def _fill(model: nn.Module, content: Content, path: Path, arch: object) -> tuple
 def _take_dtypes(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Give every tensor of the model its checkpoint's dtype: a half checkpoint stays half, and tied tensors stay tied."""
     for name, tensor in model.state_dict(keep_vars=True).items():
-        given = state.get(name)
+        stored = state.get(name)
         if (
-            isinstance(given, Tensor)
+            isinstance(stored, Tensor)
             and isinstance(tensor, Tensor)
-            and given.dtype != tensor.dtype
-            and given.is_floating_point()
+            and stored.dtype != tensor.dtype
+            and stored.is_floating_point()
         ):
-            tensor.data = tensor.data.to(given.dtype)
+            tensor.data = tensor.data.to(stored.dtype)
 
 
 def _taken(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of the model that now are their checkpoint's, mapped from the file: a large one is not held twice."""
     taken = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        given = state.get(name)
-        if isinstance(given, Tensor) and isinstance(tensor, Tensor) and _alike(given, tensor):
-            tensor.data = given
+        stored = state.get(name)
+        if isinstance(stored, Tensor) and isinstance(tensor, Tensor) and _alike(stored, tensor):
+            tensor.data = stored
             taken[name] = tensor
     return taken
 
 
-def _alike(given: Tensor, tensor: Tensor) -> bool:
-    return all(getattr(given, each) == getattr(tensor, each) for each in ("shape", "dtype", "device", "layout"))
+def _alike(stored: Tensor, tensor: Tensor) -> bool:
+    return all(getattr(stored, each) == getattr(tensor, each) for each in ("shape", "dtype", "device", "layout"))

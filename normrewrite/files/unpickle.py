@@ -59,8 +59,8 @@ def load(path: Path, allow: Sequence[str] = (), trust: bool = False) -> Any:
 def _load_safely(path: Path, allow: Sequence[str]) -> Any:
     try:
         wrong = pickled.fault(path, {name.replace(":", ".") for name in allow})
-    except pickled.Wrong as found:
-        raise _never_written(path, str(found)) from found
+    except pickled.Wrong as error:
+        raise _never_written(path, str(error)) from error
     except pickled.Unknown:
         return _read(path)  # torch knows no more of it, and says what it is
     wanted = torch.serialization.get_unsafe_globals_in_checkpoint(path) if pickled.is_archive(path) else []
@@ -102,13 +102,13 @@ def _allowed(name: str, allow: Sequence[str]) -> Any:
     if not by_user and not name.startswith(PACKAGES):
         return None
     try:
-        found = getattr(importlib.import_module(module_name), class_name)
+        cls = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError) as error:
         if by_user:
             raise NormRewriteError(f"--allow {module_name}:{class_name}: {error}") from error
         return None
-    genuine = isinstance(found, type) and (found.__module__, found.__qualname__) == (module_name, class_name)
-    return found if genuine and (by_user or _is_made_plainly(found)) else None
+    genuine = isinstance(cls, type) and (cls.__module__, cls.__qualname__) == (module_name, class_name)
+    return cls if genuine and (by_user or _is_made_plainly(cls)) else None
 
 
 def _is_made_plainly(cls: type) -> bool:
@@ -119,9 +119,9 @@ def _is_made_plainly(cls: type) -> bool:
 
 def _is_of_torch(cls: type, step: str) -> bool:
     """torch.compile, once it was used, puts a `__setstate__` of its own into nn.Module."""
-    found = getattr(cls, step, None)
-    module = getattr(found, "__module__", None) or "torch.nn."
-    return found is getattr(nn.Module, step, None) or module.startswith("torch.nn.")
+    method = getattr(cls, step, None)
+    module = getattr(method, "__module__", None) or "torch.nn."
+    return method is getattr(nn.Module, step, None) or module.startswith("torch.nn.")
 
 
 def _is_config(cls: type) -> bool:

@@ -51,7 +51,7 @@ def shifted(images: Tensor, pixels: int) -> Tensor:
         raise NormRewriteError(f"--crop {pixels}: images are {height} x {width}. Shift them by less.")
     padded = F.pad(images, (pixels,) * 4)
     down, right = torch.randint(0, 2 * pixels + 1, (2, n, 1)).to(images.device)
-    rows = (down + torch.arange(height, device=images.device))[:, :, None]
-    columns = (right + torch.arange(width, device=images.device))[:, None, :]
+    down_to = (down + torch.arange(height, device=images.device))[:, :, None]
+    right_to = (right + torch.arange(width, device=images.device))[:, None, :]
     which = torch.arange(n, device=images.device)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[which, rows, columns].permute(0, 3, 1, 2).contiguous()
+    return padded.permute(0, 2, 3, 1)[which, down_to, right_to].permute(0, 3, 1, 2).contiguous()

@@ -62,8 +62,8 @@ class Checkpoints:
                 _remove_others(self.folder, final)
         except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
             before = newest_of(self.folder)
-            kept = f"The checkpoint before it, {before.name}, is whole" if before else "There is none before it"
-            raise NormRewriteError(f"{final}: {first_line(error)}. {kept}.") from error
+            fallback = f"The checkpoint before it, {before.name}, is whole" if before else "There is none before it"
+            raise NormRewriteError(f"{final}: {first_line(error)}. {fallback}.") from error
         finally:
             if self.machine.is_main_process:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -72,10 +72,10 @@ class Checkpoints:
         """Raises on all processes where they would not begin at the same step."""
         from accelerate.utils import gather_object
 
-        found = gather_object([newest.name if newest is not None else "nothing"])
-        if len(set(found)) > 1:
+        names = gather_object([newest.name if newest is not None else "nothing"])
+        if len(set(names)) > 1:
             raise NormRewriteError(
-                f"{self.folder}: process by process there is {', '.join(found)}. Put the output where all machines see the same "
+                f"{self.folder}: process by process there is {', '.join(names)}. Put the output where all machines see the same "
                 "files."
             )
 
@@ -103,9 +103,9 @@ def newest_of(folder: Path) -> Path | None:
     return max((path for path in folder.glob(_STEPS) if not path.suffix), default=None)
 
 
-def _remove_others(folder: Path, kept: Path) -> None:
+def _remove_others(folder: Path, keep: Path) -> None:
     for path in folder.glob(_STEPS):
-        if path != kept:
+        if path != keep:
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -188,9 +188,9 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise NormRewriteError(
             f"{path}: can't be read ({first_line(error)}). Start anew with --force in place of --resume."
         ) from error
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}

@@ -39,17 +39,18 @@ class Feed:
     def steps(self) -> int:
         """Steps an epoch. A stream is gone through once to tell."""
         if self.data.whole is None:
-            found = sum(1 for _ in self.data.batches(self.batch_size))
-            return self._enough(found // self._batches_a_step, f"{found} batches")
-        rows = len(self.data.whole)
+            count = sum(1 for _ in self.data.batches(self.batch_size))
+            return self._enough(count // self._batches_a_step, f"{count} batches")
+        inputs = len(self.data.whole)
         return self._enough(
-            max(rows // (self.batch_size * self._batches_a_step), int(rows >= self._batches_a_step)), f"{rows} inputs"
+            max(inputs // (self.batch_size * self._batches_a_step), int(inputs >= self._batches_a_step)),
+            f"{inputs} inputs",
         )
 
-    def _enough(self, steps: int, found: str) -> int:
+    def _enough(self, steps: int, contents: str) -> int:
         if not steps:
             raise NormRewriteError(
-                f"the data hold {found}, and a step takes {self._batches_a_step} batches (--accumulate {self.accumulate}, "
+                f"the data hold {contents}, and a step takes {self._batches_a_step} batches (--accumulate {self.accumulate}, "
                 f"{self.ranks} processes). Give more data, or lower --accumulate."
             )
         return steps
@@ -60,9 +61,9 @@ class Feed:
 
     def _shuffled(self, number: int, start: int) -> Iterator[list[Batch]]:
         assert self.data.whole is not None
-        rows = len(self.data.whole)
-        order = torch.randperm(rows, generator=randomness.generator(self.seed, number))
-        size = min(self.batch_size, rows // self._batches_a_step)
+        inputs = len(self.data.whole)
+        order = torch.randperm(inputs, generator=randomness.generator(self.seed, number))
+        size = min(self.batch_size, inputs // self._batches_a_step)
         for step in range(start, self.steps):
             batches = order[step * size * self._batches_a_step :][: size * self._batches_a_step].split(size)
             yield [self.data.whole.rows(chosen) for chosen in batches[self.rank :: self.ranks]]
@@ -71,9 +72,9 @@ class Feed:
         batches = self.data.batches(self.batch_size)
         for step in range(self.steps):
             randomness.seed(self.seed, number, step)  # what the user's code draws depends on the step alone
-            found = list(islice(batches, self._batches_a_step))
-            if step >= start and len(found) == self._batches_a_step:
-                yield found[self.rank :: self.ranks]
+            of_step = list(islice(batches, self._batches_a_step))
+            if step >= start and len(of_step) == self._batches_a_step:
+                yield of_step[self.rank :: self.ranks]
 
 
 def split(data: Data, share: float, seed: int) -> tuple[Data, Data]:

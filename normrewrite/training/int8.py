@@ -28,7 +28,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 
 from normrewrite import sites
-from normrewrite.errors import NormRewriteError, nearest
+from normrewrite.errors import NormRewriteError, nearest, some
 from normrewrite.nn.batch import BatchNorm, FrozenBatchNorm
 from normrewrite.norms import metric as row_of
 from normrewrite.provenance.ranges import SIDES, LearnedRanges, called, check
@@ -163,8 +163,8 @@ class Int8(TorchFunctionMode):
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         caught = None if self.calls[-1].aside else _CAUGHT.get(func)
-        found = NotImplemented if caught is None else caught(self, *args, **(kwargs or {}))
-        return func(*args, **(kwargs or {})) if found is NotImplemented else found
+        output = NotImplemented if caught is None else caught(self, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {})) if output is NotImplemented else output
 
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
         return self._product(input, weight, bias, None)
@@ -288,8 +288,8 @@ _CAUGHT: dict[Callable[..., Any], Callable[..., Any]] = {
 
 
 def _each(value: Any, size: int) -> tuple[int, ...]:
-    found = tuple(value) if isinstance(value, Sequence) else (value,)
-    return found * size if len(found) == 1 else found
+    sizes = tuple(value) if isinstance(value, Sequence) else (value,)
+    return sizes * size if len(sizes) == 1 else sizes
 
 
 @contextmanager
@@ -320,13 +320,13 @@ def kept(model: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
     chosen = {
         pattern: [name for name in names if fnmatchcase(name, ends.get(pattern, pattern))] for pattern in patterns
     }
-    for pattern, found in chosen.items():
-        if not found:
+    for pattern, matches in chosen.items():
+        if not matches:
             raise NormRewriteError(
                 f"int8: {pattern!r} is to be kept, and no module is called so.{nearest(pattern, names)} Name modules, or "
                 f"{' or '.join(ENDS)}."
             )
-    return tuple(name for name in names if any(name in found for found in chosen.values()))
+    return tuple(name for name in names if any(name in matches for matches in chosen.values()))
 
 
 def notes(model: nn.Module) -> list[str]:
@@ -334,9 +334,8 @@ def notes(model: nn.Module) -> list[str]:
     squares = [site.name for site in sites.find(model) if _measures_squares(site.module)]
     if not squares:
         return []
-    more = ", ..." if len(squares) > 3 else ""
     return [
-        f"{len(squares)} batch norms between 8-bit layers measure squares ({', '.join(squares[:3])}{more}): converted to l1 or "
+        f"{len(squares)} batch norms between 8-bit layers measure squares ({some(squares, 3)}): converted to l1 or "
         "range they need none"
     ]
 

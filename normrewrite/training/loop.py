@@ -72,7 +72,7 @@ class Loop:
         self.schedule = optimise.make_schedule(recipe, optimizer, self.total)
         self.network, self.optimizer = prepare(machine, model, optimizer, lambda: self._loss_of_two(data))
         self.progress = Progress()
-        more = [found for found in (self.ema, quantised) if found is not None]
+        more = [stateful for stateful in (self.ema, quantised) if stateful is not None]
         machine.register_for_checkpointing(self.schedule, self.progress, *weights.saved, *more)
 
     def _loss_of_two(self, data: Data) -> Tensor:
@@ -113,13 +113,13 @@ class Loop:
     def _steps(self, epoch: int, done: int) -> Iterator[list[Batch]]:
         """The rest of an epoch, or of the training. A stream that falls short would be asked for ever."""
         wanted = min(self.feed.steps - done, self.total - self.progress.step)
-        found = 0
-        for found, batches in enumerate(self.feed.epoch(epoch, done), 1):
+        count = 0
+        for count, batches in enumerate(self.feed.epoch(epoch, done), 1):
             yield batches
-            if found == wanted:
+            if count == wanted:
                 return
         raise NormRewriteError(
-            f"the data ended after {done + found} of {self.feed.steps} steps of epoch {epoch + 1}: they were more at first. "
+            f"the data ended after {done + count} of {self.feed.steps} steps of epoch {epoch + 1}: they were more at first. "
             "Give data that can be gone through again."
         )
 
@@ -226,14 +226,14 @@ class Loop:
             for batch, new in self._share(val.batches(self.recipe.batch_size)):
                 if val.whole is None:
                     check_finite(batch, "the validation data")
-                found = counted(self.judge(network, batch.to(self.machine.device)))
+                counts = counted(self.judge(network, batch.to(self.machine.device)))
                 if new:
-                    tally += found
+                    tally += counts
         return self._joined(tally)
 
     def _share(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, bool]]:
         """This process's part, as many batches as every other's, for sharded networks run on all at once: where none is left,
         one that is another's (False)."""
         rank, ranks = self.machine.process_index, self.machine.num_processes
-        while found := list(islice(batches, ranks)):
-            yield found[min(rank, len(found) - 1)], rank < len(found)
+        while group := list(islice(batches, ranks)):
+            yield group[min(rank, len(group) - 1)], rank < len(group)

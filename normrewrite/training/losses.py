@@ -110,8 +110,8 @@ class Objective:
 
 def _floats(outputs: object) -> dict[str, Tensor]:
     """In fp32 at least: a loss in half would round away what is left to learn."""
-    found = {name: value for name, value in flat(outputs).items() if value.is_floating_point()}
-    return {name: value if value.dtype == torch.float64 else value.float() for name, value in found.items()}
+    floats = {name: value for name, value in flat(outputs).items() if value.is_floating_point()}
+    return {name: value if value.dtype == torch.float64 else value.float() for name, value in floats.items()}
 
 
 def _right(mine: dict[str, Tensor], goal: dict[str, Tensor] | None, labels: Tensor | None) -> Tensor | None:
@@ -131,11 +131,11 @@ def _function(name: str) -> Callable[..., Any]:
         raise NormRewriteError(
             f"--loss {name}: there is no such loss.{nearest(name, DISTANCES)} Write {', '.join(DISTANCES)} or module:function."
         )
-    found = arch.find(name, "--loss", "Write PATH.py:function or module:function.")
+    loss = arch.find(name, "--loss", "Write PATH.py:function or module:function.")
 
     def function(*arguments: object) -> Any:
         try:
-            return found(*arguments)
+            return loss(*arguments)
         except Exception as error:  # the user's code runs here
             raise NormRewriteError(f"--loss {name}: raised {first_line(error)}") from error
 
@@ -144,9 +144,9 @@ def _function(name: str) -> Callable[..., Any]:
 
 def _whole(loss: object, name: str) -> Tensor:
     if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.requires_grad != torch.is_grad_enabled():
-        found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        outcome = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise NormRewriteError(
-            f"--loss {name}: gave {found}; one number with a gradient is needed, a tensor of shape ()."
+            f"--loss {name}: gave {outcome}; one number with a gradient is needed, a tensor of shape ()."
         )
     return loss.reshape(())
 
@@ -169,16 +169,16 @@ def _matching(patterns: tuple[str, ...], model: nn.Module, teacher: nn.Module) -
 @contextmanager
 def recorded(modules: list[nn.Module]) -> Iterator[list[Tensor]]:
     """The output of each module while the model is run inside, in order of `modules`."""
-    found: dict[int, list[Tensor]] = {}
+    by_module: dict[int, list[Tensor]] = {}
     outputs: list[Tensor] = []
 
     def keep(module: nn.Module, _: object, output: object) -> None:
-        found[id(module)] = [value.clone() for value in flat(output).values()]  # the next layer may work in place
+        by_module[id(module)] = [value.clone() for value in flat(output).values()]  # the next layer may work in place
 
     hooks = [module.register_forward_hook(keep) for module in modules]
     try:
         yield outputs
-        outputs += [value for module in modules for value in found.get(id(module), [])]
+        outputs += [value for module in modules for value in by_module.get(id(module), [])]
     finally:
         for hook in hooks:
             hook.remove()

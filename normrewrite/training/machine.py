@@ -38,16 +38,16 @@ def accelerator(model: nn.Module, recipe: Recipe, log: Path | None = None) -> It
     from accelerate.state import AcceleratorState, GradientState
 
     ours = not AcceleratorState._shared_state
-    with _told(recipe.timeout):
-        found = _made(device_of(model), recipe, log)
+    with _explained(recipe.timeout):
+        machine = _made(device_of(model), recipe, log)
         try:
             if log is not None:
-                found.init_trackers("normrewrite")
-            yield found
+                machine.init_trackers("normrewrite")
+            yield machine
         finally:
-            for tracker in found.trackers:
+            for tracker in machine.trackers:
                 tracker.finish()
-            found.free_memory()
+            machine.free_memory()
             if ours:
                 AcceleratorState._reset_state()
                 GradientState._reset_state()
@@ -73,7 +73,7 @@ def _made(device: torch.device, recipe: Recipe, log: Path | None) -> Any:
         torch.accelerator.set_device_index(device.index)  # accelerate takes the current one, where it runs alone
     _meet(device, timedelta(seconds=recipe.timeout))
     try:
-        found = Accelerator(
+        machine = Accelerator(
             cpu=device.type == "cpu",
             mixed_precision=_MIXED[recipe.precision],
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=recipe.accumulate),
@@ -83,16 +83,16 @@ def _made(device: torch.device, recipe: Recipe, log: Path | None) -> Any:
     except ValueError as error:
         raise NormRewriteError(f"--precision {recipe.precision}: {first_line(error)} Use another precision.") from error
     if _asked_for("FSDP") and device.type == "cpu":
-        _shard_on_cpus(found)
-    if sharded(found):
+        _shard_on_cpus(machine)
+    if sharded(machine):
         # all have read the file; accelerate's own way fails at buffers
-        found.state.fsdp_plugin.cpu_ram_efficient_loading = False
-    return found
+        machine.state.fsdp_plugin.cpu_ram_efficient_loading = False
+    return machine
 
 
-def release(found: Any, network: nn.Module) -> None:
+def release(machine: Any, network: nn.Module) -> None:
     """Take from a network what `prepare` put around its forward, which neither pickles nor copies."""
-    model = found.unwrap_model(network, keep_fp32_wrapper=False)
+    model = machine.unwrap_model(network, keep_fp32_wrapper=False)
     for name in ("forward", "_original_forward"):
         vars(model).pop(name, None)
 
@@ -100,36 +100,36 @@ def release(found: Any, network: nn.Module) -> None:
 # --- several processes ------------------------------------------------------------------------------------------------
 
 
-def prepare(found: Any, network: nn.Module, optimizer: Any, loss: Callable[[], Tensor]) -> tuple[nn.Module, Any]:
+def prepare(machine: Any, network: nn.Module, optimizer: Any, loss: Callable[[], Tensor]) -> tuple[nn.Module, Any]:
     """Both as the processes need them. loss: of some inputs; DDP has to be told where parameters take no part in it."""
-    if found.num_processes > 1:
+    if machine.num_processes > 1:
         from accelerate.utils import DistributedDataParallelKwargs
 
         learned = [parameter for parameter in network.parameters() if parameter.requires_grad]
         gradients = torch.autograd.grad(loss(), learned, allow_unused=True)
         unused = any(gradient is None for gradient in gradients)
-        found.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=unused)
-    prepared: tuple[nn.Module, Any] = found.prepare(network, optimizer)
+        machine.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=unused)
+    prepared: tuple[nn.Module, Any] = machine.prepare(network, optimizer)
     return prepared
 
 
-def sharded(found: Any) -> bool:
+def sharded(machine: Any) -> bool:
     """Whether parameters are shared out over the processes, by FSDP."""
-    return bool(found.is_fsdp2)
+    return bool(machine.is_fsdp2)
 
 
-def whole_weights(found: Any, network: nn.Module) -> dict[str, Tensor]:
+def whole_weights(machine: Any, network: nn.Module) -> dict[str, Tensor]:
     """The whole state_dict on every process, which all have to call this."""
-    if not sharded(found):
+    if not sharded(machine):
         return network.state_dict()
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     return dict(get_model_state_dict(network, options=StateDictOptions(full_state_dict=True)))  # type: ignore[arg-type]
 
 
-def align_buffers(found: Any, network: nn.Module) -> None:
+def align_buffers(machine: Any, network: nn.Module) -> None:
     """Every process takes the first one's running statistics, which are what a file will hold."""
-    if found.num_processes > 1:
+    if machine.num_processes > 1:
         for buffer in network.buffers():
             distributed.broadcast(buffer, 0)
 
@@ -143,13 +143,13 @@ def _meet(device: torch.device, timeout: timedelta) -> None:
     from accelerate.state import PartialState
 
     try:
-        found = PartialState(cpu=device.type == "cpu", timeout=timeout)
+        processes = PartialState(cpu=device.type == "cpu", timeout=timeout)
     except ValueError as error:
         raise NormRewriteError(f"{first_line(error)}. Launch with torchrun or accelerate launch.") from error
     ranks = distributed.get_world_size() if distributed.is_initialized() else 1
-    if found.num_processes != ranks:
+    if processes.num_processes != ranks:
         raise NormRewriteError(
-            f"torch.distributed runs {ranks} processes, and accelerate sees {found.num_processes}. Set RANK, WORLD_SIZE and "
+            f"torch.distributed runs {ranks} processes, and accelerate sees {processes.num_processes}. Set RANK, WORLD_SIZE and "
             "LOCAL_RANK, as torchrun does."
         )
 
@@ -172,23 +172,23 @@ def _check_launch(recipe: Recipe) -> None:
         raise NormRewriteError("--ema beside --use_fsdp: averaged weights can't be sharded yet. Leave one of the two.")
 
 
-def _shard_on_cpus(found: Any) -> None:
+def _shard_on_cpus(machine: Any) -> None:
     """Accelerate gives FSDP to GPUs and their like, and would take DDP here without a word; torch's FSDP2 runs on CPUs too."""
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
     plugin = FullyShardedDataParallelPlugin()
-    if found.mixed_precision != "no":
-        plugin.set_mixed_precision(found.mixed_precision)
+    if machine.mixed_precision != "no":
+        plugin.set_mixed_precision(machine.mixed_precision)
     for state in (AcceleratorState, PartialState):
         state._shared_state["distributed_type"] = DistributedType.FSDP
     AcceleratorState._shared_state["fsdp_plugin"] = plugin
-    if not sharded(found):
+    if not sharded(machine):
         raise NormRewriteError("--use_fsdp: this version of accelerate can't shard on CPUs. Launch it with torchrun.")
 
 
 @contextmanager
-def _told(timeout: float) -> Iterator[None]:
+def _explained(timeout: float) -> Iterator[None]:
     """A lost process shows in the others as torch's or gloo's error, from whatever they were exchanging: a checkpoint, a
     batch's statistics, a gradient."""
     try:

@@ -37,9 +37,9 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
 
 
 def _undecayed(recipe: Recipe, model: nn.Module) -> list[dict[str, Any]]:
-    found = scale_invariant(model)
-    if not found.weights:
-        why = found.untraceable or "none of its layers feeds norms alone"
+    invariant = scale_invariant(model)
+    if not invariant.weights:
+        why = invariant.untraceable or "none of its layers feeds norms alone"
         raise NormRewriteError(
             f"--weight-decay-as lr: {type(model).__name__} has no scale-invariant weight ({why}). Use --weight-decay-as decay."
         )

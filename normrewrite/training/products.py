@@ -68,8 +68,8 @@ class Simulated:
     def output(self, layer: Convolution | None, x: Quantised, weight: Quantised, bias: Tensor | None) -> Tensor:
         if layer is None:
             return F.linear(x.wide(), weight.wide(), bias)
-        found: Tensor = torch.ops.aten.convolution(x.wide(), weight.wide(), bias, *layer)
-        return found
+        output: Tensor = torch.ops.aten.convolution(x.wide(), weight.wide(), bias, *layer)
+        return output
 
     def input_gradient(
         self, layer: Convolution | None, g: Quantised | Tensor, weight: Quantised, shape: Sequence[int]
@@ -86,8 +86,8 @@ class Simulated:
 
 
 def _backward(layer: Convolution, g: Tensor, x: Tensor, weight: Tensor, which: int) -> Tensor:
-    found = torch.ops.aten.convolution_backward(g, x, weight, None, *layer, [which == 0, which == 1, False])
-    return found[which]  # type: ignore[no-any-return]
+    gradients = torch.ops.aten.convolution_backward(g, x, weight, None, *layer, [which == 0, which == 1, False])
+    return gradients[which]  # type: ignore[no-any-return]
 
 
 def _shaped(like: Tensor, shape: Sequence[int]) -> Tensor:
@@ -136,9 +136,9 @@ def usual_reach(x: Tensor) -> Tensor:
     """
     stride = x.numel() // _SAMPLE | 1  # odd, so as not to meet the same column of each image
     sample = x.detach().flatten()[::stride].abs()
-    found = sample.topk(max(1, round(len(sample) * (1 - PERCENTILE / 100)))).values[-1]
+    usual = sample.topk(max(1, round(len(sample) * (1 - PERCENTILE / 100)))).values[-1]
     largest = reach(x)
-    return torch.where(largest.isfinite(), found, largest)
+    return torch.where(largest.isfinite(), usual, largest)
 
 
 def by_channel(weight: Tensor, layer: Convolution | None) -> Tensor:
@@ -146,8 +146,8 @@ def by_channel(weight: Tensor, layer: Convolution | None) -> Tensor:
     if layer is None or not layer.transposed:
         return weight.detach().abs().amax(list(range(1, weight.dim())), keepdim=True)
     grouped: Tensor = weight.detach().abs().unflatten(0, (layer.groups, -1))
-    found = grouped.amax([1, *range(3, grouped.dim())], keepdim=True)
-    return found.expand(-1, grouped.shape[1], *found.shape[2:]).flatten(0, 1)
+    largest = grouped.amax([1, *range(3, grouped.dim())], keepdim=True)
+    return largest.expand(-1, grouped.shape[1], *largest.shape[2:]).flatten(0, 1)
 
 
 # --- with gradients ---------------------------------------------------------------------------------------------------
@@ -166,8 +166,8 @@ def product(
 
     gradients: 8-bit ones too. Statistics and sums are fp32 at least, whatever x's dtype.
     """
-    found: Tensor = _Product.apply(x, weight, bias, layer, scale, gradients, products)  # type: ignore[no-untyped-call]
-    return found
+    output: Tensor = _Product.apply(x, weight, bias, layer, scale, gradients, products)  # type: ignore[no-untyped-call]
+    return output
 
 
 class _Product(torch.autograd.Function):
@@ -213,17 +213,17 @@ class _Product(torch.autograd.Function):
 
 def rounded(x: Tensor, scale: Tensor) -> Tensor:
     """x on 8 bits and back, as x: what no product reads (both sides of a residual add)."""
-    found: Tensor = _Rounded.apply(x, scale)  # type: ignore[no-untyped-call]
-    return found
+    output: Tensor = _Rounded.apply(x, scale)  # type: ignore[no-untyped-call]
+    return output
 
 
 class _Rounded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
         dtype = statistics_dtype(x.dtype)
-        found = nearest(x.to(dtype), scale.to(dtype))
-        ctx.save_for_backward(x, scale, *([found.values] if ctx.needs_input_grad[1] else []))
-        return found.wide().to(x.dtype)
+        quantised = nearest(x.to(dtype), scale.to(dtype))
+        ctx.save_for_backward(x, scale, *([quantised.values] if ctx.needs_input_grad[1] else []))
+        return quantised.wide().to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -235,8 +235,8 @@ class _Rounded(torch.autograd.Function):
 def _unclipped(g: Tensor, x: Tensor, scale: Tensor) -> Tensor:
     """The gradient of what was not clipped, as x, in one kernel: hardtanh's."""
     step = float(scale)
-    found: Tensor = torch.ops.aten.hardtanh_backward(g.to(x.dtype), x, -128.5 * step, 127.5 * step)
-    return found
+    gradient: Tensor = torch.ops.aten.hardtanh_backward(g.to(x.dtype), x, -128.5 * step, 127.5 * step)
+    return gradient
 
 
 def _of_scale(g: Tensor, x: Tensor, values: Tensor, scale: Tensor) -> Tensor:

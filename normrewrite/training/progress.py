@@ -81,6 +81,6 @@ class Progress:
         return plain | {"tally": asdict(self.tally), "epochs": [asdict(epoch) for epoch in self.epochs]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        found = state | {"tally": Tally(**state["tally"]), "epochs": [Epoch(**epoch) for epoch in state["epochs"]]}
-        for name, value in found.items():
+        values = state | {"tally": Tally(**state["tally"]), "epochs": [Epoch(**epoch) for epoch in state["epochs"]]}
+        for name, value in values.items():
             setattr(self, name, value)

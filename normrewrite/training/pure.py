@@ -78,12 +78,12 @@ def weights(model: nn.Module, recipe: Recipe, machine: Any) -> Iterator[Weights]
             f"--precision fp16-pure works on one process or by DDP, not by {machine.distributed_type.value}: it makes its own "
             "copies of what the optimiser sees. Launch it so, or use --precision fp16."
         )
-    found = HalfWeights(model.to(machine.device))
+    half = HalfWeights(model.to(machine.device))
     try:
         with half_arithmetic(recipe.accumulator):
-            yield found
+            yield half
     finally:
-        found.restore()
+        half.restore()
 
 
 class HalfWeights(Weights):
@@ -129,13 +129,13 @@ class HalfWeights(Weights):
 
     def notes(self) -> list[str]:
         """What was not computed in half arithmetic."""
-        told = []
+        lines = []
         if self.elsewhere:
-            told.append(f"norms of code of their own, not in half arithmetic: {', '.join(self.elsewhere)}")
+            lines.append(f"norms of code of their own, not in half arithmetic: {', '.join(self.elsewhere)}")
         lengths = sum(isinstance(module, WeightNorm) for module in self.model.modules())
         if lengths:
-            told.append(f"{lengths} weight norms, computed in fp32 and rounded once")
-        return told
+            lines.append(f"{lengths} weight norms, computed in fp32 and rounded once")
+        return lines
 
     def wide(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: self._wide(name, value) for name, value in state.items()}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from normrewrite import sites
 from normrewrite.backends.accumulate import accumulator
 from normrewrite.data import Data, argument_names, as_data
-from normrewrite.errors import NormRewriteError
+from normrewrite.errors import NormRewriteError, some
 from normrewrite.nn.parts import deepcopy
 from normrewrite.passes.reversion import untrained
 from normrewrite.provenance.ranges import LearnedRanges
@@ -88,8 +88,8 @@ def _teacher(model: nn.Module, teacher: nn.Module | None, plan: Recipe) -> nn.Mo
         raise NormRewriteError(
             f"{type(model).__name__} holds no rewritten norm, so no original to learn from. Give --teacher, or --labels."
         )
-    found = deepcopy(teacher) if teacher is not None else untrained(model, "Give it as --teacher, or use --labels.")
-    return found.eval().requires_grad_(False)
+    network = deepcopy(teacher) if teacher is not None else untrained(model, "Give it as --teacher, or use --labels.")
+    return network.eval().requires_grad_(False)
 
 
 def _examples(model: nn.Module, data: Examples, val: Examples | None, plan: Recipe) -> tuple[Data, Data | None]:
@@ -110,8 +110,8 @@ def _examples(model: nn.Module, data: Examples, val: Examples | None, plan: Reci
 
 def _run(plan: Recipe, examples: Data, loop: Loop) -> dict[str, Any]:
     """What a run is known by: with another of these a resumed run would not be the same one."""
-    rows = None if examples.whole is None else len(examples.whole)
-    return plan.identity() | {"inputs": rows, "steps_in_all": loop.total, "processes": loop.machine.num_processes}
+    inputs = None if examples.whole is None else len(examples.whole)
+    return plan.identity() | {"inputs": inputs, "steps_in_all": loop.total, "processes": loop.machine.num_processes}
 
 
 def _result(loop: Loop, progress: Progress, examples: Data, model: nn.Module) -> Finetuned:
@@ -133,7 +133,7 @@ def _result(loop: Loop, progress: Progress, examples: Data, model: nn.Module) ->
         epochs=progress.epochs,
         best=progress.best,
         notes=[
-            *([f"left out, as they can't be read: {_some(skipped)}"] if skipped else []),
+            *([f"left out, as they can't be read: {len(skipped)} files ({some(skipped, 3)})"] if skipped else []),
             *loop.weights.notes(),
             *([] if ranges is None or plan.freeze_statistics else notes(model)),
         ],
@@ -143,7 +143,3 @@ def _result(loop: Loop, progress: Progress, examples: Data, model: nn.Module) ->
         ranges=LearnedRanges(progress.ranges, ranges.kept) if ranges is not None and best else ranges,
         last_ranges=ranges if best else None,
     )
-
-
-def _some(names: tuple[str, ...]) -> str:
-    return f"{len(names)} files ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"

@@ -36,8 +36,8 @@ class Statistics:
 
 
 def _keeps(module: nn.Module) -> bool:
-    kept = [module._buffers.get(name) for name in ("running_mean", "running_var")]
-    return all(isinstance(value, Tensor) for value in kept) and not isinstance(module, Origin)
+    statistics = [module._buffers.get(name) for name in ("running_mean", "running_var")]
+    return all(isinstance(value, Tensor) for value in statistics) and not isinstance(module, Origin)
 
 
 def _pair(norm: nn.Module) -> tuple[Tensor, Tensor]:

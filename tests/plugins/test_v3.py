@@ -88,7 +88,7 @@ def test_enqueue_computes_the_reference(name: str, dtype: Any, layout: str, monk
     plugin.on_shape_change(inputs, [described(y, layout)])
     context = plugin.attach_to_context(None)
     context.enqueue(inputs, [described(y, layout)], [t.data_ptr() for t in tensors], [y.data_ptr()], 0, 7)
-    wanted = plugin.op.reference(x, weight, bias, plugin.given)
+    wanted = plugin.op.reference(x, weight, bias, plugin.values)
     assert streams == [7] and off(y.numpy(), wanted) <= TOLERANCE[dtype]
     assert off(y.numpy() * dtype(1.01), wanted) > TOLERANCE[dtype]
 
@@ -97,8 +97,8 @@ def test_enqueue_computes_the_reference(name: str, dtype: Any, layout: str, monk
 def test_an_engine_gives_the_fields_back(name: str) -> None:
     creator, plugin = made(name)
     again = creator.create_plugin("norm", plugin.get_fields_to_serialize(), "runtime")
-    assert again.given == plugin.given == plugin.clone().given
-    assert [field.name for field in creator.field_names] == list(plugin.given)
+    assert again.values == plugin.values == plugin.clone().values
+    assert [field.name for field in creator.field_names] == list(plugin.values)
 
 
 def test_bad_fields_are_noted_and_no_plugin_is_made() -> None:

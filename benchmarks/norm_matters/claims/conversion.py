@@ -5,7 +5,7 @@ from typing import Any
 
 from benchmarks.norm_matters.claim import Claim
 from benchmarks.norm_matters.judge import Check
-from benchmarks.norm_matters.run import Arms, Budget, Found, Norm, Study, Task
+from benchmarks.norm_matters.run import Arms, Budget, ByArm, Norm, Study, Task
 from benchmarks.stamp import RESULTS
 
 TARGETS = ("l1", "bwn", "wn", "none")
@@ -24,11 +24,11 @@ def arms(budget: Budget) -> Arms:
 
 def published() -> dict[str, list[dict[str, Any]]]:
     """Rows by network, as benchmarks.targets wrote them."""
-    found: dict[str, list[dict[str, Any]]] = json.loads(TABLE.read_text())["networks"]
-    return found
+    networks: dict[str, list[dict[str, Any]]] = json.loads(TABLE.read_text())["networks"]
+    return networks
 
 
-def exact_rows_keep_accuracy(found: Found) -> Check:
+def exact_rows_keep_accuracy(by_arm: ByArm) -> Check:
     rows = [row for rows in published().values() for row in rows if row["exact"]]
     worst = 100 * max(abs(row["before"] - row["copied"]) for row in rows)
     return Check(
@@ -36,14 +36,14 @@ def exact_rows_keep_accuracy(found: Found) -> Check:
     )
 
 
-def run_again_keeps_accuracy(found: Found) -> Check:
-    rows = [row for records in found.values() for row in records]
+def run_again_keeps_accuracy(by_arm: ByArm) -> Check:
+    rows = [row for records in by_arm.values() for row in records]
     worst = 100 * max(abs(row["before"] - row["copied"]) for row in rows)
     return Check(f"{len(rows)} run again: accuracy differs by at most {worst:.2f} points", worst <= 0.1)
 
 
-def rows(found: Found) -> tuple[list[str], list[list[str]]]:
-    again = [[row["target"], str(row["rewritten"]), *_shares(row)] for records in found.values() for row in records]
+def rows(by_arm: ByArm) -> tuple[list[str], list[list[str]]]:
+    again = [[row["target"], str(row["rewritten"]), *_shares(row)] for records in by_arm.values() for row in records]
     return ["target", "norms", "before (%)", "after (%)", "largest difference of outputs"], again
 
 
@@ -51,7 +51,7 @@ def _shares(row: dict[str, Any]) -> list[str]:
     return [f"{100 * row['before']:.2f}", f"{100 * row['copied']:.2f}", f"{row['difference']:.1e}"]
 
 
-def draw(figure: Any, found: Found) -> None:
+def draw(figure: Any, by_arm: ByArm) -> None:
     """A panel a network: every target of the table, as copied and as calibrated, beside the original."""
     networks = published()
     for axes, (name, rows_) in zip(figure.subplots(1, len(networks)), networks.items(), strict=True):

@@ -7,7 +7,7 @@ from benchmarks.norm_matters import table
 from benchmarks.norm_matters.claim import Claim
 from benchmarks.norm_matters.curves import ends
 from benchmarks.norm_matters.judge import above, alike
-from benchmarks.norm_matters.run import Arms, Budget, Found, Norm, Study, Task
+from benchmarks.norm_matters.run import Arms, Budget, ByArm, Norm, Study, Task
 from benchmarks.norm_matters.studies import CIFAR, DIGITS, SGD
 
 # 32,768 elements share statistics in the first stage, so that sums of absolute values stay in half's range and squares may not.
@@ -40,9 +40,9 @@ def arms(budget: Budget) -> Arms:
     }
 
 
-def draw(figure: Any, found: Found) -> None:
+def draw(figure: Any, by_arm: ByArm) -> None:
     axes = figure.subplots()
-    ends(axes, found, [f"C{i % 2}" for i in range(len(found))])
+    ends(axes, by_arm, [f"C{i % 2}" for i in range(len(by_arm))])
     axes.set_xlabel("test accuracy at the end (%)")
 
 

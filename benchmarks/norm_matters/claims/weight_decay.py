@@ -7,7 +7,7 @@ from benchmarks.norm_matters import table
 from benchmarks.norm_matters.claim import Claim
 from benchmarks.norm_matters.curves import curves, ends
 from benchmarks.norm_matters.judge import above, alike
-from benchmarks.norm_matters.run import Arms, Budget, Found, Study, Task
+from benchmarks.norm_matters.run import Arms, Budget, ByArm, Study, Task
 from benchmarks.norm_matters.studies import CIFAR, DIGITS
 
 NAMES = {
@@ -35,20 +35,20 @@ def arms(budget: Budget) -> Arms:
     return {name: STUDIES[budget].arm(rule=rule) for name, rule in NAMES.items()}
 
 
-def draw(figure: Any, found: Found) -> None:
+def draw(figure: Any, by_arm: ByArm) -> None:
     (accuracy, final), (norm, step) = figure.subplots(2, 2)
-    curves(accuracy, found, "val_accuracy", 100)
+    curves(accuracy, by_arm, "val_accuracy", 100)
     accuracy.set(xlabel="epoch", ylabel="test accuracy (%)")
-    ends(final, found)
+    ends(final, by_arm)
     final.set_xlabel("test accuracy at the end (%)")
-    curves(norm, found, "norm")
+    curves(norm, by_arm, "norm")
     norm.set(xlabel="epoch", ylabel="‖w‖ of a channel", yscale="log")
     doubles = [2.0**i for i in range(-3, 7)]
     shown = norm.get_ylim()
     norm.set_yticks(doubles, [f"{value:g}" for value in doubles])
     norm.minorticks_off()
     norm.set_ylim(shown)
-    curves(step, found, "step")
+    curves(step, by_arm, "step")
     step.set(xlabel="epoch", ylabel="effective step, lr / ‖w‖²", yscale="log")
 
 
