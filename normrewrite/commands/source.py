@@ -10,8 +10,11 @@ import torch
 from torch import nn
 
 from normrewrite import files
-from normrewrite.data import Data, argument_names, open_data
+from normrewrite.data import Batch, Data, argument_names, example, open_data
 from normrewrite.errors import NormRewriteError
+from normrewrite.execution import Network
+from normrewrite.files.arch import parse_arguments
+from normrewrite.options.groups import Code, Inputs, Pixels
 
 File = TypeVar("File")
 
@@ -29,6 +32,13 @@ class Source:
     device: str = "cpu"
     # What people are to know of the files, beside the result.
     notes: list[str] = field(default_factory=list, compare=False)
+
+    @classmethod
+    def of(cls, options: Code) -> "Source":
+        """As options say; they name a model."""
+        assert options.path is not None
+        arguments = parse_arguments(options.arch_args)
+        return cls(options.path, options.arch, arguments, options.key, options.allow, options.trust, options.device)
 
     def __post_init__(self) -> None:
         """A fault of the input is told before one of the output."""
@@ -103,8 +113,27 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def opened(data: str, model: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None) -> Data:
-    return open_data(data, argument_names(model), mean=mean, std=std)
+def opened(data: str, model: nn.Module, pixels: Pixels, strict: bool = True) -> Data:
+    return open_data(data, argument_names(model), mean=pixels.mean, std=pixels.std, strict=strict)
+
+
+def inputs_of(options: Inputs, names: list[str], missing: str, otherwise: str | None = None) -> Data:
+    """What goes into a network: random numbers or data, or else the data `otherwise`; raises with the text `missing`."""
+    if options.input_shape is not None:
+        return Data(whole=Batch({names[0] if names else "input": example(options.input_shape)}))
+    data = options.data or otherwise
+    if data is None:
+        raise NormRewriteError(missing)
+    return open_data(data, names, mean=options.mean, std=options.std)
+
+
+def networks_of(source: Source, other: Path) -> tuple[tuple[Network, Network], list[str]]:
+    """Two networks, torch or ONNX, and the names of their arguments where torch tells them."""
+    plain = (".onnx", ".engine")
+    paths = (source.path, other)
+    modules = iter(source.read_all(*(path for path in paths if path.suffix not in plain)))
+    a, b = (path if path.suffix in plain else next(modules).model for path in paths)
+    return (a, b), next((argument_names(network) for network in (a, b) if isinstance(network, nn.Module)), [])
 
 
 def derived(path: Path, word: str) -> Path:
