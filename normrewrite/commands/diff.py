@@ -98,7 +98,7 @@ def diff(options: Diff, progress: Callable[..., object]) -> Difference:
     return compared(*by_key(side, options.key, options.a, options.b))
 
 
-def read(path: Path, *, key: str | None = None, allow: Sequence[str] = (), trust: bool = False) -> Side:
+def read(path: Path, *, key: str | None, allow: Sequence[str], trust: bool) -> Side:
     """What a model file or a manifest says."""
     if path.suffix == ".json":
         record = files.record(path)

@@ -11,8 +11,8 @@ from normrewrite import files, sites
 from normrewrite.api.finetune import finetune_
 from normrewrite.commands.job import Job
 from normrewrite.commands.results import Written
-from normrewrite.commands.source import Source, derived, opened
-from normrewrite.data import Data
+from normrewrite.commands.source import Source, derived
+from normrewrite.data import Data, argument_names, open_data
 from normrewrite.errors import NormRewriteError
 from normrewrite.options.fields import part
 from normrewrite.options.finetune import Finetune, RecipeOptions
@@ -34,7 +34,7 @@ def finetune(source: Source, options: Finetune, progress: Callable[..., object])
     with checkpoints.claimed(folder, job.output):
         going_on = resume and checkpoints.newest_of(folder) is not None
         inputs = {"its folder of checkpoints": folder, "--log": log}
-        job.check(outputs={"the last epoch's weights": last}, inputs=inputs, force=going_on)
+        job.check(outputs={"the last epoch's weights": last}, inputs=inputs, going_on=going_on)
         if log is not None and log.exists() and not log.is_dir():
             raise NormRewriteError(f"--log {log} is a file. Name a folder for TensorBoard's.")
         if options.force and not resume:
@@ -69,7 +69,7 @@ def folder_of(output: Path) -> Path:
 
 def _open(option: str, data: str, model: nn.Module, options: Finetune) -> Data:
     try:
-        return opened(data, model, options, options.strict)
+        return open_data(data, argument_names(model), mean=options.mean, std=options.std, strict=options.strict)
     except NormRewriteError as error:  # which says --data, whatever it opens
         raise NormRewriteError(str(error).replace("--data", option, 1)) from error
 

@@ -13,7 +13,7 @@ from torch import nn
 from normrewrite import files
 from normrewrite.commands import words
 from normrewrite.commands.source import Source, derived
-from normrewrite.options.fields import marked
+from normrewrite.options.fields import read_by
 from normrewrite.provenance.history import History
 from normrewrite.provenance.report import Report
 
@@ -30,13 +30,12 @@ class Job:
         kind: str = "a torch file",
         outputs: Mapping[str, Path | None] | None = None,
         inputs: Mapping[str, object] | None = None,
-        force: bool = False,
+        going_on: bool = False,
     ) -> None:
-        """Raises where an output can't be written, or is a file that the command reads. outputs, inputs: further ones."""
-        written = {"-o": self.output, **(outputs or {})}
-        self.source.check_outputs(
-            written, force or self.options.force, marked(self.options, "file") | dict(inputs or {}), kind
-        )
+        """Raises where an output can't be written, or is a file that the command reads. outputs, inputs: further
+        ones. going_on: with what an earlier run has left."""
+        written, read = {"-o": self.output, **(outputs or {})}, read_by(self.options) | dict(inputs or {})
+        self.source.check_outputs(written, going_on or self.options.force, read, kind)
 
     def came(self, file: files.ModelFile) -> History:
         """The history of what is to be written, of the files as they are now."""
@@ -48,9 +47,9 @@ class Job:
         twin: nn.Module,
         came: History,
         report: Report | None = None,
-        manifest: Path | None = None,
+        beside: Path | None = None,
     ) -> files.Form:
-        """Write what came of a file in its form, and its manifest beside it where that is asked for, too: both or neither."""
+        """Write what came of a file in its form; and its manifest, where it is asked for in a file of its own: both or neither."""
         force = self.options.force
-        with files.with_manifest(twin.cpu(), manifest, report, came, force):
+        with files.with_manifest(twin.cpu(), beside, report, came, force):
             return self.source.save(file, twin, self.output, report=report, history=came, force=force)

@@ -9,11 +9,11 @@ from torch import nn
 from normrewrite import files
 from normrewrite.api.bench import bench
 from normrewrite.commands import words
-from normrewrite.commands.job import Job
 from normrewrite.commands.source import Source, opened
 from normrewrite.data import Data
 from normrewrite.errors import NormRewriteError
 from normrewrite.options.bench import Runtime
+from normrewrite.options.fields import read_by
 from normrewrite.options.report import Report
 from normrewrite.provenance import digests, history, manifest
 from normrewrite.reporting.document import Document
@@ -29,8 +29,7 @@ def report(source: Source, options: Report, progress: Callable[..., object]) -> 
     The original is the one that the options name, of the same --arch; by default what the twin itself gives back. Data's labels
     give the accuracy.
     """
-    job = Job(source, options, "")
-    job.check("a page")
+    source.check_outputs({"-o": options.output}, options.force, read_by(options), "a page")
     if options.latency is not None and options.data is None:
         raise NormRewriteError("--latency of what input? Give --data FILE: the first one is timed.")
     original = options.original or _beside(source)

@@ -113,8 +113,8 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def opened(data: str, model: nn.Module, pixels: Pixels, strict: bool = True) -> Data:
-    return open_data(data, argument_names(model), mean=pixels.mean, std=pixels.std, strict=strict)
+def opened(data: str, model: nn.Module, pixels: Pixels) -> Data:
+    return open_data(data, argument_names(model), mean=pixels.mean, std=pixels.std)
 
 
 def inputs_of(options: Inputs, names: list[str], missing: str, otherwise: str | None = None) -> Data:

@@ -96,31 +96,27 @@ def _names(kind: Any) -> Iterator[str]:
         yield from _names(places[name]) if name in places else (name,)
 
 
-def marked(options: Any, *marks: str) -> dict[str, Any]:
-    """Flag -> value of the options with these marks."""
-    return {
-        flag_of(field): getattr(options, field.name)
-        for field, mark in listed(type(options))
-        if all(getattr(mark, name) for name in marks)
-    }
+def read_by(options: Any) -> dict[str, Any]:
+    """Flag -> value of the options that name what is read."""
+    return {flag_of(each): getattr(options, each.name) for each, mark in listed(type(options)) if mark.file}
 
 
 def asked(options: Any) -> Iterator[tuple["Field[Any]", Mark, Any]]:
     """The options that are not at their defaults, with what they are."""
-    for known, mark in listed(type(options)):
-        value = getattr(options, known.name)
-        if value != known.default and value not in ([], ()):
-            yield known, mark, value
+    for each, mark in listed(type(options)):
+        value = getattr(options, each.name)
+        if value != each.default and value not in ([], ()):
+            yield each, mark, value
 
 
 def part(options: Any, kind: Any) -> dict[str, Any]:
     """The fields of a class that `options` inherits, as keywords."""
-    return {field.name: getattr(options, field.name) for field in fields(kind)}
+    return {each.name: getattr(options, each.name) for each in fields(kind)}
 
 
 def choices(kind: Any) -> dict[str, tuple[str, ...]]:
     """Name -> what it may be, of the options that are one of several words."""
-    return {field.name: get_args(field.type) for field, _ in listed(kind) if get_origin(field.type) is Literal}
+    return {each.name: get_args(each.type) for each, _ in listed(kind) if get_origin(each.type) is Literal}
 
 
 def require_known(names: Iterable[str], known: Iterable[str]) -> None:
@@ -141,13 +137,15 @@ def takes(kind: Callable[P, Options]) -> Callable[[Callable[[Options], Result]],
     Raises NormRewriteError for a keyword that there is not; one by its former name is taken with a DeprecationWarning.
     """
     signature = inspect.signature(kind)
-    former = {was: field.name for field in fields(kind) if (was := field.metadata.get("was"))}  # type: ignore[arg-type]
+    places = [name for name, each in signature.parameters.items() if each.kind is not each.KEYWORD_ONLY]
+    known = [name for name in signature.parameters if name not in places]
+    former = {was: each.name for each in fields(kind) if (was := each.metadata.get("was"))}  # type: ignore[arg-type]
 
     def decorate(function: Callable[[Options], Result]) -> Callable[P, Result]:
         @wraps(function)
         def call(*arguments: P.args, **keywords: P.kwargs) -> Result:
             given: Any = _by_new_names(keywords, former)
-            require_known(given, signature.parameters)
+            require_known((name for name in given if name not in places), known)
             return function(kind(*arguments, **given))
 
         shown: Any = call
