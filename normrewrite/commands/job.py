@@ -49,7 +49,7 @@ class Job:
         report: Report | None = None,
         beside: Path | None = None,
     ) -> files.Form:
-        """Write what came of a file in its form; and its manifest, where it is asked for in a file of its own: both or neither."""
+        """Write what came of a file in its form; and its manifest, where that is to be a file: both or neither."""
         force = self.options.force
         with files.with_manifest(twin.cpu(), beside, report, came, force):
             return self.source.save(file, twin, self.output, report=report, history=came, force=force)

@@ -89,7 +89,7 @@ def listed(kind: Any) -> list[tuple["Field[Any]", Mark]]:
 def _names(kind: Any) -> Iterator[str]:
     body = inspect.get_annotations(kind)
     places = {name: vars(kind)[name] for name in body if isinstance(vars(kind).get(name), type)}
-    for base in kind.__bases__:
+    for base in reversed(kind.__bases__):  # as dataclasses have them
         if base not in places.values():
             yield from _names(base)
     for name in body:

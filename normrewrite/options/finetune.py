@@ -119,7 +119,7 @@ class Choices:
 
 
 @options
-class RecipeOptions(Validation, Choices, Processes):
+class RecipeOptions(Processes, Choices, Validation):
     """How to train, as the command line and Python have it."""
 
 
