@@ -33,7 +33,7 @@ _MOST_IN_A_ROW = 20  # fp16's loss scale needs up to sixteen halvings to settle
 
 @dataclass(frozen=True)
 class Step:
-    """What `each` is called with after every step. loss, accuracy: means over the epoch so far."""
+    """What `progress` is called with after every step. loss, accuracy: means over the epoch so far."""
 
     step: int
     of: int
