@@ -75,12 +75,7 @@ def _open(option: str, data: str, model: nn.Module, options: Finetune) -> Data:
 
 
 def _written(
-    model: nn.Module,
-    result: Finetuned,
-    job: Job,
-    file: files.ModelFile,
-    came: History,
-    force: bool,
+    model: nn.Module, result: Finetuned, job: Job, file: files.ModelFile, came: History, force: bool
 ) -> Written:
     """The files: by the first process, where there are several."""
     output, save = job.output, partial(job.source.save, file, history=came, force=force)

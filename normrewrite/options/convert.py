@@ -43,10 +43,7 @@ class Convert(PlanOptions, Pixels, BatchSize, Overwrite, Source):
 
     to: str | None = option(f"{TARGETS}.", default=None, metavar="TARGET")
     replay: Path | None = option(
-        "Do what this manifest (.json, or a twin's) did to another checkpoint.",
-        default=None,
-        metavar="FILE",
-        file=True,
+        "Do what this manifest (.json, or a twin's) did to another checkpoint.", default=None, metavar="FILE", file=True
     )
     _scope: ClassVar[Any] = Scoped
     rules: tuple[str, ...] = option(

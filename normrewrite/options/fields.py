@@ -146,10 +146,12 @@ def takes(kind: Callable[P, Options]) -> Callable[[Callable[[Options], Result]],
         def call(*arguments: P.args, **keywords: P.kwargs) -> Result:
             given: Any = _by_new_names(keywords, former)
             require_known((name for name in given if name not in places), known)
-            return function(kind(*arguments, **given))
+            bound = signature.bind(*arguments, **given)
+            return function(kind(*bound.args, **bound.kwargs))
 
         shown: Any = call
         shown.__signature__ = signature.replace(return_annotation=inspect.signature(function).return_annotation)
+        shown.__annotations__ = {name: each.annotation for name, each in signature.parameters.items()}
         return call
 
     return decorate

@@ -101,20 +101,12 @@ class Choices:
     clip: float | None = option("Largest norm of a gradient.", default=None, metavar="NORM", needs=_ABOVE_ZERO)
     flip: bool = option("Mirror images at random.", default=False)
     crop: int = option(
-        "Shift images by up to so many pixels each way.",
-        default=0,
-        metavar="PIXELS",
-        shown=False,
-        needs=_AT_LEAST_ZERO,
+        "Shift images by up to so many pixels each way.", default=0, metavar="PIXELS", shown=False, needs=_AT_LEAST_ZERO
     )
     seed: int = option("", default=0, needs=_AT_LEAST_ZERO)
     deterministic: bool = option("Deterministic kernels alone.", default=False)
     save_every: int | None = option(
-        "Steps between checkpoints.  [default: an epoch]",
-        default=None,
-        metavar="STEPS",
-        needs=_ABOVE_ZERO,
-        silent=True,
+        "Steps between checkpoints.  [default: an epoch]", default=None, metavar="STEPS", needs=_ABOVE_ZERO, silent=True
     )
 
 
