@@ -71,8 +71,8 @@ def audit(source: Source, record_file: Path | None, original: Path | None) -> Au
     source: the twin; without an architecture only bytes are compared. original: the network before the rewrite.
     Raises NormRewriteError where there is no manifest, or an older one without digests.
     """
-    given = [] if original is None else [original]
-    content = _content(source, given)
+    further = [] if original is None else [original]
+    content = _content(source, further)
     record = content.manifest if record_file in (None, source.path) else _record_in(record_file, source)
     record = _with_digests(record, source.path)
     findings = [_record(record), *_tensors(record["tensors"], content.state)]
@@ -83,19 +83,19 @@ def audit(source: Source, record_file: Path | None, original: Path | None) -> Au
         findings.append(_original(record, original))
     if not (isinstance(content.found, nn.Module) or source.arch or (source.trust and "arch" in record)):
         return Audit(source.path.name, findings, [*unchecked, "the sites: name the code they belong to with --arch"])
-    twin, *originals = (file.model for file in source.read_all(source.path, *given))
+    twin, *originals = (file.model for file in source.read_all(source.path, *further))
     first = next(iter(originals), None)
     return Audit(source.path.name, [*findings, *_sites(record, twin), *_figures(record, twin, first)], unchecked)
 
 
-def _content(source: Source, given: list[Path]) -> files.Content:
+def _content(source: Source, further: list[Path]) -> files.Content:
     if source.path.suffix == ".json":
         raise NormRewriteError(
             f"{source.path} is a manifest alone. Name the model that it is about, too: "
             f"normrewrite verify MODEL --manifest {source.path.name}."
         )
     look = partial(files.look, allow=source.allow, trust=source.trust)
-    contents = by_key(look, source.key, source.path, *given)
+    contents = by_key(look, source.key, source.path, *further)
     source.notes.extend(note for content in contents for note in content.notes if note not in source.notes)
     return contents[0]
 
@@ -121,13 +121,13 @@ def _with_digests(record: dict[str, Any] | None, path: Path) -> dict[str, Any]:
 
 def _record(record: dict[str, Any]) -> Finding:
     same = record["sha256"] == digests.of_record(record)
-    told = "as it was written" if same else "a field is not what was written: the record's digest differs"
-    return Finding("manifest", "the record", same, told)
+    outcome = "as it was written" if same else "a field is not what was written: the record's digest differs"
+    return Finding("manifest", "the record", same, outcome)
 
 
 def _tensors(wanted: Mapping[str, str], state: Mapping[str, Any]) -> list[Finding]:
-    found = digests.of_tensors(state)
-    rows = [(name, wanted.get(name), found.get(name)) for name in dict.fromkeys((*wanted, *found))]
+    present = digests.of_tensors(state)
+    rows = [(name, wanted.get(name), present.get(name)) for name in dict.fromkeys((*wanted, *present))]
     return [Finding("tensor", name, before == now, _told(name, before, now)) for name, before, now in rows]
 
 
@@ -141,24 +141,24 @@ def _told(name: str, before: str | None, now: str | None) -> str:
 
 def _original(record: Mapping[str, Any], path: Path) -> Finding:
     files.recognise(path)
-    known, found = record.get("original"), digests.of_file(path)
+    known, digest = record.get("original"), digests.of_file(path)
     if known is None:
         return Finding("original", path.name, False, "the manifest names no original")
-    same = known.get("sha256") == found["sha256"]
-    told = "the file that was rewritten" if same else f"another file than {known['file']!r} that was rewritten"
-    return Finding("original", path.name, same, told)
+    same = known.get("sha256") == digest["sha256"]
+    outcome = "the file that was rewritten" if same else f"another file than {known['file']!r} that was rewritten"
+    return Finding("original", path.name, same, outcome)
 
 
 def _sites(record: Mapping[str, Any], twin: nn.Module) -> list[Finding]:
     """What the record says of each site against what the twin itself tells."""
-    found = {entry["names"][0]: entry for entry in manifest.describe(twin)["sites"]}
+    entries = {entry["names"][0]: entry for entry in manifest.describe(twin)["sites"]}
     findings = []
     for entry in record["sites"]:
-        own = found.pop(entry["names"][0], {})
+        own = entries.pop(entry["names"][0], {})
         wrong = [key for key in manifest.TOLD if own.get(key) != entry.get(key)]
-        told = "; ".join(f"{key} {entry.get(key)!r}, and the twin says {own.get(key)!r}" for key in wrong)
-        findings.append(Finding("site", entry["names"][0], not wrong, told or f"{entry['was']} -> {entry['to']}"))
-    return findings + [Finding("site", name, False, "rewritten, and not in the manifest") for name in found]
+        apart = "; ".join(f"{key} {entry.get(key)!r}, and the twin says {own.get(key)!r}" for key in wrong)
+        findings.append(Finding("site", entry["names"][0], not wrong, apart or f"{entry['was']} -> {entry['to']}"))
+    return findings + [Finding("site", name, False, "rewritten, and not in the manifest") for name in entries]
 
 
 def _figures(record: Mapping[str, Any], twin: nn.Module, original: nn.Module | None) -> list[Finding]:
@@ -171,8 +171,8 @@ def _figures(record: Mapping[str, Any], twin: nn.Module, original: nn.Module | N
         if site.tolerance is None or site.difference is None:
             continue
         pairs = [(entry.get("difference"), site.difference), (entry.get("error"), site.error)]
-        told = [f"{was!r}, measured again {now:.2g}" for was, now in pairs if not _alike(was, now, site.tolerance)]
-        findings.append(Finding("figures", site.label, not told, "; ".join(told) or f"error {site.error:.1e}"))
+        apart = [f"{was!r}, measured again {now:.2g}" for was, now in pairs if not _alike(was, now, site.tolerance)]
+        findings.append(Finding("figures", site.label, not apart, "; ".join(apart) or f"error {site.error:.1e}"))
     return findings
 
 

@@ -156,8 +156,8 @@ def _tensors(a: Side, b: Side, names: list[str]) -> Iterator[TensorDifference]:
         if left == right:
             continue
         values = [None if side.tensors is None else side.tensors.get(name) for side in (a, b)]
-        told = ["–" if digest is None else _shape(value) for digest, value in zip((left, right), values, strict=True)]
-        yield TensorDifference(name, told[0], told[1], *_amount(*values))
+        sides = ["–" if digest is None else _shape(value) for digest, value in zip((left, right), values, strict=True)]
+        yield TensorDifference(name, *sides, *_amount(*values))
 
 
 def _shape(tensor: Tensor | None) -> str:

@@ -52,11 +52,11 @@ class Source:
         """Several files of the same code, with what is said of how they were read."""
         device = _device(self.device)
         read = partial(files.read, arch=self.arch, arch_args=self.arch_args, allow=self.allow, trust=self.trust)
-        found = by_key(read, self.key, *paths)
-        for file in found:
+        model_files = by_key(read, self.key, *paths)
+        for file in model_files:
             file.model.to(device)
             self.notes.extend(note for note in file.notes if note not in self.notes)
-        return found
+        return model_files
 
     def inputs(self) -> dict[str, Path | None]:
         """The files that every command reads, by what names them: the model's, and that of its code where it is a file."""
@@ -89,19 +89,19 @@ class Source:
 
 def by_key(read: Callable[..., File], key: str | None, *paths: Path) -> list[File]:
     """Each file read with `key` where it has it, for one of several may be of another layout; one of them has to."""
-    found, missing = [], []
+    contents, missing = [], []
     for path in paths:
         try:
-            found.append(read(path, key=key))
+            contents.append(read(path, key=key))
         except files.NoSuchKey as error:
             missing.append(error)
             if len(missing) == len(paths):
                 raise missing[0] from None
             try:
-                found.append(read(path, key=None))
+                contents.append(read(path, key=None))
             except files.NoSuchKey:
                 raise error from None
-    return found
+    return contents
 
 
 def _device(name: str) -> torch.device:

@@ -25,10 +25,10 @@ def came(source: Source, record: Mapping[str, Any] | None, options: Any) -> Hist
 
 def step(source: Source, options: Any) -> dict[str, Any]:
     """One command that was run: its words, the seed of what it drew, the versions it ran in, and the files it read."""
-    told = [(field, mark, value) for field, mark, value in asked(options) if not mark.silent]
+    lines = [(field, mark, value) for field, mark, value in asked(options) if not mark.silent]
     words = [type(options).__name__.lower(), source.path.name, *_source_words(source)]
-    words += [word for line in told for word in _option(*line)]
-    files = {field.name: _read(value) for field, mark, value in told if mark.file}
+    words += [word for line in lines for word in _option(*line)]
+    files = {field.name: _read(value) for field, mark, value in lines if mark.file}
     return history.step(words, files, getattr(options, "seed", history.SEED))
 
 

@@ -144,9 +144,9 @@ def takes(kind: Callable[P, Options]) -> Callable[[Callable[[Options], Result]],
     def decorate(function: Callable[[Options], Result]) -> Callable[P, Result]:
         @wraps(function)
         def call(*arguments: P.args, **keywords: P.kwargs) -> Result:
-            given: Any = _by_new_names(keywords, former)
-            require_known((name for name in given if name not in places), known)
-            bound = signature.bind(*arguments, **given)
+            renamed: Any = _by_new_names(keywords, former)
+            require_known((name for name in renamed if name not in places), known)
+            bound = signature.bind(*arguments, **renamed)
             return function(kind(*bound.args, **bound.kwargs))
 
         shown: Any = call
