@@ -157,7 +157,7 @@ def _tensors(a: Side, b: Side, names: list[str]) -> Iterator[TensorDifference]:
             continue
         values = [None if side.tensors is None else side.tensors.get(name) for side in (a, b)]
         sides = ["–" if digest is None else _shape(value) for digest, value in zip((left, right), values, strict=True)]
-        yield TensorDifference(name, *sides, *_amount(*values))
+        yield TensorDifference(name, sides[0], sides[1], *_amount(*values))
 
 
 def _shape(tensor: Tensor | None) -> str:

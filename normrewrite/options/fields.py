@@ -159,5 +159,7 @@ def takes(kind: Callable[P, Options]) -> Callable[[Callable[[Options], Result]],
 
 def _by_new_names(keywords: Mapping[str, Any], former: Mapping[str, str]) -> dict[str, Any]:
     for name in keywords.keys() & former.keys():
+        if former[name] in keywords:
+            raise TypeError(f"{name}= is the former name of {former[name]}=: give that alone")
         warnings.warn(f"{name}= is called {former[name]}= now", DeprecationWarning, stacklevel=3)
     return {former.get(name, name): value for name, value in keywords.items()}

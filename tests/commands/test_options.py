@@ -188,6 +188,8 @@ def test_a_callback_s_former_name_is_taken_with_a_warning(name: str) -> None:
     with pytest.warns(DeprecationWarning, match="each= is called progress= now") as caught, pytest.raises(TypeError):
         PYTHON[name](each=print)  # without the rest
     assert caught[0].filename == __file__
+    with pytest.raises(TypeError, match="former name of progress"):
+        PYTHON[name](each=print, progress=print)
 
 
 def test_both_names_of_a_callback_are_called(net: nn.Module) -> None:
