@@ -25,6 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from normrewrite import cli
+from normrewrite.options.convert import Convert
+from normrewrite.options.fields import quiet
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = Path(os.environ.get("NORMREWRITE_DATA", ROOT.parent / "shared" / "data"))
@@ -211,3 +213,12 @@ def enter_copy(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     shutil.copytree(shelf, inside, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.chdir(inside)
     return inside
+
+
+def convert_file(path: Path, **options: Any) -> None:
+    """What the command `convert` writes, with L1 norms."""
+    from normrewrite.commands.convert import convert
+    from normrewrite.commands.source import Source
+
+    asked = Convert(model=path, to="l1", **options)
+    convert(Source.of(asked), asked, quiet)

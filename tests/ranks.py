@@ -19,7 +19,7 @@ from torch.multiprocessing.spawn import start_processes
 
 # All are forked from one fresh process that has this imported: five seconds each otherwise.
 forkserver.set_forkserver_preload(
-    ["torch", "torch._dynamo", "torch.nn.parallel", "accelerate", "normrewrite.commands.training", "tests.ranks"]
+    ["torch", "torch._dynamo", "torch.nn.parallel", "accelerate", "normrewrite.commands.finetune", "tests.ranks"]
 )
 
 

@@ -43,7 +43,7 @@ def test_the_wheel_holds_the_tree(tmp_path: Path) -> None:
     ("module", "heavy"),
     [
         ("cli", ["torch", "numpy", "rich"]),  # --help, and words for a wrong option, don't wait for torch
-        ("commands.rewriting", ["rich", "onnx", "onnxruntime"]),  # the convert command must not pay for them
+        ("commands.convert", ["rich", "onnx", "onnxruntime"]),  # the convert command must not pay for them
     ],
 )
 def test_imports_stay_light(module: str, heavy: list[str]) -> None:

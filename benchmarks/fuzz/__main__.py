@@ -22,7 +22,7 @@ from benchmarks.fuzz import material
 from benchmarks.fuzz.judge import CODES, LIMIT, MEMORY, UNFORESEEN, Verdict, judge
 from benchmarks.fuzz.kinds import KINDS, kind_of
 from benchmarks.stamp import markdown, write
-from normrewrite.commands import deployment, report, rewriting, training  # noqa: F401
+from normrewrite.commands import bench, calibrate, convert, export, finetune, inspect, report, revert, verify  # noqa: F401
 
 HEAD = [
     "input",

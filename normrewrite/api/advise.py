@@ -29,7 +29,7 @@ Noise is measured over four batches or more, drawn at random from a tensor or a 
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -52,6 +52,8 @@ from normrewrite.diagnostics.moments import (
 )
 from normrewrite.errors import NormRewriteError
 from normrewrite.execution import device_of, dtype_of, fitted_to
+from normrewrite.options.fields import callback, options, quiet, takes
+from normrewrite.options.groups import BatchSize
 from normrewrite.results import Result, Summary, Table
 from normrewrite.sites import Site, neighbours
 
@@ -208,23 +210,27 @@ _NOTES: tuple[tuple[Callable[[SiteAdvice], bool], str], ...] = (
 )
 
 
-def advise(
-    model: nn.Module,
-    data: Tensor | Data | Iterable[Any],
-    *,
-    batch_size: int = 250,
-    each: Callable[..., object] = lambda done, **_: None,
-) -> Advice:
+@options
+class AdviseCall(BatchSize):
+    """What `advise` takes in Python."""
+
+    model: nn.Module = field(kw_only=False)
+    data: Tensor | Data | Iterable[Any] = field(kw_only=False)
+    progress: Callable[..., object] = callback(default=quiet)
+
+
+@takes(AdviseCall)
+def advise(options: AdviseCall) -> Advice:
     """Read every batch norm's input in eval, and say which target suits it and why. The model is left as it is.
 
     >>> advise(model, images, batch_size=64).options
     "--to l1 --rule 'head.norm=renorm'"
 
     data: (N, ...) inputs, Data, or an iterable of batches (a tensor, (tensor, labels) or a dict each), no labels needed.
-    batch_size: that of the training to come; a smaller last batch is left out. each: called with the inputs done.
+    batch_size: that of the training to come; a smaller last batch is left out. progress: called with the inputs done.
     Raises NormRewriteError where the model holds no batch norm or the data doesn't fit it.
     """
-    return study(model, data, batch_size=batch_size, each=each)[0]
+    return study(options.model, options.data, batch_size=options.batch_size, progress=options.progress)[0]
 
 
 @torch.no_grad()
@@ -232,10 +238,10 @@ def study(
     model: nn.Module,
     data: Tensor | Data | Iterable[Any],
     *,
-    batch_size: int = 250,
+    batch_size: int,
     rows: Callable[[Site, int], Rows] = every_row,
     watch: Watch | None = None,
-    each: Callable[..., object] = lambda done, **_: None,
+    progress: Callable[..., object] = lambda done, **_: None,
 ) -> tuple[Advice, Readings]:
     """`advise`, with the readings that the advice is drawn from; rows, watch: as of normrewrite.diagnostics.moments.read."""
     norms = sites.find(model)
@@ -243,7 +249,7 @@ def study(
         raise NormRewriteError(f"{type(model).__name__} holds no batch norm, so there is nothing to advise on.")
     examples = _drawn(as_data(data, argument_names(model)))
     readable = [site for site in norms if _why_not(site) is None]
-    readings = read(model, readable, examples, rows, batch_size=batch_size, watch=watch, each=each)
+    readings = read(model, readable, examples, rows, batch_size=batch_size, watch=watch, progress=progress)
     attached = neighbours.attach(model, norms, _example(model, examples))
     advised = [_advised(site, readings) for site in attached]
     return Advice(advised, readings.inputs, readings.batch, readings.skipped_batches), readings

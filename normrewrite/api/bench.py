@@ -8,9 +8,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -18,9 +18,10 @@ from normrewrite.api.export import export
 from normrewrite.api.verify import named
 from normrewrite.data import Batch, argument_names
 from normrewrite.execution import Network, runner
+from normrewrite.options.bench import BenchOptions, Runtime
+from normrewrite.options.fields import callback, options, quiet, takes
 from normrewrite.results import Result, Summary, Table
 
-Runtime = Literal["torch", "onnxruntime"]
 _WARM = 3
 
 
@@ -61,31 +62,35 @@ class Bench(Result):
         return [Table(heads, lines), ratio]
 
 
-def bench(
-    a: Network,
-    b: Network,
-    inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor],
-    *,
-    runtime: Runtime = "torch",
-    rounds: int = 50,
-    each: Callable[[int], object] = lambda done: None,
-) -> Bench:
+@options
+class BenchCall(BenchOptions):
+    """What `bench` takes in Python."""
+
+    a: Network = field(kw_only=False)
+    b: Network = field(kw_only=False)
+    inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor] = field(kw_only=False)
+    progress: Callable[[int], object] = callback(default=quiet)
+
+
+@takes(BenchCall)
+def bench(options: BenchCall) -> Bench:
     """Time two networks on one batch, in turns, so that a busy machine slows both.
 
     inputs: forward's arguments, (N, ...) each. runtime: what runs torch modules; ONNX files always run in onnxruntime.
-    each: called with the number of inputs after every round.
+    progress: called with the number of inputs after every round.
     """
-    batch = Batch(named(inputs, a, b))
+    a, b, runtime = options.a, options.b, options.runtime
+    batch = Batch(named(options.inputs, a, b))
     with _runnable(a, batch, runtime) as first, _runnable(b, batch, runtime) as second:
         runs = runner(first), runner(second)
         for run in runs * _WARM:
             run(batch)
         seconds: tuple[list[float], list[float]] = ([], [])
-        for turn in range(rounds):
+        for turn in range(options.rounds):
             order = (0, 1) if turn % 2 else (1, 0)  # neither always comes second
             for i in order:
                 seconds[i].append(_timed(runs[i], batch))
-            each(len(batch))
+            options.progress(len(batch))
     return Bench(_names(a, b), seconds, len(batch), runtime)
 
 

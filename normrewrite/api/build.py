@@ -20,6 +20,8 @@ from normrewrite.backends import onnx as nodes
 from normrewrite.deploy import onnx_file, precision
 from normrewrite.errors import NormRewriteError
 from normrewrite.files import check_outputs, write_atomically
+from normrewrite.options.build import BuildOptions
+from normrewrite.options.fields import callback, options, quiet, takes
 from normrewrite.plugins import OPS, check_library, placed
 from normrewrite.plugins.runtimes import RUNTIMES, Runtime
 from normrewrite.results import Result, Summary
@@ -72,36 +74,38 @@ class Built(Result):
         return [*lines, "not run: that needs the GPU"]
 
 
-def build(
-    model: str | Path,
-    output: str | Path,
-    *,
-    runtime: str = "rtx",
-    gpus: Sequence[str] = (),
-    shapes: Mapping[str, Sequence[str]] | None = None,
-    timing_cache: Path | None = None,
-    plugins: str = "off",
-    force: bool = False,
-    each: Callable[[str], object] = lambda phase: None,
-) -> Built:
+@options
+class BuildCall(BuildOptions):
+    """What `build` takes in Python."""
+
+    model: str | Path = field(kw_only=False)
+    output: str | Path = field(kw_only=False)
+    gpus: Sequence[str] = ()
+    shapes: Mapping[str, Sequence[str]] | None = None
+    progress: Callable[[str], object] = callback(default=quiet)
+
+
+@takes(BuildCall)
+def build(options: BuildCall) -> Built:
     """Build an engine from an ONNX file; TensorRT-RTX does so without a GPU, for the ones named.
 
     gpus: `sm86`, `sm89`, ...; TensorRT takes none, it builds for the GPU it finds. shapes: `min`, `opt` and `max`, each
     as in `1,3,32,32` or `input:1,3,32,32`; by default an open batch is 1 to 32, tuned for 8. plugins: `off`; `auto`: those
     of normrewrite.plugins take the norms that ask for one, and the engine runs only where they are registered; or the path
-    of a library of plugins. each: called with TensorRT's own progress. Raises NormRewriteError, with exit code 1 where the
+    of a library of plugins. progress: called with TensorRT's own progress. Raises NormRewriteError, with exit code 1 where the
     engine does not keep the file's precision, a norm is left that should have been folded or is not taken as the file asks,
     with 2 for all that can't be built. Nothing is written then.
     """
-    path, output = Path(model), Path(output)
+    path, output, force = Path(options.model), Path(options.output), options.force
+    runtime, gpus, timing_cache = options.runtime, options.gpus, options.timing_cache
     check_outputs({"-o": output}, force, {"MODEL": path, "--timing-cache": timing_cache})
     if timing_cache is not None:  # what was measured before is kept, and added to
         check_outputs({"--timing-cache": timing_cache}, True, {"MODEL": path})
     proto = onnx_file.read(path)
     builder = _builder(runtime, gpus, timing_cache)
-    asked = _plugins(plugins, runtime)
+    asked = _plugins(options.plugins, runtime)
     _check_nodes(proto, path, placed.expected(proto, OPS if asked else ()))
-    profile = profile_of(proto, shapes or {})
+    profile = profile_of(proto, options.shapes or {})
     builder.require()
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -110,7 +114,7 @@ def build(
         cache = None if timing_cache is None else str(timing_cache.resolve())
         wishes = {"gpus": list(gpus), "profile": profile, "timing_cache": cache, "plugins": asked}
         request = {"module": builder.module, **files, **wishes}
-        last = _run(request, builder, Path(folder), each)
+        last = _run(request, builder, Path(folder), options.progress)
         if timing_cache is not None:
             write_atomically(timing_cache, lambda temporary: shutil.copyfile(measured, temporary), True)
         norms = placed.check(placed.expected(proto, last["registered"]), placed.found(last["parsed"]))

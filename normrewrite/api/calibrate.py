@@ -11,7 +11,7 @@ finite are left out.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ from normrewrite.errors import NormRewriteError
 from normrewrite.nn.batch import BatchNorm, FrozenBatchNorm
 from normrewrite.nn.parts import deepcopy
 from normrewrite.norms import metric
+from normrewrite.options.fields import callback, options, quiet, takes
+from normrewrite.options.groups import BatchSize
 from normrewrite.passes.reversion import untrained
 from normrewrite.results import Result, Summary, Table
 from normrewrite.sites import Site
@@ -120,14 +122,18 @@ def _cells(site: SiteCalibration) -> tuple[str, ...]:
     )
 
 
-def calibrate(
-    twin: nn.Module,
-    data: Tensor | Data | Iterable[Any],
-    *,
-    batch_size: int = 250,
-    original: nn.Module | None = None,
-    each: Callable[..., object] = lambda done, **_: None,
-) -> tuple[nn.Module, Calibration]:
+@options
+class CalibrateCall(BatchSize):
+    """What `calibrate` and `calibrate_` take in Python."""
+
+    twin: nn.Module = field(kw_only=False)
+    data: Tensor | Data | Iterable[Any] = field(kw_only=False)
+    original: nn.Module | None = None
+    progress: Callable[..., object] = callback(default=quiet)
+
+
+@takes(CalibrateCall)
+def calibrate(options: CalibrateCall) -> tuple[nn.Module, Calibration]:
     """A copy of `twin` whose norms in training compute on average what they do in eval; `calibrate_` does it in place.
 
     >>> twin, calibration = calibrate(convert(model, to="l1"), images, batch_size=64)
@@ -137,28 +143,27 @@ def calibrate(
     trained since.
     data: (N, ...) inputs, Data, or an iterable of batches (a tensor, (tensor, labels) or a dict each), no labels needed.
     What it does to training is measured on the first two batches: Calibration.training.
-    batch_size: that of the training to come; a smaller last batch is left out. each: called with the inputs done.
+    batch_size: that of the training to come; a smaller last batch is left out. progress: called with the inputs done.
     Raises NormRewriteError where no site can be calibrated or the data doesn't fit the model.
     """
-    return calibrate_(deepcopy(twin), data, batch_size=batch_size, original=original, each=each)
+    return _calibrated(replace(options, twin=deepcopy(options.twin)))
 
 
-def calibrate_(
-    twin: nn.Module,
-    data: Tensor | Data | Iterable[Any],
-    *,
-    batch_size: int = 250,
-    original: nn.Module | None = None,
-    each: Callable[..., object] = lambda done, **_: None,
-) -> tuple[nn.Module, Calibration]:
+@takes(CalibrateCall)
+def calibrate_(options: CalibrateCall) -> tuple[nn.Module, Calibration]:
     """`calibrate` in place: parameters stay the same objects."""
+    return _calibrated(options)
+
+
+def _calibrated(options: CalibrateCall) -> tuple[nn.Module, Calibration]:
+    twin, batch_size, original, progress = options.twin, options.batch_size, options.original, options.progress
     if not calibratable(twin) and any(map(sites.is_rewritten, twin.modules())):
         raise NormRewriteError(NOTHING)
-    examples = as_data(data, argument_names(twin))
+    examples = as_data(options.data, argument_names(twin))
     fits: list[Fit] = []
     if fittable(twin):
         teacher = original or untrained(twin, "Give that one as `original`.")
-        fits = fit_(twin, teacher, examples, batch_size=batch_size, each=each)
+        fits = fit_(twin, teacher, examples, batch_size=batch_size, progress=progress)
     norms = [site for site in sites.find(twin) if isinstance(site.module, BatchNorm)]
     if not norms and fits:
         return twin, _fits_alone(fits, examples, batch_size)
@@ -168,7 +173,7 @@ def calibrate_(
     usable = [site for site in norms if _why_not(site, shared) is None]
     if not usable:
         raise NormRewriteError(f"no site can be calibrated. {norms[0].label}: {_why_not(norms[0], shared)}.")
-    readings = read(twin, usable, examples, _rows, batch_size=batch_size, each=each)
+    readings = read(twin, usable, examples, _rows, batch_size=batch_size, progress=progress)
     probe, calibrated = Probe(), list[SiteCalibration]()
 
     def apply() -> None:

@@ -5,8 +5,8 @@
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, TypedDict, Unpack
+from dataclasses import field, replace
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -20,7 +20,8 @@ from normrewrite.api.plan import Choice, Plan
 from normrewrite.errors import NormRewriteError
 from normrewrite.execution import dtype_of, fitted_to
 from normrewrite.nn.parts import deepcopy, require_module
-from normrewrite.norms import Gain
+from normrewrite.options.convert import Names, PlanOptions
+from normrewrite.options.fields import options, takes
 from normrewrite.passes import Rewrite
 from normrewrite.passes.lift_functional import candidates, lifted
 from normrewrite.passes.swap_metric import SCOPES
@@ -30,20 +31,26 @@ from normrewrite.sites import Site
 from normrewrite.sites.undo import undone_on_error
 from normrewrite.targets import require_text, rewrite
 
-Names = str | Sequence[str]
+
+@options
+class PlanCall(PlanOptions):
+    """What `plan` takes in Python."""
+
+    model: nn.Module = field(kw_only=False)
+    to: str = field(default="l1", kw_only=False)
+    rules: Mapping[str, str | None] | Rules | None = None
+    example_inputs: Sequence[Tensor] | None = None
 
 
-def plan(
-    model: nn.Module,
-    to: str = "l1",
-    *,
-    rules: Mapping[str, str | None] | Rules | None = None,
-    include: Names = (),
-    exclude: Names = (),
-    gain: Gain = "exact",
-    scope: Names = "batch",
-    example_inputs: Sequence[Tensor] | None = None,
-) -> Plan:
+@options
+class ConvertCall(PlanCall):
+    """What `convert` and `convert_` take in Python."""
+
+    optimizers: Iterable[Optimizer] = ()
+
+
+@takes(PlanCall)
+def plan(options: PlanCall) -> Plan:
     """Decide for every norm of `model` what it becomes; touches nothing.
 
     >>> twin, report = plan(model, to="l1", rules={"layer4.*": "linf", "stem.bn": None}).apply()
@@ -57,6 +64,12 @@ def plan(
     include, exclude: globs or `re:` patterns of dotted names; each must match a site.
     Raises NormRewriteError for an unknown target or pattern, or a model wrapped for data-parallel training.
     """
+    return planned(options)
+
+
+def planned(options: PlanCall) -> Plan:
+    """`plan`, of what it takes as one object."""
+    model, to, example_inputs = options.model, options.to, options.example_inputs
     require_module(model)
     if isinstance(model, DistributedDataParallel | DataParallel):
         raise NormRewriteError(
@@ -66,13 +79,15 @@ def plan(
     if example_inputs is not None:
         dtype = dtype_of(model)
         example_inputs = [fitted_to(dtype, value) for value in example_inputs]
-    scopes = as_scopes(scope)
-    pairs = rules_.as_rules(rules)
+    scopes = as_scopes(options.scope)
+    pairs = rules_.as_rules(options.rules)
     require_text(to)
     asked = dict.fromkeys([to, *(target for _, target in pairs if target != KEEP)])
-    passes = {target: rewrite(target, gain, scopes, example_inputs) for target in asked}
+    passes = {target: rewrite(target, options.gain, scopes, example_inputs) for target in asked}
     found, lifts, refused = _find(model, list(passes.values()))
-    include, exclude = rules_.as_names(include, "include"), rules_.as_names(exclude, "exclude")
+    include, exclude = (
+        rules_.as_names(names, option) for names, option in ((options.include, "include"), (options.exclude, "exclude"))
+    )
     if found:
         for option, patterns in (("--include", include), ("--exclude", exclude), ("--rule", [p for p, _ in pairs])):
             rules_.must_match(patterns, found, option)
@@ -186,20 +201,8 @@ def _choose(
     return Choice(site, KEEP, None, refusal) if refusal else Choice(site, target, passes[target], None)
 
 
-class Options(TypedDict, total=False):
-    """What `plan` takes beside a model and a target."""
-
-    rules: Mapping[str, str | None] | Rules | None
-    include: Names
-    exclude: Names
-    gain: Gain
-    scope: Names
-    example_inputs: Sequence[Tensor] | None
-
-
-def convert(
-    model: nn.Module, to: str = "l1", *, optimizers: Iterable[Optimizer] = (), **options: Unpack[Options]
-) -> nn.Module:
+@takes(ConvertCall)
+def convert(options: ConvertCall) -> nn.Module:
     """A copy of `model` with its norms rewritten to `to`; in eval the same function, unless the target can't be (group,
     layer, instance, rms, bwn:strict; see `plan`). Options are those of `plan`.
 
@@ -209,16 +212,15 @@ def convert(
 
     Raises NormRewriteError where no site can be rewritten, or where a rewritten site differs beyond tolerance (exit_code 1).
     """
-    return _checked(*plan(model, to, **options).apply(optimizers))
+    return _checked(*planned(options).apply(options.optimizers))
 
 
-def convert_(
-    model: nn.Module, to: str = "l1", *, optimizers: Iterable[Optimizer] = (), **options: Unpack[Options]
-) -> nn.Module:
+@takes(ConvertCall)
+def convert_(options: ConvertCall) -> nn.Module:
     """`convert` in place. Returns the model, or the new root where the model itself is a norm. On an error it is as it was."""
-    chosen = plan(model, to, **options)
-    with undone_on_error(model):
-        return _checked(*chosen.apply_(optimizers))
+    chosen = planned(options)
+    with undone_on_error(options.model):
+        return _checked(*chosen.apply_(options.optimizers))
 
 
 def _checked(model: nn.Module, report: Report) -> nn.Module:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,23 +23,22 @@ from normrewrite.data import Data, argument_names, as_data
 from normrewrite.deploy import onnx_file
 from normrewrite.deploy.onnx_nodes import as_nodes
 from normrewrite.deploy.onnx_ranges import tensors
-from normrewrite.deploy.precision import PRECISIONS, Precision, cast_model
+from normrewrite.deploy.precision import cast_model
 from normrewrite.deploy.precision import keep_io_types as cast_io
-from normrewrite.deploy.quantise import RANGES, Ranges, activations, quantise, unkept
+from normrewrite.deploy.quantise import activations, quantise, unkept
 from normrewrite.errors import NormRewriteError, first_line, nearest, some
 from normrewrite.execution import device_of, dtype_of, fitted_to
 from normrewrite.files import check_writable
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.parts import deepcopy
+from normrewrite.options.export import Deploy, ExportOptions, Precision, Ranges
+from normrewrite.options.fields import choices, options, takes
 from normrewrite.passes.folding import fold
 from normrewrite.provenance.ranges import LearnedRanges
 from normrewrite.results import Result, Summary
 from normrewrite.sites import graph
 from normrewrite.sites.neighbours import has_hooks
 
-Deploy = Literal["fold", "op"]
-DEPLOYS: tuple[Deploy, ...] = ("fold", "op")
-OPSET = 20
 _OPSETS = range(18, 24)
 _BF16_OPSET = 22  # Conv, pooling and others have it from there
 _NORM_OPS = {"BatchNormalization", "InstanceNormalization"}
@@ -76,24 +75,19 @@ class Exported(Result):
         return [counts, *measured, *self.notes]
 
 
-def export(
-    model: nn.Module,
-    example_inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor],
-    path: str | Path,
-    *,
-    opset: int = OPSET,
-    dynamic_batch: bool = True,
-    dynamic_size: bool = False,
-    deploy: Deploy = "fold",
-    live_stats: bool = False,
-    bodies: bool = True,
-    precision: Precision = "fp32",
-    calibrate: Tensor | Data | None = None,
-    ranges: Ranges = "percentile",
-    learned: LearnedRanges | None = None,
-    keep_io_types: bool = False,
-    force: bool = False,
-) -> Exported:
+@options
+class ExportCall(ExportOptions):
+    """What `export` takes in Python."""
+
+    model: nn.Module = field(kw_only=False)
+    example_inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor] = field(kw_only=False)
+    path: str | Path = field(kw_only=False)
+    calibrate: Tensor | Data | None = None
+    learned: LearnedRanges | None = None
+
+
+@takes(ExportCall)
+def export(options: ExportCall) -> Exported:
     """Write `model` in eval as one ONNX file with its norms folded away; the model itself is not touched.
 
     >>> export(twin, example_inputs, "model.onnx", precision="int8", calibrate=images)
@@ -106,9 +100,10 @@ def export(
     ranges `learned` in int8 training, those that `calibrate` shows by `ranges`, or both, learned ones first. Raises
     NormRewriteError where torch can't export the model, or the file can't be written.
     """
-    path = Path(path)
-    check_writable(path, force)
-    _check_request(opset, deploy, bodies, precision, ranges, calibrate, learned)
+    model, path, live_stats = options.model, Path(options.path), options.live_stats
+    precision, opset, learned = options.precision, options.opset, options.learned
+    check_writable(path, options.force)
+    _check_request(options)
     _check_dtype(model, opset, precision)
     if has_hooks(model):
         raise NormRewriteError(
@@ -117,7 +112,7 @@ def export(
         )
     graph.check_names(model)  # torch's exporter makes code of them, too
     dtype = dtype_of(model)
-    inputs = tuple(fitted_to(dtype, value) for value in _examples(example_inputs, argument_names(model)))
+    inputs = tuple(fitted_to(dtype, value) for value in _examples(options.example_inputs, argument_names(model)))
     names = argument_names(model)[: len(inputs)]
     keys = names if len(names) == len(inputs) else [f"input_{i}" for i in range(len(inputs))]  # forward(*inputs)
     before = passage(model, (), inputs)  # input that doesn't fit is told in plain words
@@ -133,29 +128,30 @@ def export(
     _compare(before, model, plain, inputs)
     inputs = cast_model(folded, inputs, precision)
     _check_weights(folded, path)
-    proto = _to_onnx(folded, inputs, names, opset, dynamic_batch, dynamic_size)
-    if keep_io_types:
+    proto = _to_onnx(folded, inputs, names, options)
+    if options.keep_io_types:
         cast_io(proto)
     formulas = len(fitted(proto))
     if formulas:
         notes.append(f"{formulas} norms measure as many elements as come: C(n) is a fitted formula there")
     add_bodies(proto)
     if precision == "int8":  # the adds inside a body are none of its business
-        data = None if calibrate is None else as_data(calibrate, keys)
-        proto, more = _quantised(proto, model, data, ranges, learned)
+        data = None if options.calibrate is None else as_data(options.calibrate, keys)
+        proto, more = _quantised(proto, model, data, options.ranges, learned)
         notes += more
-    if deploy == "fold" and proto.functions:
+    if options.deploy == "fold" and proto.functions:
         proto = inlined(proto)
-    if not bodies:
+    if not options.bodies:
         del proto.functions[:]
         notes.append("no bodies: only a runtime with normrewrite's plugins can run this file")
-    _describe(proto, precision=precision, deploy=deploy, fitted=str(formulas))
+    _describe(proto, precision=precision, deploy=options.deploy, fitted=str(formulas))
     written = onnx_file.opset_of(proto)
     if written != opset:
         raise NormRewriteError(f"--opset {opset}: torch's exporter gave opset {written} instead. Ask for that one.")
-    onnx_file.write(proto, path, force)
+    onnx_file.write(proto, path, options.force)
     nodes = dict(Counter(node.op_type for node in proto.graph.node))
-    return Exported(str(path), opset, outcome.into_neighbour, outcome.to_affine, notes, nodes, live, precision, deploy)
+    where = (outcome.into_neighbour, outcome.to_affine)
+    return Exported(str(path), opset, *where, notes, nodes, live, precision, options.deploy)
 
 
 def _compare(before: Passage, model: nn.Module, folded: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -210,32 +206,21 @@ def _quantised(
     return quantise(proto, data, ranges, learned=known, kept=learned.kept), notes
 
 
-def _check_request(
-    opset: int,
-    deploy: Deploy,
-    bodies: bool,
-    precision: Precision,
-    ranges: Ranges,
-    calibrate: object,
-    learned: object,
-) -> None:
-    if opset not in _OPSETS:
-        raise NormRewriteError(f"--opset {opset}: the exporter gives {_OPSETS.start} to {_OPSETS.stop - 1}.")
-    for what, value, known in (
-        ("precision", precision, PRECISIONS),
-        ("deploy", deploy, DEPLOYS),
-        ("ranges", ranges, RANGES),
-    ):
+def _check_request(options: ExportCall) -> None:
+    if options.opset not in _OPSETS:
+        raise NormRewriteError(f"--opset {options.opset}: the exporter gives {_OPSETS.start} to {_OPSETS.stop - 1}.")
+    for name, known in choices(ExportOptions).items():
+        value = getattr(options, name)
         if value not in known:
-            raise NormRewriteError(f"unknown {what} {value!r}.{nearest(value, known)} Known: {', '.join(known)}.")
-    if precision == "int8" and calibrate is None and learned is None:
+            raise NormRewriteError(f"unknown {name} {value!r}.{nearest(value, known)} Known: {', '.join(known)}.")
+    if options.precision == "int8" and options.calibrate is None and options.learned is None:
         raise NormRewriteError(
             "int8 needs unlabelled inputs to see how far activations reach: give --calibrate DATA, or a network that finetune "
             "--precision int8 has written, whose file knows."
         )
-    if precision != "int8" and calibrate is not None:
-        raise NormRewriteError(f"--calibrate goes with --precision int8: {precision} needs no data.")
-    if deploy == "fold" and not bodies:
+    if options.precision != "int8" and options.calibrate is not None:
+        raise NormRewriteError(f"--calibrate goes with --precision int8: {options.precision} needs no data.")
+    if options.deploy == "fold" and not options.bodies:
         raise NormRewriteError("--no-bodies goes with --deploy op: a folded file holds no functions.")
 
 
@@ -273,10 +258,9 @@ def _refuse_live(model: nn.Module, live_stats: bool) -> None:
         )
 
 
-def _to_onnx(
-    model: nn.Module, inputs: tuple[Tensor, ...], names: list[str], opset: int, dynamic_batch: bool, dynamic_size: bool
-) -> Any:
+def _to_onnx(model: nn.Module, inputs: tuple[Tensor, ...], names: list[str], options: ExportOptions) -> Any:
     """An onnx.ModelProto."""
+    dynamic_batch, dynamic_size = options.dynamic_batch, options.dynamic_size
     if dynamic_batch:  # a size of one would be taken for a constant
         inputs = tuple(
             value.repeat(2, *[1] * (value.dim() - 1)) if value.shape[:1] == (1,) else value for value in inputs
@@ -290,7 +274,7 @@ def _to_onnx(
                 model,
                 inputs,
                 dynamo=True,
-                opset_version=opset,
+                opset_version=options.opset,
                 input_names=names,
                 dynamic_shapes=shapes if dynamic_batch or dynamic_size else None,
                 verbose=False,

@@ -6,6 +6,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import field
 from typing import Any
 
 import torch
@@ -18,19 +19,25 @@ from normrewrite.execution import call, device_of
 from normrewrite.nn.batch import BatchNorm, FrozenBatchNorm
 from normrewrite.nn.mean_only import MeanOnlyBatchNorm
 from normrewrite.nn.renorm import BatchRenorm
+from normrewrite.options.fields import callback, options, quiet, takes
+from normrewrite.options.groups import BatchSize
 from normrewrite.sites.modes import same_flags
 
 _RUNNING = {"running_mean": 0.0, "running_var": 1.0, "running_scale": 1.0}
 _NEVER = (1 << 60, (1 << 60) + 1, (1 << 60) + 1)  # a schedule whose corrections begin after any number of batches
 
 
-def update_norms(
-    model: nn.Module,
-    data: Tensor | Data | Iterable[Any],
-    *,
-    batch_size: int = 250,
-    each: Callable[[int], object] = lambda done: None,
-) -> nn.Module:
+@options
+class UpdateCall(BatchSize):
+    """What `update_norms` takes in Python."""
+
+    model: nn.Module = field(kw_only=False)
+    data: Tensor | Data | Iterable[Any] = field(kw_only=False)
+    progress: Callable[[int], object] = callback(default=quiet)
+
+
+@takes(UpdateCall)
+def update_norms(options: UpdateCall) -> nn.Module:
     """Measure every batch norm's running statistics anew on the data, in place; returns the model.
 
     >>> update_norms(average, images, batch_size=64)
@@ -40,9 +47,10 @@ def update_norms(
     stay as they are: frozen ones, those that `model.train()` leaves in eval, and those that the data don't reach.
 
     data: (N, ...) inputs, Data, or batches (a tensor, (tensor, labels) or a dict each), taken one at a time; labels are not used.
-    batch_size: of a tensor or Data; that of the training. each: called with the number of inputs after every batch.
+    batch_size: of a tensor or Data; that of the training. progress: called with the number of inputs after every batch.
     Raises NormRewriteError where no norm has statistics to measure, or the model can't run on the data; nothing is changed then.
     """
+    model = options.model
     names, device = argument_names(model), device_of(model)
     with same_flags(model):
         model.train()
@@ -54,10 +62,10 @@ def update_norms(
             )
         done = 0
         with torch.no_grad(), _from_nothing(norms):
-            for batch in _batches(data, names, batch_size):
+            for batch in _batches(options.data, names, options.batch_size):
                 call(model, batch.to(device), names)
                 done += len(batch)
-                each(len(batch))
+                options.progress(len(batch))
             if not done:
                 raise NormRewriteError(NO_BATCH)
     return model

@@ -6,7 +6,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +21,24 @@ from normrewrite.diagnostics.comparison import Comparison, OutputDifference
 from normrewrite.diagnostics.outputs import check_labels, matched
 from normrewrite.errors import NormRewriteError
 from normrewrite.execution import Network, leaves, require_network, runner
+from normrewrite.options.fields import callback, options, quiet, takes
+from normrewrite.options.verify import VerifyOptions
 from normrewrite.tolerances import FITTED, LIMITS, Limit
 
 
-def verify(
-    a: Network,
-    b: Network,
-    inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor] | Data | Iterable[Any],
-    labels: Tensor | None = None,
-    *,
-    tolerance: float | None = None,
-    min_snr: float | None = None,
-    min_agreement: float | None = None,
-    batch_size: int = 250,
-    each: Callable[[int], object] = lambda done: None,
-) -> Comparison:
+@options
+class VerifyCall(VerifyOptions):
+    """What `verify` takes in Python."""
+
+    a: Network = field(kw_only=False)
+    b: Network = field(kw_only=False)
+    inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor] | Data | Iterable[Any] = field(kw_only=False)
+    labels: Tensor | None = field(default=None, kw_only=False)
+    progress: Callable[[int], object] = callback(default=quiet)
+
+
+@takes(VerifyCall)
+def verify(options: VerifyCall) -> Comparison:
     """Compare two networks in eval on the same inputs: torch modules, ONNX files run in onnxruntime, or engines
     where their GPU is.
 
@@ -46,20 +49,21 @@ def verify(
     labels: (N,), for top-1. tolerance: of an output's largest number; min_snr: dB of signal, which is how an output varies from
     input to input, to noise; min_agreement: share of inputs that get the same class, where there are classes. By default all
     three are those of the coarser precision (normrewrite.tolerances.LIMITS), 1e-4, 20 dB and 0 for fp32. Whole numbers are
-    compared exactly. Floats are cast to the one dtype of a model's layers of torch's kinds. each: called with the number of
-    inputs after every batch. Raises NormRewriteError where outputs can't be compared.
+    compared exactly. Floats are cast to the one dtype of a model's layers of torch's kinds. progress: called with the number
+    of inputs after every batch. Raises NormRewriteError where outputs can't be compared.
     """
+    a, b = options.a, options.b
     for network in (a, b):
         require_network(network)
-    data = _data(inputs, labels, a, b)
+    data = _data(options.inputs, options.labels, a, b)
     kind, usual = max(map(own_limit, (a, b)), key=lambda own: own[1].tolerance)  # of the coarser one
-    limit = _asked(usual, tolerance, min_snr, min_agreement)
+    limit = _asked(usual, options.tolerance, options.min_snr, options.min_agreement)
     run_a, run_b = runner(a, leaves), runner(b, leaves)
     files = not (isinstance(a, nn.Module) and isinstance(b, nn.Module))
     differences: dict[str, OutputDifference] = {}
     left: dict[str, str] = {}
     count, labelled = 0, False
-    for batch in data.batches(batch_size):
+    for batch in data.batches(options.batch_size):
         check_finite(batch, "the data")  # of such, two networks give NaN, however different they are
         pairs, others = matched(run_a(batch), run_b(batch), files)
         if batch.labels is not None:
@@ -68,7 +72,7 @@ def verify(
             differences.setdefault(name, OutputDifference(name)).add(one, other, batch.labels)
         left |= others
         count, labelled = count + len(batch), labelled or batch.labels is not None
-        each(len(batch))
+        options.progress(len(batch))
     if not count:
         raise NormRewriteError(NO_BATCH)
     outputs = _compared(differences, left)

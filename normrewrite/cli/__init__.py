@@ -1,4 +1,4 @@
-"""The command line. Thin: each command reads its options, and hands them to a function of normrewrite.commands."""
+"""The command line. Thin: options are made of normrewrite.options, and handed to the jobs of normrewrite.commands."""
 
 import json
 import os
@@ -8,8 +8,9 @@ from collections.abc import Callable
 import click
 
 from normrewrite._version import __version__
-from normrewrite.cli import console, deployment, rewriting, signals, training
-from normrewrite.cli.options import bounded
+from normrewrite.cli import console, signals
+from normrewrite.cli.jobs import JOBS
+from normrewrite.cli.plugins import plugins
 from normrewrite.errors import NormRewriteError
 
 _STDERR = 2
@@ -21,23 +22,9 @@ def app() -> None:
     """Rewrite the norms of trained networks to L1, L-infinity, Top-k, range and weight norms: the same function."""
 
 
-for _command in (
-    rewriting.inspect,
-    rewriting.convert,
-    rewriting.calibrate,
-    rewriting.revert,
-    rewriting.report,
-    rewriting.diff,
-    training.finetune,
-    deployment.export,
-    deployment.build,
-    deployment.plugins,
-    deployment.verify,
-    deployment.bench,
-):
-    if _command.callback is not None:
-        _command.callback = bounded(_command.callback)
-    app.add_command(_command)
+for _job in JOBS:
+    app.add_command(_job.command())
+app.add_command(plugins)
 
 
 def main() -> None:

@@ -153,17 +153,17 @@ def training(*, quiet: bool = False) -> Iterator[Callable[[Any], None]]:
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[told]}"), TimeRemainingColumn())
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[words]}"), TimeRemainingColumn())
     with Progress(*columns, console=_console(stderr=True), transient=True) as progress, visible_streams():
-        task = progress.add_task("training", total=None, told="")
+        task = progress.add_task("training", total=None, words="")
 
         def advance(step: Any) -> None:
-            progress.update(task, total=step.of, completed=step.step, told=told(step))
+            progress.update(task, total=step.of, completed=step.step, words=in_words(step))
 
         yield advance
 
 
-def told(step: Any) -> str:
+def in_words(step: Any) -> str:
     """One step in words: `loss 0.1234, 97.1 %, 512 inputs/s`."""
     loss = "" if step.loss is None else f"loss {step.loss:.4g}"
     accuracy = "" if step.accuracy is None else f"{100 * step.accuracy:.1f} %"

@@ -40,9 +40,9 @@ def as_exceptions() -> Iterator[None]:
     """
     taken: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread() and os.environ.get("RANK", "0") == "0":
-        found = [getattr(signal, name) for name in ("SIGINT", *_NAMES) if hasattr(signal, name)]
-        taken = {each: signal.getsignal(each) for each in found}
-        taken = {each: now for each, now in taken.items() if now in (signal.SIG_DFL, signal.default_int_handler)}
+        numbers = [getattr(signal, name) for name in ("SIGINT", *_NAMES) if hasattr(signal, name)]
+        handlers = {number: signal.getsignal(number) for number in numbers}
+        taken = {number: now for number, now in handlers.items() if now in (signal.SIG_DFL, signal.default_int_handler)}
     owner, ended, stopped = os.getpid(), -math.inf, None
 
     def end(number: int, _frame: Any) -> None:
@@ -67,8 +67,8 @@ def as_exceptions() -> Iterator[None]:
         again.daemon = True
         again.start()
 
-    for each in taken:
-        signal.signal(each, end)
+    for number in taken:
+        signal.signal(number, end)
     report, sys.unraisablehook = sys.unraisablehook, unheard
     try:
         yield
@@ -78,8 +78,8 @@ def as_exceptions() -> Iterator[None]:
         raise
     finally:
         sys.unraisablehook = report
-        for each, before in taken.items():
-            signal.signal(each, before)
+        for number, before in taken.items():
+            signal.signal(number, before)
 
 
 def outcome(error: BaseException) -> tuple[str, int]:

@@ -1,6 +1,6 @@
 """A manifest, derived again from the files that it is about: any change of a byte that matters is told.
 
->>> print(audit(Source(Path("model.l1.pt")), original=Path("model.pt")))
+>>> print(audit(Source(Path("model.l1.pt")), None, Path("model.pt")))
 same: nothing that the manifest covers has changed
 
 Bytes need no code: the record against its own digest, every tensor against its digest, the original's file against its.
@@ -68,7 +68,7 @@ class Audit(Result):
         return [*failed, *(f"not checked: {what}" for what in self.unchecked), verdict]
 
 
-def audit(source: Source, record_file: Path | None = None, original: Path | None = None) -> Audit:
+def audit(source: Source, record_file: Path | None, original: Path | None) -> Audit:
     """Check the manifest of a model file, or the one in `record_file`, against the files.
 
     source: the twin; without an architecture only bytes are compared. original: the network before the rewrite.

@@ -1,13 +1,13 @@
 """Two model files, or two manifests, against each other: sites, targets and tensors that differ, and by how much.
 
->>> print(diff(read(Path("a.pt")), read(Path("b.pt"))))
+>>> print(compared(read(Path("a.pt")), read(Path("b.pt"))))
 same: 3 sites, 21 tensors
 
 No code is needed: tensors go by name. Of manifests only digests can be compared, which tell that, and not how much.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from normrewrite import files
 from normrewrite.commands.source import by_key
+from normrewrite.options.diff import Diff
 from normrewrite.provenance import digests, manifest
 from normrewrite.results import Result, Summary, Table, Verdict, apart
 
@@ -97,14 +98,13 @@ def _cells(tensor: TensorDifference) -> tuple[str, ...]:
     return (tensor.name, tensor.a, tensor.b, elements, *("" if x is None else f"{x:.2e}" for x in figures))
 
 
-def diff_files(
-    a: Path, b: Path, *, key: str | None = None, allow: Sequence[str] = (), trust: bool = False
-) -> Difference:
-    """`diff` of two files: model files, or manifests in .json."""
-    return diff(*by_key(partial(read, allow=allow, trust=trust), key, a, b))
+def diff(options: Diff, progress: Callable[..., object]) -> Difference:
+    """The differences of two files: model files, or manifests in .json."""
+    side = partial(read, allow=options.allow, trust=options.trust)
+    return compared(*by_key(side, options.key, options.a, options.b))
 
 
-def read(path: Path, *, key: str | None = None, allow: Sequence[str] = (), trust: bool = False) -> Side:
+def read(path: Path, *, key: str | None, allow: Sequence[str], trust: bool) -> Side:
     """What a model file or a manifest says."""
     if path.suffix == ".json":
         record = files.record(path)
@@ -126,7 +126,7 @@ def _by_name(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {entry["names"][0]: {key: entry.get(key) for key in manifest.TOLD} for entry in record["sites"]}
 
 
-def diff(a: Side, b: Side) -> Difference:
+def compared(a: Side, b: Side) -> Difference:
     """Compare two sides. A file without a manifest, as an original's, has no sites."""
     known = bool(a.digests and b.digests)  # an older manifest has none, so its tensors can't be compared
     tensors = list(dict.fromkeys((*a.digests, *b.digests))) if known else []

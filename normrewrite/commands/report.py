@@ -1,17 +1,20 @@
 """The command `report`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from normrewrite import files
-from normrewrite.api.bench import Runtime, bench
+from normrewrite.api.bench import bench
 from normrewrite.commands import words
-from normrewrite.commands.source import Source
-from normrewrite.data import Data, argument_names, open_data
+from normrewrite.commands.source import Source, opened
+from normrewrite.data import Data
 from normrewrite.errors import NormRewriteError
+from normrewrite.options.bench import Runtime
+from normrewrite.options.fields import read_by
+from normrewrite.options.report import Report
 from normrewrite.provenance import digests, history, manifest
 from normrewrite.reporting.document import Document
 from normrewrite.reporting.facts import Facts, gather
@@ -20,47 +23,32 @@ from normrewrite.reporting.printout import Printout
 ROUNDS = 100
 
 
-def report(
-    source: Source,
-    *,
-    original: Path | None = None,
-    data: str | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    batch_size: int = 250,
-    latency: Runtime | None = None,
-    output: Path | None = None,
-    text: bool = False,
-    force: bool = False,
-    each: Callable[..., object] = lambda done, **_: None,
-) -> Printout:
+def report(source: Source, options: Report, progress: Callable[..., object]) -> Printout:
     """Tell everything of a network, rewritten or not; as a page where there is an `output`.
 
-    original: the network before the rewrite, of the same --arch; by default what the twin itself gives back. data: inputs;
-    labels in it give the accuracy. latency: time both in `torch` or `onnxruntime`, on the first input.
-    text: print the whole of it beside a page, too.
+    The original is the one that the options name, of the same --arch; by default what the twin itself gives back. Data's labels
+    give the accuracy.
     """
-    asked = dict(locals())
-    source.check_outputs({"-o": output}, force, {"--original": original, "--data": data}, "a page")
-    if latency is not None and data is None:
+    source.check_outputs({"-o": options.output}, options.force, read_by(options), "a page")
+    if options.latency is not None and options.data is None:
         raise NormRewriteError("--latency of what input? Give --data FILE: the first one is timed.")
-    original = original or _beside(source)
+    original = options.original or _beside(source)
     file, *originals = source.read_all(source.path, *([] if original is None else [original]))
     first = originals[0].model if originals else None
-    examples = None if data is None else open_data(data, argument_names(file.model), mean=mean, std=std)
+    data = None if options.data is None else opened(options.data, file.model, options)
     record = file.manifest if file.manifest is not None else _derived(file.model)
-    facts = gather(file.model, first, examples, record=record, batch_size=batch_size, each=each)
-    if latency is not None and examples is not None:
-        _time(facts, first, examples, latency)
-    named, seen = (None if path is None else _digest(Path(path)) for path in (original, data))
-    command = words.step(report, source, asked)["command"]
+    facts = gather(file.model, first, data, record=record, batch_size=options.batch_size, progress=progress)
+    if options.latency is not None and data is not None:
+        _time(facts, first, data, options.latency)
+    named, seen = (None if path is None else _digest(Path(path)) for path in (original, options.data))
+    command = words.step(source, options)["command"]
     document = Document(facts, digests.of_file(source.path), named, seen, record, command)
-    if output is not None:
+    if options.output is not None:
         from normrewrite.reporting import html
 
         content = html.page(document)
-        files.write_atomically(output, lambda temporary: Path(temporary).write_bytes(content), force)
-    return Printout(document, str(output or ""), brief=output is not None and not text)
+        files.write_atomically(options.output, lambda temporary: Path(temporary).write_bytes(content), options.force)
+    return Printout(document, str(options.output or ""), brief=options.output is not None and not options.text)
 
 
 def _beside(source: Source) -> Path | None:

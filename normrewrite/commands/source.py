@@ -10,8 +10,11 @@ import torch
 from torch import nn
 
 from normrewrite import files
-from normrewrite.data import Data, argument_names, open_data
+from normrewrite.data import Batch, Data, argument_names, example, open_data
 from normrewrite.errors import NormRewriteError
+from normrewrite.execution import Network
+from normrewrite.files.arch import parse_arguments
+from normrewrite.options.groups import Code, Inputs, Pixels
 
 File = TypeVar("File")
 
@@ -30,6 +33,13 @@ class Source:
     # What people are to know of the files, beside the result.
     notes: list[str] = field(default_factory=list, compare=False)
 
+    @classmethod
+    def of(cls, options: Code) -> "Source":
+        """As options say; they name a model."""
+        assert options.path is not None
+        arguments = parse_arguments(options.arch_args)
+        return cls(options.path, options.arch, arguments, options.key, options.allow, options.trust, options.device)
+
     def __post_init__(self) -> None:
         """A fault of the input is told before one of the output."""
         if self.path.suffix != ".onnx":
@@ -42,11 +52,11 @@ class Source:
         """Several files of the same code, with what is said of how they were read."""
         device = _device(self.device)
         read = partial(files.read, arch=self.arch, arch_args=self.arch_args, allow=self.allow, trust=self.trust)
-        found = by_key(read, self.key, *paths)
-        for file in found:
+        model_files = by_key(read, self.key, *paths)
+        for file in model_files:
             file.model.to(device)
             self.notes.extend(note for note in file.notes if note not in self.notes)
-        return found
+        return model_files
 
     def inputs(self) -> dict[str, Path | None]:
         """The files that every command reads, by what names them: the model's, and that of its code where it is a file."""
@@ -79,19 +89,19 @@ class Source:
 
 def by_key(read: Callable[..., File], key: str | None, *paths: Path) -> list[File]:
     """Each file read with `key` where it has it, for one of several may be of another layout; one of them has to."""
-    found, missing = [], []
+    contents, missing = [], []
     for path in paths:
         try:
-            found.append(read(path, key=key))
+            contents.append(read(path, key=key))
         except files.NoSuchKey as error:
             missing.append(error)
             if len(missing) == len(paths):
                 raise missing[0] from None
             try:
-                found.append(read(path, key=None))
+                contents.append(read(path, key=None))
             except files.NoSuchKey:
                 raise error from None
-    return found
+    return contents
 
 
 def _device(name: str) -> torch.device:
@@ -103,8 +113,27 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def opened(data: str, model: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None) -> Data:
-    return open_data(data, argument_names(model), mean=mean, std=std)
+def opened(data: str, model: nn.Module, pixels: Pixels) -> Data:
+    return open_data(data, argument_names(model), mean=pixels.mean, std=pixels.std)
+
+
+def inputs_of(options: Inputs, names: list[str], missing: str, otherwise: str | None = None) -> Data:
+    """What goes into a network: random numbers or data, or else the data `otherwise`; raises with the text `missing`."""
+    if options.input_shape is not None:
+        return Data(whole=Batch({names[0] if names else "input": example(options.input_shape)}))
+    data = options.data or otherwise
+    if data is None:
+        raise NormRewriteError(missing)
+    return open_data(data, names, mean=options.mean, std=options.std)
+
+
+def networks_of(source: Source, other: Path) -> tuple[tuple[Network, Network], list[str]]:
+    """Two networks, torch or ONNX, and the names of their arguments where torch tells them."""
+    plain = (".onnx", ".engine")
+    paths = (source.path, other)
+    modules = iter(source.read_all(*(path for path in paths if path.suffix not in plain)))
+    a, b = (path if path.suffix in plain else next(modules).model for path in paths)
+    return (a, b), next((argument_names(network) for network in (a, b) if isinstance(network, nn.Module)), [])
 
 
 def derived(path: Path, word: str) -> Path:

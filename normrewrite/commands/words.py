@@ -1,57 +1,35 @@
 """A command in words, as a manifest keeps it: what it was asked beside its defaults, without folders.
 
->>> step(convert, source, {"to": "l1"})["command"]
+>>> step(source, Convert(model=source.path, to="l1"))["command"]
 ['convert', 'model.pt', '--to', 'l1']
 """
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import Field
 from pathlib import Path
 from typing import Any
 
 from normrewrite.commands.source import Source
+from normrewrite.options.fields import Mark, asked, flag_of
 from normrewrite.provenance import digests, history
 from normrewrite.provenance.history import History
 
-# What says where to write, what to print and what to insist on, and not what is computed.
-_SILENT = (
-    *("source", "output", "manifest", "force", "each", "dry_run", "expect", "text"),
-    *("resume", "log", "save_every", "timeout"),
-)
-_FILES = ("calibrate", "data", "replay", "original", "val", "teacher")
 
-
-def begun(source: Source, record: Mapping[str, Any] | None) -> History:
-    """The history of what a source read, before the command; that of an original begins with its digest."""
+def came(source: Source, record: Mapping[str, Any] | None, options: Any) -> History:
+    """The history of what a command is to write, before it changes what it read; that of an original begins with its digest."""
     rewritten = record is not None and bool(record["sites"])
     original = None if rewritten else digests.of_file(source.path)
-    return history.begun(original, record, _without_folder(source.arch), _pairs(source))
+    begun = history.begun(original, record, _without_folder(source.arch), _pairs(source))
+    return begun.then(step(source, options))
 
 
-def step(
-    command: Callable[..., Any],
-    source: Source,
-    options: Mapping[str, Any],
-    verb: str = "",
-    further: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """One command that was run: its words, the seed of what it drew, the versions it ran in, and the files it read.
-
-    options: the arguments of `command` by name; those at their defaults are left out. verb: the command's name for people,
-    where it is not the function's. further: defaults of what `command` takes as **options.
-    """
-    parameters = inspect.signature(command).parameters.items()
-    defaults = {name: each.default for name, each in parameters if each.kind is not inspect.Parameter.VAR_KEYWORD}
-    defaults |= further or {}
-    given = {
-        name: value
-        for name, value in options.items()
-        if name in defaults and name not in _SILENT and value != defaults[name] and value not in ([], ())
-    }
-    words = [verb or command.__name__, source.path.name, *_source_words(source)]
-    words += [word for name, value in given.items() for word in _option(name, value)]
-    files = {name: _read(value) for name, value in given.items() if name in _FILES}
-    return history.step(words, files, options.get("seed", history.SEED))
+def step(source: Source, options: Any) -> dict[str, Any]:
+    """One command that was run: its words, the seed of what it drew, the versions it ran in, and the files it read."""
+    lines = [(field, mark, value) for field, mark, value in asked(options) if not mark.silent]
+    words = [type(options).__name__.lower(), source.path.name, *_source_words(source)]
+    words += [word for line in lines for word in _option(*line)]
+    files = {field.name: _read(value) for field, mark, value in lines if mark.file}
+    return history.step(words, files, getattr(options, "seed", history.SEED))
 
 
 def _source_words(source: Source) -> list[str]:
@@ -74,18 +52,16 @@ def _without_folder(arch: str | None) -> str | None:
     return f"{Path(where).name}{colon}{name}" if where.endswith(".py") else arch
 
 
-def _option(name: str, value: Any) -> list[str]:
-    option = "--rule" if name == "rules" else f"--{name.replace('_', '-')}"
+def _option(field: "Field[Any]", mark: Mark, value: Any) -> list[str]:
+    flag = flag_of(field)
     if isinstance(value, bool):
-        return [option] if value else [f"--no-{option[2:]}"]
-    if name in ("mean", "std"):
-        return [option, ",".join(map(str, value))]
-    if name in _FILES:
-        return [option, _name(value)]
-    if name == "rules":
-        return [word for pattern, target in value for word in (option, f"{pattern}={target}")]
+        return [flag] if value else [f"--no-{flag[2:]}"]
+    if mark.numbers:
+        return [flag, ",".join(map(str, value))]
+    if mark.file:
+        return [flag, _name(value)]
     values = value if isinstance(value, list | tuple) else [value]
-    return [word for each in values for word in (option, str(each))]
+    return [word for item in values for word in (flag, str(item))]
 
 
 def _name(value: Any) -> str:

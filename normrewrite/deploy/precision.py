@@ -4,13 +4,14 @@
 'fp16'
 """
 
-from typing import Any, Literal, cast
+from typing import Any, cast, get_args
 
 import torch
 from torch import nn
 
-Precision = Literal["fp32", "fp16", "bf16", "int8"]
-PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8")
+from normrewrite.options.export import Precision
+
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 _HALF: dict[str, tuple[torch.dtype, str]] = {"fp16": (torch.float16, "FLOAT16"), "bf16": (torch.bfloat16, "BFLOAT16")}
 
 

@@ -14,15 +14,15 @@ import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from normrewrite.data import Batch, Data
 from normrewrite.deploy import onnx_file
 from normrewrite.errors import NormRewriteError, first_line
+from normrewrite.options.export import Ranges
 
-Ranges = Literal["minmax", "percentile", "entropy"]
 RANGES: dict[Ranges, str] = {"percentile": "Percentile", "minmax": "MinMax", "entropy": "Entropy"}
 PERCENTILE = 99.99
 _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")

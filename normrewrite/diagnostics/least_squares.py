@@ -107,11 +107,11 @@ def fit_(
     data: Data,
     *,
     batch_size: int = 250,
-    each: Callable[..., object] = lambda done, **_: None,
+    progress: Callable[..., object] = lambda done, **_: None,
 ) -> list[Fit]:
     """Fit weight and bias of every inexact site of `twin`, in place, in eval; both networks keep their training flags.
 
-    Batches that are not finite are left out. each: called with 1 at every site, `of` their number.
+    Batches that are not finite are left out. progress: called with 1 at every site, `of` their number.
     Raises NormRewriteError where no batch is left, the data doesn't fit the model, or the original is another network.
     """
     norms = fittable(twin)
@@ -138,7 +138,7 @@ def fit_(
         done = {}
         for fit in fits:
             done[fit.name] = fit
-            each(1, of=len(pairs))
+            progress(1, of=len(pairs))
     missing = [
         Fit(pair.site.label, 0.0, 0.0, 0, "not reached by the data") for pair in pairs if pair.site.label not in done
     ]

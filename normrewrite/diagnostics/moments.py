@@ -194,7 +194,7 @@ def read(
     *,
     batch_size: int = 250,
     watch: Watch | None = None,
-    each: Callable[..., object] = lambda done, **_: None,
+    progress: Callable[..., object] = lambda done, **_: None,
 ) -> Readings:
     """Run the model in eval on every batch, and read the input of each site, metrics as `rows` says for its n.
 
@@ -219,7 +219,7 @@ def read(
                 readings.batch = max(readings.batch, len(batch))
             else:
                 readings.skipped_batches += 1
-            each(len(batch))
+            progress(len(batch))
     finally:
         for hook in hooks:
             hook.remove()

@@ -73,7 +73,9 @@ def save(
 
 
 @contextmanager
-def with_manifest(model: nn.Module, path: Path | None, report: Report, history: History, force: bool) -> Iterator[None]:
+def with_manifest(
+    model: nn.Module, path: Path | None, report: Report | None, history: History, force: bool
+) -> Iterator[None]:
     """The manifest of a model as a JSON file of its own, where one is asked for: put in place after the model's file, which is
     written inside, and written before it, so that a full disk leaves neither."""
     if path is None:

@@ -26,6 +26,7 @@ from normrewrite.errors import NormRewriteError
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.weights import WeightNorm
 from normrewrite.norms import metric
+from normrewrite.options.groups import BatchSize
 from normrewrite.passes.fold_affine import scale_of
 from normrewrite.provenance import manifest
 from normrewrite.provenance.report import Report, SiteResult
@@ -132,8 +133,8 @@ def gather(
     data: Data | None = None,
     *,
     record: Mapping[str, Any] | None = None,
-    batch_size: int = 250,
-    each: Callable[..., object] = lambda done, **_: None,
+    batch_size: int = BatchSize.batch_size,
+    progress: Callable[..., object] = lambda done, **_: None,
 ) -> Facts:
     """Measure a model, rewritten or not. original: by default what a twin itself gives back. data: inputs, labels optional.
 
@@ -153,7 +154,7 @@ def gather(
     advice, moments = None, dict[str, Moments]()
     if data is not None and sites.find(first):
         advice, readings = study(
-            first, data, batch_size=batch_size, rows=_rows_of(model), watch=counter.watch, each=each
+            first, data, batch_size=batch_size, rows=_rows_of(model), watch=counter.watch, progress=progress
         )
         moments = readings.by_site
     elif data is not None:
@@ -162,7 +163,7 @@ def gather(
     came = "given" if original is not None else "had back" if back is not None and not trained else ""
     # Without an original it tells the accuracy alone: the nearest norms of a trained twin are no original.
     other = first if came else model
-    comparison = None if data is None else verify(model, other, data, batch_size=batch_size, each=each)
+    comparison = None if data is None else verify(model, other, data, batch_size=batch_size, progress=progress)
     count = sum(parameter.numel() for parameter in model.parameters())
     return Facts(model, figures, count, came, advice, comparison, None, notes)
 

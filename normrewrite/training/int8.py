@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from normrewrite import sites
 from normrewrite.errors import NormRewriteError, nearest, some
 from normrewrite.nn.batch import BatchNorm, FrozenBatchNorm
 from normrewrite.norms import metric as row_of
+from normrewrite.options.finetune import RangesBy
 from normrewrite.provenance.ranges import SIDES, LearnedRanges, called, check
 from normrewrite.training.descent import Descent
 from normrewrite.training.products import (
@@ -44,7 +45,6 @@ from normrewrite.training.products import (
     usual_reach,
 )
 
-RangesBy = Literal["percentile", "gradient"]
 MOMENTUM = 0.05  # of a batch in the range of an activation
 ENDS = ("first", "last")
 

@@ -33,7 +33,7 @@ _MOST_IN_A_ROW = 20  # fp16's loss scale needs up to sixteen halvings to settle
 
 @dataclass(frozen=True)
 class Step:
-    """What `each` is called with after every step. loss, accuracy: means over the epoch so far."""
+    """What `progress` is called with after every step. loss, accuracy: means over the epoch so far."""
 
     step: int
     of: int
@@ -54,10 +54,10 @@ class Loop:
         teacher: nn.Module | None,
         data: Data,
         val: Data | None,
-        each: Callable[[Step], object] = lambda step: None,
+        after_step: Callable[[Step], object] = lambda step: None,
         quantised: Int8 | None = None,
     ) -> None:
-        self.machine, self.recipe, self.weights, self.val, self.each = machine, recipe, weights, val, each
+        self.machine, self.recipe, self.weights, self.val, self.after_step = machine, recipe, weights, val, after_step
         self.model = model = weights.model
         self.statistics, self.quantised = Statistics(model), quantised
         ranks = machine.num_processes
@@ -150,7 +150,7 @@ class Loop:
         progress.seconds += seconds
         done = Step(progress.step, self.total, progress.tally.mean, progress.tally.accuracy, inputs / seconds)
         self.machine.log({"loss": done.loss, "lr": self.schedule.get_last_lr()[0]}, progress.step)
-        self.each(done)
+        self.after_step(done)
 
     def _learn(self, batches: list[Batch]) -> Tally | None:
         """One update; None where loss or gradient were not finite, and nothing was changed but running statistics."""

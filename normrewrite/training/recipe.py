@@ -5,36 +5,19 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args, get_origin
+from dataclasses import asdict, fields
+from typing import Any
 
 from normrewrite.backends.accumulate import accumulator
-from normrewrite.errors import NormRewriteError, nearest
-from normrewrite.training.int8 import RangesBy
+from normrewrite.errors import NormRewriteError
+from normrewrite.options.fields import choices, listed, options, require_known
+from normrewrite.options.finetune import RecipeOptions
 
-Precision = Literal["fp32", "bf16", "fp16", "fp16-pure", "int8"]
-Schedule = Literal["cosine", "linear", "constant"]
-Optimizer = Literal["adamw", "sgd"]
-WeightDecayAs = Literal["decay", "lr"]
 _EPOCHS = 6
-_ABOVE_ZERO = (
-    "epochs",
-    "steps",
-    "lr",
-    "batch_size",
-    "accumulate",
-    "clip",
-    "patience",
-    "save_every",
-    "feature_weight",
-    "timeout",
-)
-_AT_LEAST_ZERO = ("warmup", "weight_decay", "momentum", "crop", "seed")
-_BELOW_ONE = ("momentum", "ema", "val_split")
 
 
-@dataclass(frozen=True)
-class Recipe:
+@options
+class Recipe(RecipeOptions):
     """How to train. A step is one update: `accumulate` batches of `batch_size` on each process.
 
     precision: what forward and backward compute in; fp16-pure (normrewrite.training.pure) keeps the parameters in half too.
@@ -54,56 +37,16 @@ class Recipe:
     dropout: whether there is any; by default with labels alone: a teacher's outputs are matched best without noise.
     """
 
-    precision: Precision = "fp32"
-    accumulator: str = "fp32"
-    labels: bool = False
-    distill: float = 0.0
-    loss: str = "mse"
-    features: tuple[str, ...] = ()
-    feature_weight: float = 1.0
-    epochs: int | None = None
-    steps: int | None = None
-    lr: float = 1e-3
-    batch_size: int = 64
-    accumulate: int = 1
-    optimizer: Optimizer = "adamw"
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    weight_decay_as: WeightDecayAs = "decay"
-    schedule: Schedule = "cosine"
-    warmup: int = 0
-    ema: float | None = None
-    clip: float | None = None
-    flip: bool = False
-    crop: int = 0
-    val_split: float | None = None
-    patience: int | None = None
-    seed: int = 0
-    deterministic: bool = False
-    save_every: int | None = None
-    int8_gradients: bool = False
-    int8_ranges: RangesBy = "percentile"
-    int8_keep: tuple[str, ...] = ()
-    freeze_statistics: bool = False
-    dropout: bool | None = None
-    timeout: float = 45.0
-
     def __post_init__(self) -> None:
-        for field in fields(self):
-            choices = get_args(field.type) if get_origin(field.type) is Literal else ()
-            if choices and getattr(self, field.name) not in choices:
-                raise _wrong(field.name, getattr(self, field.name), f"one of {', '.join(choices)}")
-        self._check_range(_ABOVE_ZERO, "a number above zero", lambda value: value > 0)
-        self._check_range(_AT_LEAST_ZERO, "a number, at least zero", lambda value: value >= 0)
-        self._check_range(_BELOW_ONE, "a number from 0 up to, not including, 1", lambda value: 0 <= value < 1)
-        self._check_range(("distill",), "a number from 0 to 1", lambda value: 0 <= value <= 1)
+        for name, known in choices(RecipeOptions).items():
+            if getattr(self, name) not in known:
+                raise _wrong(name, getattr(self, name), f"one of {', '.join(known)}")
+        for field, mark in listed(RecipeOptions):
+            value = getattr(self, field.name)
+            for needed, right in mark.needs:
+                if value is not None and not (math.isfinite(value) and right(value)):
+                    raise _wrong(field.name, value, needed)
         self._check_together()
-
-    def _check_range(self, names: tuple[str, ...], needed: str, right: Any) -> None:
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and right(value)):
-                raise _wrong(name, value, needed)
 
     def _check_together(self) -> None:
         if str(accumulator(self.accumulator)) != "fp32" and self.precision != "fp16-pure":
@@ -145,10 +88,7 @@ class Recipe:
 
 def recipe(options: Mapping[str, Any]) -> Recipe:
     """A recipe from keyword arguments; raises NormRewriteError for one that there is not."""
-    known = [field.name for field in fields(Recipe)]
-    for name in options:
-        if name not in known:
-            raise NormRewriteError(f"there is no option {name!r}.{nearest(name, known)} Options: {', '.join(known)}.")
+    require_known(options, (field.name for field in fields(Recipe)))
     values: dict[str, Any] = {
         name: tuple(value) if name in ("features", "int8_keep") else value for name, value in options.items()
     }

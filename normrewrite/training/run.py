@@ -1,6 +1,6 @@
 """One training put together: teacher, data, machine, loop, and the weights that come of it.
 
->>> model, result = run(model, data, Recipe(epochs=6), each=print)
+>>> model, result = run(model, data, Recipe(epochs=6), progress=print)
 """
 
 from collections.abc import Callable, Iterable
@@ -39,7 +39,7 @@ def run(
     checkpoints: Path | None = None,
     resume: bool = False,
     log: Path | None = None,
-    each: Callable[[Step], object] = lambda step: None,
+    progress: Callable[[Step], object] = lambda step: None,
 ) -> tuple[nn.Module, Finetuned]:
     """`finetune_`, by a recipe."""
     teacher = _teacher(model, teacher, plan)
@@ -53,21 +53,21 @@ def run(
     ):
         network = deepcopy(model) if machine.sharded(accelerator) else model  # sharding changes a module for good
         with pure.weights(network, plan, accelerator) as weights:
-            loop = Loop(accelerator, plan, weights, teacher, examples, held_out, each, quantised)
+            loop = Loop(accelerator, plan, weights, teacher, examples, held_out, progress, quantised)
             try:
                 saver = None if checkpoints is None else Checkpoints(checkpoints, accelerator)
                 if saver is not None:
                     saver.begin(_run(plan, examples, loop), resume)
-                progress = loop.run(saver)
+                course = loop.run(saver)
             finally:
                 machine.release(accelerator, loop.network)
-        if progress.step and progress.skipped == progress.step:
+        if course.step and course.skipped == course.step:
             raise NormRewriteError(
-                f"all {progress.step} steps were skipped, as loss or gradient were not finite: nothing was learned. Look at the "
+                f"all {course.step} steps were skipped, as loss or gradient were not finite: nothing was learned. Look at the "
                 "data, lower --lr, give --warmup, or another --precision.",
                 exit_code=1,
             )
-        return model, _result(loop, progress, examples, model)
+        return model, _result(loop, course, examples, model)
 
 
 def _on_8_bits(model: nn.Module, plan: Recipe) -> AbstractContextManager[Int8 | None]:

@@ -262,7 +262,7 @@ def test_the_library_gets_its_other_name_without_touching_site_packages(tmp_path
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_engines_keep_the_precision(files: dict[str, Path], tmp_path: Path, precision: str) -> None:
     phases: list[str] = []
-    built = build(files[precision], tmp_path / "model.engine", gpus=["sm86", "sm89", "sm120"], each=phases.append)
+    built = build(files[precision], tmp_path / "model.engine", gpus=["sm86", "sm89", "sm120"], progress=phases.append)
     assert (built.precision, built.honoured, built.unchecked) == (precision, 2, [])
     assert built.size == (tmp_path / "model.engine").stat().st_size > 10_000
     assert any(phase.startswith("Building engine ") for phase in phases)

@@ -291,7 +291,7 @@ def test_a_resumed_run_is_the_unbroken_one_to_the_bit(
         folder = tmp_path / str(stop)
         run = settings | {"checkpoints": folder, "resume": True, "save_every": 3}
         with pytest.raises(Stopped):
-            finetune(tiny, labelled, each=_stopping(stop), **run)
+            finetune(tiny, labelled, progress=_stopping(stop), **run)
         torch.manual_seed(stop)
         resumed, result = finetune(tiny, labelled, **run)
         assert _same(resumed, whole) and _record(result) == _record(expected), stop
@@ -302,7 +302,7 @@ def test_the_comparison_would_show_a_lost_state(tiny: nn.Module, labelled: Data,
     whole, _ = finetune(tiny, labelled, **SETTINGS)
     run = SETTINGS | {"checkpoints": tmp_path / "run", "resume": True, "save_every": 3}
     with pytest.raises(Stopped):
-        finetune(tiny, labelled, each=_stopping(7), **run)
+        finetune(tiny, labelled, progress=_stopping(7), **run)
     (path,) = tmp_path.glob("run/step-*/optimizer.bin")
     state = torch.load(path, weights_only=True)
     state["state"][0]["exp_avg"].mul_(1.01)
@@ -321,7 +321,7 @@ def test_a_stream_is_resumed_too(tiny: nn.Module, labelled: Data, tmp_path: Path
     whole, _ = finetune(tiny, Data(stream=Loader()), **settings)
     run = settings | {"checkpoints": tmp_path / "run", "resume": True, "save_every": 2}
     with pytest.raises(Stopped):
-        finetune(tiny, Data(stream=Loader()), each=_stopping(3), **run)
+        finetune(tiny, Data(stream=Loader()), progress=_stopping(3), **run)
     assert _same(finetune(tiny, Data(stream=Loader()), **run)[0], whole)
 
 
@@ -330,7 +330,7 @@ def test_another_run_is_not_resumed_and_an_unfinished_one_not_overwritten(
 ) -> None:
     run: dict[str, Any] = {"labels": True, "epochs": 2, "checkpoints": tmp_path / "run", "save_every": 1}
     with pytest.raises(Stopped):
-        finetune(tiny, labelled, each=_stopping(2), **run)
+        finetune(tiny, labelled, progress=_stopping(2), **run)
     with pytest.raises(NormRewriteError, match=r"another run: lr 0.001 then, 0.1 now"):
         finetune(tiny, labelled, **run, resume=True, lr=0.1)
     with pytest.raises(NormRewriteError, match=r"unfinished run .*--resume"):
@@ -394,6 +394,6 @@ def test_data_that_end_before_they_should_are_an_error(tiny: nn.Module, labelled
 
 def test_the_loop_is_told_of_every_step(tiny: nn.Module, labelled: Data) -> None:
     seen: list[Step] = []
-    finetune(tiny, labelled, labels=True, steps=3, each=seen.append)
+    finetune(tiny, labelled, labels=True, steps=3, progress=seen.append)
     assert [(step.step, step.of) for step in seen] == [(1, 3), (2, 3), (3, 3)]
     assert all(step.inputs_per_second > 0 and step.loss is not None for step in seen)

@@ -13,12 +13,13 @@ from torch import nn
 
 import normrewrite as nr
 from normrewrite.commands.report import report
-from normrewrite.commands.rewriting import convert
 from normrewrite.commands.source import Source
+from normrewrite.options.fields import quiet
+from normrewrite.options.report import Report
 from normrewrite.reporting.columns import power, short
 from normrewrite.reporting.printout import sparks
 from normrewrite.reporting.terminal import drawn
-from tests.conftest import ROOT, Command, RealNetwork, enter_copy
+from tests.conftest import ROOT, Command, RealNetwork, convert_file, enter_copy
 
 ARCH = "--arch digits.py:digits_resnet"
 
@@ -30,8 +31,8 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(ROOT / "examples" / name, folder)
     arrays = np.load(ROOT / "examples" / "digits.npz")
     np.savez(folder / "digits.npz", images=arrays["images"][:100], labels=arrays["labels"][:100])
-    source = Source(folder / "digits.pt", f"{folder / 'digits.py'}:digits_resnet")
-    convert(source, "l1", exclude=["stem.*"], output=folder / "twin.pt")
+    arch = f"{folder / 'digits.py'}:digits_resnet"
+    convert_file(folder / "digits.pt", arch=arch, exclude=("stem.*",), output=folder / "twin.pt")
     torch.save(nr.convert(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)).eval()), folder / "pickled.pt")
     return folder
 
@@ -109,7 +110,8 @@ def test_what_can_t_serve(run: Command, folder: Path, line: str, said: str) -> N
 
 
 def test_terminal(folder: Path) -> None:
-    told = report(Source(folder / "twin.pt", "digits.py:digits_resnet"), data="digits.npz", batch_size=50)
+    options = Report(model=folder / "twin.pt", arch="digits.py:digits_resnet", data="digits.npz", batch_size=50)
+    told = report(Source.of(options), options, quiet)
     console = Console(record=True, width=250, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
     console.print(drawn(told.summary(), console), crop=False)
     shown = console.export_text()

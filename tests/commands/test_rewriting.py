@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import normrewrite as nr
 from normrewrite import cli, targets
-from normrewrite.commands import rewriting
+from normrewrite.commands.convert import _made_ready
 from normrewrite.data import Batch, Data
 from normrewrite.provenance.report import Report
 from tests.conftest import ROOT, TARGETS, Command, Outcome, randomise
@@ -991,11 +991,11 @@ class _AnyInputs(nn.Sequential):
 
 def test_a_fresh_twin_is_initialised_where_it_is_and_as_its_forward_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(rewriting, "initialise_", lambda twin, batch: seen.append(batch))
+    monkeypatch.setattr("normrewrite.commands.convert.initialise_", lambda twin, batch: seen.append(batch))
     data = Data(Batch({"input": torch.zeros(4, 1, 3, 3)}))
     for model in (nn.Sequential(nn.Conv2d(1, 2, 3)), _AnyInputs(nn.Conv2d(1, 2, 3))):
         twin = nr.convert(model, "wn").to("meta")
-        rewriting._made_ready(twin, Report([]), True, data, 2, print)
+        _made_ready(twin, Report([]), True, data, 2, print)
     named, unnamed = seen
     assert named["input"].is_meta and isinstance(unnamed, tuple) and unnamed[0].is_meta
 

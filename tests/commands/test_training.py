@@ -267,7 +267,7 @@ def test_what_cannot_serve_is_one_message_and_no_file(case: str, run: Command, f
 
 def test_the_bar_says_loss_accuracy_and_speed() -> None:
     step = Step(3, 10, 0.12345, 0.971, 512.4)
-    assert console.told(step) == "loss 0.1235, 97.1 %, 512 inputs/s"
+    assert console.in_words(step) == "loss 0.1235, 97.1 %, 512 inputs/s"
     with console.training(quiet=True) as each:
         each(step)
 

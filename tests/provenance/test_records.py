@@ -17,11 +17,11 @@ from torch import nn
 
 import normrewrite as nr
 from normrewrite.commands import words
-from normrewrite.commands.rewriting import calibrate, convert
 from normrewrite.commands.source import Source
 from normrewrite.diagnostics.exactness import Probe, measured
+from normrewrite.options.calibrate import Calibrate
 from normrewrite.provenance import digests, manifest
-from tests.conftest import ROOT, Command, enter_copy
+from tests.conftest import ROOT, Command, convert_file, enter_copy
 
 ARCH = "--arch digits.py:digits_resnet"
 WHOLE = f"verify --manifest twin.pt --original digits.pt {ARCH}"
@@ -35,10 +35,10 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("digits.pt", "digits.py", "digits.npz"):
         shutil.copy(ROOT / "examples" / name, folder)
     torch.save(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)).eval(), folder / "module.pt")
-    convert(Source(folder / "module.pt"), "l1", output=folder / "pickled.pt", manifest=folder / "pickled.json")
-    source = Source(folder / "digits.pt", f"{folder / 'digits.py'}:digits_resnet")
-    convert(source, "l1", exclude=["stem.*"], output=folder / "twin.pt", manifest=folder / "twin.json")
-    convert(source, "l1", exclude=["stem.*"], output=folder / "twin.safetensors")
+    convert_file(folder / "module.pt", output=folder / "pickled.pt", manifest=folder / "pickled.json")
+    digits: Any = {"arch": f"{folder / 'digits.py'}:digits_resnet", "exclude": ("stem.*",)}
+    convert_file(folder / "digits.pt", **digits, output=folder / "twin.pt", manifest=folder / "twin.json")
+    convert_file(folder / "digits.pt", **digits, output=folder / "twin.safetensors")
     sys.modules.pop("normrewrite_arch_digits", None)
     return folder
 
@@ -153,7 +153,8 @@ def test_history_grows_with_every_command(run: Command, folder: Path) -> None:
 
 
 def test_numbers_of_a_recorded_command_keep_their_digits(folder: Path) -> None:
-    step = words.step(calibrate, Source(folder / "digits.pt"), {"data": "digits.npz", "mean": [0.49139968, 0.5]})
+    options = Calibrate(model=folder / "digits.pt", data="digits.npz", mean=[0.49139968, 0.5])
+    step = words.step(Source.of(options), options)
     assert step["command"][-2:] == ["--mean", "0.49139968,0.5"]
 
 

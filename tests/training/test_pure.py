@@ -171,7 +171,7 @@ def test_the_scale_is_in_the_checkpoint(tmp_path: Path) -> None:
     for tamper in (False, True):
         run = PURE | {"steps": 20, "checkpoints": tmp_path / str(tamper), "save_every": 4, "resume": True}
         with pytest.raises(Stopped):
-            finetune(model, _data(factor=3000.0), each=stop, **run)
+            finetune(model, _data(factor=3000.0), progress=stop, **run)
         for path in tmp_path.glob(f"{tamper}/step-*/custom_checkpoint_*.pkl"):
             state = torch.load(path, weights_only=True)
             if tamper and set(state) == {"value", "steps"}:
