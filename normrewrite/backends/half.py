@@ -20,7 +20,6 @@ with gh = weight * g. The constants C, eps, 1/n and 1/k are fp32 numbers; what t
 Running statistics are the caller's, in fp32: mean and spread come as fp32 tensors of half numbers.
 """
 
-import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +28,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from normrewrite.backends.accumulate import Accumulator
+from normrewrite.backends.call import Call
+from normrewrite.backends.context import here, thread
 from normrewrite.backends.families import (
     Sparse,
     by_batch,
@@ -44,28 +45,38 @@ from normrewrite.backends.families import (
 )
 from normrewrite.backends.once import once, refuse_transforms
 from normrewrite.backends.watch import tell
+from normrewrite.errors import NormRewriteError
 from normrewrite.norms import Gain, Metric
 
 SMALLEST = 2.0**-24
 _ONCE = "half arithmetic", "Compute that outside nr.half_arithmetic, or in another precision."
 
 
-class Here(threading.local):
-    """What half tensors are normalised by, in this thread, while normrewrite.arithmetic says so.
-
-    Torch's function modes, by which its own norms follow, are a thread's too; and torch.compile, which reads no context
-    variable, looks at this each time that it calls what it compiled.
-    """
-
-    accumulator: Accumulator | None = None
-
-
-here = Here()
-
-
 def chosen(x: Tensor) -> Accumulator | None:
-    """The accumulator, where x is to be normalised in half."""
-    return here.accumulator if x.dtype is torch.float16 else None
+    """The accumulator, where x is to be normalised in half: while normrewrite.arithmetic says so."""
+    return here.now.accumulator if x.dtype is torch.float16 and thread.modes else None
+
+
+def why_not(call: Call) -> str | None:
+    if call.relu:
+        return "half arithmetic computes no ReLU"
+    return "no half arithmetic is chosen here" if call.accumulator is None else None
+
+
+def of_call(call: Call, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    assert call.accumulator is not None
+    rule = Rule(call.row, call.gain, call.eps, not_shared(call.accumulator, call.group), call.centred)
+    return (normalise if call.sample else normalise_batch)(call.x, weight, bias, rule)
+
+
+def not_shared(accumulator: Accumulator, group: Any) -> Accumulator:
+    """The accumulator, for a norm that measures this process's batch alone."""
+    if group is not None:
+        raise NormRewriteError(
+            f"half arithmetic (sums by {accumulator}) measures one process's batch, and this norm is synchronised: ranks "
+            "exchange sums in float64. Undo it by nr.nn.synchronise_(model, synchronised=False), or use another precision."
+        )
+    return accumulator
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Torch: what is measured of a tensor, channel by channel for the batch scope and row by row within a sample.
+"""Torch: what is measured of a tensor, channel by channel for the batch scope and line by line within a sample.
 
 >>> mean, spread, (indices, signs) = statistics(x, metric("l1"))                 # x: (N, C, *)
 >>> dweight, dbias = sums(g, x, mean, scale)
@@ -187,14 +187,14 @@ def last_first(*parts: Iterable[Tensor]) -> list[tuple[Tensor, ...]]:
 # --- within a sample --------------------------------------------------------------------------------------------------
 
 
-def measure_rows(d: Tensor, row: Metric) -> tuple[Tensor, Sparse | None]:
-    """S of each row (B, G), and where a sparse family read it. d: (B, G, K, S) deviations, fp32 or float64."""
+def measure_lines(d: Tensor, row: Metric) -> tuple[Tensor, Sparse | None]:
+    """S of each line (B, G), and where a sparse family read it. d: (B, G, K, S) deviations, fp32 or float64."""
     if row.family == "mean":
         return power_mean(d.abs(), [2, 3], row.power), None
-    spread, sparse = extremes(as_rows(d), row)
+    spread, sparse = extremes(as_lines(d), row)
     return spread.view(d.shape[:2]), sparse
 
 
-def as_rows(values: Tensor) -> Tensor:
+def as_lines(values: Tensor) -> Tensor:
     """(B, G, K, S) -> (B * G, n)."""
     return values.reshape(values.shape[0] * values.shape[1], values.shape[2] * values.shape[3])

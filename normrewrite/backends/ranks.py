@@ -26,6 +26,7 @@ from torch.autograd import Function
 from torch.nn.functional import pad
 
 from normrewrite.backends import measuring, torch_batch
+from normrewrite.backends.call import Call
 from normrewrite.backends.families import Sparse, laid_out_as, largest, wide
 from normrewrite.backends.measuring import per_channel
 from normrewrite.backends.once import once, refuse_transforms
@@ -42,11 +43,21 @@ def several(group: Any = None) -> Any:
     return (group or distributed.group.WORLD) if distributed.get_world_size(group) > 1 else None
 
 
+def why_not(call: Call) -> str | None:
+    if call.relu or call.sample:
+        return "ranks exchange statistics of a batch, without ReLU"
+    return "the batch is this process's own" if call.group is None else None
+
+
+def of_call(call: Call, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    return normalise(call.x, weight, bias, call.metric, call.gain, call.eps, call.group)
+
+
 @_disable_dynamo  # it would trace the sizes that messages bring; torch.compiler.disable would import it with this file
 def normalise(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, row: Metric | str, gain: Gain, eps: float, group: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`torch_batch.normalise` of the joined batch: y of this rank's x: (N, C, *), N >= 0; mean and C * S (C,), alike on all.
+    """`operators.batch_norm` of the joined batch: y of this rank's x: (N, C, *), N >= 0; mean and C * S (C,), alike on all.
 
     Every rank of the group has to call it, with the same C, and run its backward. Raises NormRewriteError, on all ranks
     alike, where the joined batch has fewer than two elements a channel, or fewer than the row reads.

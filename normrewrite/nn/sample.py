@@ -10,8 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from normrewrite.backends import half, torch_batch, torch_sample
-from normrewrite.backends import relu as with_relu
+from normrewrite.backends import operators, torch_batch
+from normrewrite.backends.dispatch import asked
 from normrewrite.backends.families import statistics_dtype
 from normrewrite.errors import NormRewriteError
 from normrewrite.nn.functional import average_in, rectified
@@ -76,15 +76,9 @@ class RowNorm(OneNode):
         """y, mean and C * S of the rows of an input as viewed; with relu, y is relu(y + residual), by one operator."""
         weight, bias = (None if value is None else value.view(viewed.shape[1:3]) for value in (self.weight, self.bias))
         eps = torch.finfo(statistics_dtype(viewed.dtype)).eps if self.eps is None else self.eps
-        accumulator = half.chosen(viewed)
+        call = asked(viewed, self.metric, self.gain, eps, sample=True, centred=self.centred, relu=relu)
         try:
-            told = self.metric, self.gain, eps
-            if relu:
-                return with_relu.normalise(viewed, residual, weight, bias, *told, sample=True, centred=self.centred)
-            if accumulator is not None:
-                rule = half.Rule(row_of(self.metric), self.gain, eps, accumulator, self.centred)
-                return half.normalise(viewed, weight, bias, rule)
-            return torch_sample.normalise(viewed, weight, bias, *told, self.centred)
+            return operators.normalise(call, weight, bias, residual)
         except NormRewriteError as error:
             if not self.site:
                 raise
@@ -245,7 +239,7 @@ class GroupNorm(RowNorm):
     def forward_relu(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """relu(norm(input) + residual), without hooks: what `norm_relu` calls."""
         self._check(input)
-        if not with_relu.as_one(input, residual):
+        if not operators.as_one(input, residual):
             return rectified(self.from_view(self._normalised(self.view(input))[0], input), residual)
         added = None if residual is None else self.view(residual)
         return self.from_view(self._normalised(self.view(input), relu=True, residual=added)[0], input)

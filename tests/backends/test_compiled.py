@@ -8,7 +8,7 @@ from torch import Tensor
 
 import normrewrite as nr
 from normrewrite.backends import compiled
-from normrewrite.backends.kernels import kernels
+from normrewrite.backends.dispatch import kernels
 from normrewrite.norms import metric
 from tests.backends.test_torch_batch import (
     EPS,

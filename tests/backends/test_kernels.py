@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from normrewrite.backends.kernels import VARIABLE, kernels, serving
 
 from normrewrite.backends import kernels as switch
-from normrewrite.backends.kernels import VARIABLE, kernels, serving
 from normrewrite.errors import NormRewriteError
 from normrewrite.norms import Metric, metric
 

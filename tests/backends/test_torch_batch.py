@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from normrewrite.backends import measuring, reference, torch_batch
-from normrewrite.backends.torch_batch import normalise
+from normrewrite.backends.operators import batch_norm as normalise
 from normrewrite.norms import Metric, metric
 from tests.backends.tolerances import TOLERANCES, check_close
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from normrewrite.backends import reference, torch_sample
-from normrewrite.backends.torch_sample import normalise
+from normrewrite.backends.operators import sample_norm as normalise
 from normrewrite.errors import NormRewriteError
 from normrewrite.norms import Metric, metric
 from tests.backends.test_torch_batch import DATA, DTYPES, EPS, ROWS, gradients

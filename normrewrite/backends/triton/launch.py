@@ -218,7 +218,7 @@ class _Norm:
         values = wide(x)
         if self.geometry.sample:
             mean = values.mean((2, 3), dtype=torch.float64).float() if self.centred else values.new_zeros(x.shape[:2])
-            raw, sparse = measuring.measure_rows(values - mean[:, :, None, None], self.row)
+            raw, sparse = measuring.measure_lines(values - mean[:, :, None, None], self.row)
         else:
             mean = values.mean(measuring.over(x), dtype=torch.float64).float()
             raw, sparse = measuring.measure(values, mean, self.row)
