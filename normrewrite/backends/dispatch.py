@@ -95,25 +95,25 @@ CHOICES = tuple(dict.fromkeys(("auto", "torch", *(backend.name for backend in HA
 
 
 def asked(
-    x: Tensor, metric: Metric | str, gain: Gain, eps: float, sample: bool = False, centred: bool = True, **more: Any
+    x: Tensor,
+    metric: Metric | str,
+    gain: Gain,
+    eps: float,
+    sample: bool = False,
+    centred: bool = True,
+    relu: bool = False,
+    group: Any = None,
 ) -> Call:
     """The call where it is made: with half arithmetic and torch.func as they are here."""
-    return Call(
-        x,
-        metric,
-        gain,
-        eps,
-        sample,
-        centred,
-        accumulator=half.chosen(x),
-        transformed=plain.transformed(),
-        **more,
-    )
+    return Call(x, metric, gain, eps, sample, centred, relu, group, half.chosen(x), plain.transformed())
 
 
 def whole(call: Call) -> Whole | None:
     """Who computes the call and differentiates it, too; None: the operators."""
-    return next((backend for backend in WHOLE if backend.why_not(call) is None), None)
+    for backend in WHOLE:
+        if backend.why_not(call) is None:
+            return backend
+    return None
 
 
 def chosen(call: Call) -> Halves:

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd import Function
 
 from normrewrite.backends.accumulate import Accumulator
@@ -63,6 +64,7 @@ def why_not(call: Call) -> str | None:
     return "no half arithmetic is chosen here" if call.accumulator is None else None
 
 
+@_disable_dynamo  # it looks which means lie far out, and its constants are looked up by functions that keep them
 def of_call(call: Call, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     assert call.accumulator is not None
     rule = Rule(call.row, call.gain, call.eps, not_shared(call.accumulator, call.group), call.centred)
@@ -100,6 +102,7 @@ class Rule:
         return max(self.eps, SMALLEST)
 
 
+@_disable_dynamo
 def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
     """Each row of x: (B, G, K, S) over its last two dimensions; weight, bias: (G, K) or None. Gradients are half, too.
 
@@ -119,6 +122,7 @@ def normalise_batch(x: Tensor, weight: Tensor | None, bias: Tensor | None, rule:
     return laid_out_as(from_batch(y, x), x), mean[0], spread[0]
 
 
+@_disable_dynamo
 def centre(x: Tensor, bias: Tensor, accumulator: Accumulator) -> tuple[Tensor, Tensor]:
     """x - mean + bias by channel of x: (N, C, *), and mean (C,), detached, fp32."""
     refuse_transforms(*_ONCE)

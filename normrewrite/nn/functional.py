@@ -104,7 +104,7 @@ def normalise(
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, mean and C * S of the batch: this process's own, or that of all ranks of a group. relu: y is relu(y + residual)."""
-    call = asked(input, metric, gain, eps, group=group, relu=relu)
+    call = asked(input, metric, gain, eps, relu=relu, group=group)
     if group is None or call.accumulator is not None:  # ranks count all of theirs
         check_trainable(input)
     return operators.normalise(call, weight, bias, residual)

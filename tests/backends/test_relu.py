@@ -110,5 +110,5 @@ def test_statistics_that_stand(added: bool) -> None:
     y = torch_batch.affine(x, mean, scale, weight, bias)
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
-            found = relu.affine(x, residual, mean, scale, weight, bias)
+            found = operators.affine_relu(x, residual, mean, scale, weight, bias)
         assert torch.equal(found, F.relu(y if residual is None else y + residual))

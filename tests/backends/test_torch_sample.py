@@ -102,8 +102,8 @@ def test_forward_matches_the_reference(spec: str, centred: bool, dtype: torch.dt
 @every_dtype
 def test_a_measure_one_percent_off_is_caught(spec: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     x, (weight, bias) = samples("laplace", SHAPES[2], dtype), affine_of(SHAPES[2], dtype)
-    measure = torch_sample.measure_rows
-    monkeypatch.setattr(torch_sample, "measure_rows", lambda *args: (1.01 * measure(*args)[0], measure(*args)[1]))
+    measure = torch_sample.measure_lines
+    monkeypatch.setattr(torch_sample, "measure_lines", lambda *args: (1.01 * measure(*args)[0], measure(*args)[1]))
     found = normalise(x, weight, bias, metric(spec), "exact", EPS)
     with pytest.raises(AssertionError, match="y: off by"):
         check_forward(found, x, weight, bias, metric(spec), True)
