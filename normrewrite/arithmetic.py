@@ -110,8 +110,8 @@ def _instance_norm(
 ) -> Tensor:
     if not use_input_stats and running_mean is not None and running_var is not None:
         return torch_batch.affine(input, running_mean, (running_var + eps).sqrt(), weight, bias)
-    rows = input.flatten(2)[:, :, None]
-    y, mean, variance = normalise(rows, *_by_group(weight, bias, rows.shape[1]), _native(eps))
+    lines = input.flatten(2)[:, :, None]
+    y, mean, variance = normalise(lines, *_by_group(weight, bias, lines.shape[1]), _native(eps))
     n = input.numel() // (input.shape[0] * input.shape[1])
     _average(momentum, running_mean, mean.mean(0), running_var, variance.mean(0), n)
     return y.reshape(input.shape)
@@ -145,17 +145,17 @@ def _rms_norm(
 
 
 def _over_last(input: Tensor, dims: int, weight: Tensor | None, bias: Tensor | None, rule: Rule) -> Tensor:
-    rows = input.flatten(-dims)
-    rows = rows.reshape(-1, 1, rows.shape[-1], 1)
-    return normalise(rows, *_by_group(weight, bias, 1), rule)[0].reshape(input.shape)
+    lines = input.flatten(-dims)
+    lines = lines.reshape(-1, 1, lines.shape[-1], 1)
+    return normalise(lines, *_by_group(weight, bias, 1), rule)[0].reshape(input.shape)
 
 
 @_in_place_of(F.group_norm)
 def _group_norm(
     input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
-    rows = input.reshape(input.shape[0], num_groups, input.shape[1] // num_groups, -1)
-    return normalise(rows, *_by_group(weight, bias, num_groups), _native(eps))[0].reshape(input.shape)
+    lines = input.reshape(input.shape[0], num_groups, input.shape[1] // num_groups, -1)
+    return normalise(lines, *_by_group(weight, bias, num_groups), _native(eps))[0].reshape(input.shape)
 
 
 def _by_group(weight: Tensor | None, bias: Tensor | None, groups: int) -> tuple[Tensor | None, Tensor | None]:

@@ -8,7 +8,7 @@
     auto     the kernels where they serve a tensor: CUDA, compute capability 8.0 and newer, fp32, fp16 or bf16; else torch
     torch    torch's operators everywhere
     triton   the kernels, and an error with the reason where they can't serve; on a CPU through Triton's interpreter
-    compiled on a CPU, what torch's compiler makes of dense rows (backends/compiled.py); else as auto
+    compiled on a CPU, what torch's compiler makes of dense metrics (backends/compiled.py); else as auto
 
 Two kinds stand in the table. `Whole` ones differentiate themselves and are chosen where a norm is called, which compilers trace:
 half arithmetic, several ranks, torch.func. `Halves` are chosen by the operators (operators.py) each time that they run, so that

@@ -1,4 +1,4 @@
-"""Torch: a norm of any row in plain differentiable operations, and what autograd has to know of the operators.
+"""Torch: a norm by any metric in plain differentiable operations, and what autograd has to know of the operators.
 
 >>> y, mean, spread = sample(x, weight, bias, metric("l1"), "exact", 1e-5)             # x: (B, G, K, S), as torch_sample.py
 >>> y, mean, spread = batch(x, weight, bias, metric("l1"), "exact", 1e-5)            # x: (N, C, *), as torch_batch.py
@@ -82,7 +82,7 @@ def batch(
 
 
 def _spread(d: Tensor, row: Metric, places: Tensor | None) -> Tensor:
-    """S of each row of deviations (R, n)."""
+    """S of each line of deviations (R, n)."""
     if row.family == "mean":
         powers = (d.abs() if row.power % 2 else d).pow(row.power).mean(1)
         alive = powers > 0  # the slope of a root at 0 is inf

@@ -104,7 +104,7 @@ def input_gradient(
     weight: Tensor | None,
     mean: Tensor,
     spread: Tensor,
-    kept: Sparse,
+    sparse: Sparse,
     total: Tensor,
     row: Metric,
     constant: float,
@@ -113,7 +113,7 @@ def input_gradient(
 ) -> Tensor:
     """dx, as x. total: (3, C), dweight, dbias and sum w of all n elements that share statistics, here or elsewhere."""
     dweight, dbias, slopes = total.to(mean.dtype)
-    indices, signs = kept
+    indices, signs = sparse
     scale, middle = spread + eps, (dbias - dweight * slopes) / n
     inward = -dweight / scale if weight is None else -dweight * weight.to(scale.dtype) / scale
     # in half precision one sum of two roundings would not do, nor the sum of two infinities on a dead channel

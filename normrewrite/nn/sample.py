@@ -1,6 +1,6 @@
 """Norms within a sample with a metric, drop-in for torch.nn's: `nr.nn.LayerNorm(512, metric="l1")`.
 
-Each is a view of its input as (B, G, K, S): rows (B, G) of K * S elements share statistics, channels (G, K) share a weight.
+Each is a view of its input as (B, G, K, S): lines (B, G) of K * S elements share statistics, channels (G, K) share a weight.
 """
 
 import math
@@ -25,9 +25,9 @@ from normrewrite.norms import metric as row_of
 class RowNorm(OneNode):
     """What LayerNorm, RMSNorm, GroupNorm and InstanceNorm share; they say how an input is `view`ed, and how it comes back.
 
-    y = weight * (x - mean) / (C * S + eps) + bias over each row of `view(x)`: (B, G, K, S); mean is 0 where not `centred`.
+    y = weight * (x - mean) / (C * S + eps) + bias over each line of `view(x)`: (B, G, K, S); mean is 0 where not `centred`.
     eps is added to the scale (torch adds it to the variance); None is the machine epsilon of the statistics, as torch's.
-    Statistics are computed in fp32 at least, and y comes in x's dtype. Raises NormRewriteError where a row has fewer than
+    Statistics are computed in fp32 at least, and y comes in x's dtype. Raises NormRewriteError where a line has fewer than
     two elements, or fewer than the metric reads.
     """
 
@@ -73,7 +73,7 @@ class RowNorm(OneNode):
     def _normalised(
         self, viewed: Tensor, relu: bool = False, residual: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """y, mean and C * S of the rows of an input as viewed; with relu, y is relu(y + residual), by one operator."""
+        """y, mean and C * S of the lines of an input as viewed; with relu, y is relu(y + residual), by one operator."""
         weight, bias = (None if value is None else value.view(viewed.shape[1:3]) for value in (self.weight, self.bias))
         eps = torch.finfo(statistics_dtype(viewed.dtype)).eps if self.eps is None else self.eps
         call = asked(viewed, self.metric, self.gain, eps, sample=True, centred=self.centred, relu=relu)

@@ -13,7 +13,7 @@ from normrewrite.backends import reference, torch_sample
 from normrewrite.backends.operators import sample_norm as normalise
 from normrewrite.errors import NormRewriteError
 from normrewrite.norms import Metric, metric
-from tests.backends.test_torch_batch import DATA, DTYPES, EPS, ROWS, gradients
+from tests.backends.test_torch_batch import DATA, DTYPES, EPS, ROWS, gradients, scale_backwards
 from tests.backends.tolerances import TOLERANCES, check_close
 
 # (B, G, K, S): a layer norm, one at each position of few channels, groups, instances; 1023 and 3 × 7 fit no vector width.
@@ -163,10 +163,7 @@ def test_gradcheck(spec: str, centred: bool, with_affine: bool, shape: Shape) ->
 @every_row
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["dx", "dweight", "dbias"])
 def test_gradcheck_catches_one_percent(spec: str, which: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = torch_sample._backward
-    factors = [1.01 if position == which else 1.0 for position in range(3)]
-    scaled = lambda *args: tuple(a * b for a, b in zip(whole(*args), factors, strict=True))  # noqa: E731
-    monkeypatch.setattr(torch_sample, "_backward", scaled)
+    scale_backwards(which, monkeypatch)
     with pytest.raises(RuntimeError, match="Jacobian mismatch"):
         grad_checks(metric(spec), samples("laplace", (2, 2, 3, 2), torch.float64), centred=True)
 
