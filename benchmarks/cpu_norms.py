@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.figure import save
 from benchmarks.right import ALLOWED, errors
 from benchmarks.stamp import markdown, write
-from normrewrite.backends.kernels import kernels
+from normrewrite.backends.dispatch import kernels
 from normrewrite.nn.functional import batch_norm
 from normrewrite.norms import metric
 

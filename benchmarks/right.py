@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_traffic import FORMS
-from normrewrite.backends import relu, torch_batch, torch_sample
-from normrewrite.backends.kernels import kernels
+from normrewrite.backends import operators
+from normrewrite.backends.dispatch import kernels
 
 SPECS = ("l1", "linf", "range", "topk:10")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # torch's backend there, or by Triton's interpreter
@@ -58,7 +58,7 @@ def _decided(
 ) -> Tensor:
     """Where ReLU's input lies further from zero than it may be off: elsewhere either gradient is right."""
     assert x is not None
-    y = torch_batch.normalise(x, weight, bias, spec, "exact", 1e-5)[0]
+    y = operators.batch_norm(x, weight, bias, spec, "exact", 1e-5)[0]
     y = y if residual is None else y + residual
     return y.abs() > ALLOWED[dtype] * y.abs().max()
 
@@ -73,9 +73,9 @@ def _gradients(spec: str, form: str, g: Tensor, *inputs: Tensor | None) -> list[
     x, residual, weight, bias = (None if value is None else value.detach().requires_grad_() for value in inputs)
     assert x is not None
     if form == "plain":
-        y = torch_batch.normalise(x, weight, bias, spec, "exact", 1e-5)[0]
+        y = operators.batch_norm(x, weight, bias, spec, "exact", 1e-5)[0]
     else:
-        y = relu.normalise(x, residual, weight, bias, spec, "exact", 1e-5)[0]
+        y = operators.norm_relu(x, residual, weight, bias, spec, "exact", 1e-5)[0]
     leaves = [leaf for leaf in (x, residual, weight, bias) if leaf is not None]
     return [y.detach(), *torch.autograd.grad(y, leaves, g.to(y.dtype))]
 
@@ -88,7 +88,7 @@ def row_errors(spec: str, dtype: torch.dtype, width: int) -> dict[str, float]:
 
     def run(g: Tensor, *inputs: Tensor) -> list[Tensor]:
         leaves = [value.detach().requires_grad_() for value in inputs]
-        y = torch_sample.normalise(*leaves, spec, "exact", 1e-5)[0]  # type: ignore[misc, arg-type]
+        y = operators.sample_norm(*leaves, spec, "exact", 1e-5)[0]  # type: ignore[misc, arg-type]
         return [y.detach(), *torch.autograd.grad(y, leaves, g)]
 
     got = run(g, x, weight, bias)

@@ -22,7 +22,7 @@ from .api.revert import revert_ as revert_
 from .api.update_norms import update_norms as update_norms
 from .api.verify import verify as verify
 from .arithmetic import half_arithmetic as half_arithmetic
-from .backends.kernels import kernels as kernels
+from .backends.dispatch import kernels as kernels
 from .errors import NormRewriteError as NormRewriteError
 from .files.reading import load as load
 from .files.writing import save as save

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from normrewrite.backends import half, torch_batch
 from normrewrite.backends.accumulate import Accumulator, accumulator
+from normrewrite.backends.context import here, setting, thread
 from normrewrite.backends.half import Rule, normalise, normalise_batch
 from normrewrite.nn.functional import average_in
 from normrewrite.norms import metric
@@ -29,7 +30,8 @@ def half_arithmetic(sums: str = "fp32") -> Iterator[Accumulator]:
 
     sums: `fp32`, `half` or `half:CHUNK`, see normrewrite.backends.accumulate; normrewrite.backends.half says which sums they are.
     It holds for norms of normrewrite and of torch (modules, and calls of F.batch_norm, F.layer_norm, F.group_norm,
-    F.instance_norm and F.rms_norm) in this thread, and for their backward wherever that is run. Nothing is done to the model, and
+    F.instance_norm and F.rms_norm) in this thread, and for their backward wherever that is run; not in other threads, nor in
+    other tasks of asyncio, but for those that are started inside, while the block is open. Nothing is done to the model, and
     running statistics stay fp32. In eval a norm that has some is torch's affine of each channel, rounded once. Weight norms, and
     norms that a model writes out in other operations, compute as they are written.
 
@@ -38,20 +40,20 @@ def half_arithmetic(sums: str = "fp32") -> Iterator[Accumulator]:
     to 43 times as long as fp32 where that was tried: on any CPU they are fp32 kernels on half numbers here.
     Raises NormRewriteError for other sums, and where a norm is to measure several processes' batches as one.
     """
-    before, chosen = half.here.accumulator, accumulator(sums)
-    half.here.accumulator = chosen
-    try:
-        with _HalfArithmetic():
+    chosen = accumulator(sums)
+    with setting(accumulator=chosen), _HalfArithmetic():
+        thread.modes += 1
+        try:
             yield chosen
-    finally:
-        half.here.accumulator = before
+        finally:
+            thread.modes -= 1
 
 
 _REPLACED: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
 class _HalfArithmetic(TorchFunctionMode):
-    """Torch's own functions, as they are to compute on half inputs; norms of ours look at half.here themselves."""
+    """Torch's own functions, as they are to compute on half inputs; norms of ours look at the context themselves."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _REPLACED.get(func, func)(*args, **(kwargs or {}))
@@ -73,8 +75,8 @@ def _in_place_of(function: Callable[..., Any]) -> Callable[[Callable[..., Tensor
 
 
 def _native(eps: float, centred: bool = True) -> Rule:
-    assert half.here.accumulator is not None
-    return Rule(metric("l2"), "exact", eps, half.here.accumulator, centred, native=True)
+    assert here.now.accumulator is not None
+    return Rule(metric("l2"), "exact", eps, here.now.accumulator, centred, native=True)
 
 
 @_in_place_of(F.batch_norm)
@@ -108,8 +110,8 @@ def _instance_norm(
 ) -> Tensor:
     if not use_input_stats and running_mean is not None and running_var is not None:
         return torch_batch.affine(input, running_mean, (running_var + eps).sqrt(), weight, bias)
-    rows = input.flatten(2)[:, :, None]
-    y, mean, variance = normalise(rows, *_by_group(weight, bias, rows.shape[1]), _native(eps))
+    lines = input.flatten(2)[:, :, None]
+    y, mean, variance = normalise(lines, *_by_group(weight, bias, lines.shape[1]), _native(eps))
     n = input.numel() // (input.shape[0] * input.shape[1])
     _average(momentum, running_mean, mean.mean(0), running_var, variance.mean(0), n)
     return y.reshape(input.shape)
@@ -143,17 +145,17 @@ def _rms_norm(
 
 
 def _over_last(input: Tensor, dims: int, weight: Tensor | None, bias: Tensor | None, rule: Rule) -> Tensor:
-    rows = input.flatten(-dims)
-    rows = rows.reshape(-1, 1, rows.shape[-1], 1)
-    return normalise(rows, *_by_group(weight, bias, 1), rule)[0].reshape(input.shape)
+    lines = input.flatten(-dims)
+    lines = lines.reshape(-1, 1, lines.shape[-1], 1)
+    return normalise(lines, *_by_group(weight, bias, 1), rule)[0].reshape(input.shape)
 
 
 @_in_place_of(F.group_norm)
 def _group_norm(
     input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
-    rows = input.reshape(input.shape[0], num_groups, input.shape[1] // num_groups, -1)
-    return normalise(rows, *_by_group(weight, bias, num_groups), _native(eps))[0].reshape(input.shape)
+    lines = input.reshape(input.shape[0], num_groups, input.shape[1] // num_groups, -1)
+    return normalise(lines, *_by_group(weight, bias, num_groups), _native(eps))[0].reshape(input.shape)
 
 
 def _by_group(weight: Tensor | None, bias: Tensor | None, groups: int) -> tuple[Tensor | None, Tensor | None]:
@@ -170,7 +172,7 @@ def _summed_in_fp32(function: Callable[..., Any]) -> Callable[..., Any]:
     def product(*arguments: Any, **options: Any) -> Any:
         tensors = [value for value in (*arguments, *options.values()) if isinstance(value, Tensor)]
         ours = [value.dtype is torch.float16 and value.device.type == "cpu" for value in tensors]
-        if not ours or not all(ours) or "out" in options:
+        if here.now.accumulator is None or not ours or not all(ours) or "out" in options:
             return function(*arguments, **options)
         widened = {name: _widened(value) for name, value in options.items()}
         return function(*map(_widened, arguments), **widened).half()

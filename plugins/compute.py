@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normrewrite.backends import kernels, torch_sample
-from normrewrite.norms import Gain, Metric
+from normrewrite.backends import torch_sample
+from normrewrite.backends.call import Call
+from normrewrite.backends.triton import serving
+from normrewrite.norms import Metric
 
 
 def compute(row: Metric, given: Mapping[str, Any], x: Tensor, weight: Tensor, bias: Tensor, y: Tensor) -> None:
@@ -22,18 +24,15 @@ def compute(row: Metric, given: Mapping[str, Any], x: Tensor, weight: Tensor, bi
     where x and y are int8.
     """
     weight, bias = weight.flatten(1), bias.flatten(1)
-    told: tuple[Metric, Gain, float] = row, "exact", given["eps"]
-    centred = bool(given["centred"])
-    if kernels.why_not(x, row, sample=True, int8=True) is None:
-        from normrewrite.backends.triton import launch  # triton takes half a second to import, and may be missing
-
-        found = launch.forward(x, None, weight, bias, *told, sample=True, centred=centred, out=y)[0]
+    call = Call(x, row, "exact", given["eps"], sample=True, centred=bool(given["centred"]), int8=True)
+    if serving.why_not(call) is None:
+        written = serving.forward(call, weight, bias, out=y)[0]
     elif x.dtype is torch.int8:
-        found = torch_sample.forward(x.float(), weight, bias, *told, centred)[0].round_().clamp_(-128, 127)
+        written = torch_sample.forward(call._replace(x=x.float()), weight, bias)[0].round_().clamp_(-128, 127)
     else:
-        found = torch_sample.forward(x, weight, bias, *told, centred)[0]
-    if found.data_ptr() != y.data_ptr():
-        y.copy_(found)
+        written = torch_sample.forward(call, weight, bias)[0]
+    if written.data_ptr() != y.data_ptr():
+        y.copy_(written)
 
 
 def tensor_at(address: int, shape: Sequence[int], strides: Sequence[int], dtype: str) -> Tensor:

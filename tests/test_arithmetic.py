@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import normrewrite as nr
 from normrewrite import NormRewriteError
-from normrewrite.backends import half
+from normrewrite.backends import context, half
 from normrewrite.backends.watch import watching
 from normrewrite.nn.functional import normalise
 from tests.backends.tolerances import check_close
@@ -142,7 +142,12 @@ def test_it_ends_with_the_block_and_can_be_nested() -> None:
             seen += [layer()]
         seen += [layer()]
         raise KeyError
-    assert seen == ["half:64", False, True, False] and layer() and half.here.accumulator is None
+    assert (
+        seen == ["half:64", False, True, False]
+        and layer()
+        and half.chosen(x) is None
+        and context.here.now == context.State()
+    )
     with pytest.raises(NormRewriteError, match="write fp32, half"), nr.half_arithmetic("fp16"):
         pass
 

@@ -16,7 +16,7 @@ from benchmarks import gpu_norms, gpu_traffic, right
 from benchmarks.gpu_norms import SPECS, case, goals, lines, plot, summary
 from benchmarks.gpu_traffic import NATIVE, RESNET50, Norms, batch_launches, moved, passes, row_launches, table
 from benchmarks.networks import resnet50
-from normrewrite.backends.kernels import kernels
+from normrewrite.backends.dispatch import kernels
 from normrewrite.backends.triton import launch
 from normrewrite.nn.rectify import norm_relu
 from tests.backends.triton import interpreter

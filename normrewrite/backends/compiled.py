@@ -1,6 +1,6 @@
-"""Torch's compiler on a CPU: batch norms of dense rows, forward and backward one compiled function each.
+"""Torch's compiler on a CPU: batch norms of dense metrics, forward and backward one compiled function each.
 
->>> y, mean, spread, indices, signs = forward(x, weight, bias, metric("l1"), constant, eps=1e-5)   # as torch_batch.py's operator
+>>> y, mean, spread, indices, signs = forward(Call(x, "l1"), weight, bias)                   # as torch_batch.py's
 
 Chosen by kernels("compiled"). The first call of a kind compiles for some seconds, whatever sizes come later, and needs the C++
 compiler that torch.compile needs.
@@ -13,49 +13,54 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normrewrite.backends.call import Call
 from normrewrite.backends.families import wide_dtype
+from normrewrite.backends.measuring import recentred_
+from normrewrite.backends.torch_batch import near_
 from normrewrite.errors import NormRewriteError, first_line
-from normrewrite.norms import Metric
 
 _KINDS = 64  # dtypes, with and without weight and bias, sizes of one: torch gives up after eight
 
 
-def serves(x: Tensor, row: Metric) -> bool:
-    """Whether the compiled functions compute this norm of x: a dense row on a CPU, of a tensor without gaps, channels first or
-    last. Sparse rows read few elements, which eager kernels find as fast."""
-    here = x.device.type == "cpu" and row.family == "mean" and x.numel() > 0
-    return here and (x.is_contiguous() or _rows(x).is_contiguous())
+def why_not(call: Call) -> str | None:
+    """They are of dense metrics on a CPU, of tensors without gaps, channels first or last. Sparse metrics read few elements,
+    which eager kernels find as fast."""
+    x = call.x
+    if call.sample or call.row.family != "mean":
+        return "compiled functions are of dense metrics, by channel"
+    if x.device.type != "cpu" or x.numel() == 0:
+        return "compiled functions are for a CPU, and for what is not empty"
+    return (
+        None
+        if x.is_contiguous() or _channels_last(x).is_contiguous()
+        else "compiled functions read memory without gaps"
+    )
 
 
-def forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, row: Metric, constant: float, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y, mean, C * S, no indices and n * sum dS/dd, as torch_batch.py's operator gives them. x: (N, C, *)."""
+def forward(call: Call, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
+    """y, mean, C * S, no indices and n * sum dS/dd. x: (N, C, *)."""
+    constant = call.constant  # first, as it refuses what is too short
+    x, row, eps = call.x, call.row, call.eps
     flat, last = _flat(x)
     y, mean, spread, inward = _called(_halves(row.power, last)[0], flat, weight, bias, *_numbers(x, constant, eps))
-    return _as(y, x, last), mean, spread, mean.new_empty(0, dtype=torch.int64), inward[:, None]
+    y, sparse = _as(y, x, last), (mean.new_empty(0, dtype=torch.int64), inward[:, None])
+    recentred_(x, mean, spread, sparse, row, constant, eps)
+    return near_(y, x, mean, spread + eps, weight, bias), mean, spread, *sparse
 
 
 def backward(
-    g: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    spread: Tensor,
-    signs: Tensor,
-    row: Metric,
-    constant: float,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx as x, dweight and dbias, as torch_batch.py's operator gives them."""
+    call: Call, g: Tensor, weight: Tensor | None, mean: Tensor, spread: Tensor, indices: Tensor, signs: Tensor
+) -> tuple[Tensor, ...]:
+    """dx as x, dweight and dbias."""
+    x = call.x
     (flat, last), measured = _flat(x), (mean, spread, signs[:, 0])
     g = torch.empty_like(x, dtype=g.dtype).copy_(g) if g.stride() != x.stride() else g
-    back = _halves(row.power, last)[1]
-    dx, dweight, dbias = _called(back, _flat(g)[0], flat, weight, *measured, *_numbers(x, constant, eps))
+    back = _halves(call.row.power, last)[1]
+    dx, dweight, dbias = _called(back, _flat(g)[0], flat, weight, *measured, *_numbers(x, call.constant, call.eps))
     return _as(dx, x, last), dweight, dbias
 
 
-def _rows(x: Tensor) -> Tensor:
+def _channels_last(x: Tensor) -> Tensor:
     return x.movedim(1, -1)
 
 
@@ -63,11 +68,11 @@ def _flat(x: Tensor) -> tuple[Tensor, bool]:
     """x as (N, C, P), or by lines, as (N * H, W, C), where channels are last in memory (True)."""
     if x.is_contiguous():
         return x.view(*x.shape[:2], -1), False
-    return _rows(x).view(-1, x.shape[-1], x.shape[1]), True
+    return _channels_last(x).view(-1, x.shape[-1], x.shape[1]), True
 
 
 def _as(flat: Tensor, x: Tensor, last: bool) -> Tensor:
-    return flat.view(_rows(x).shape).movedim(-1, 1) if last else flat.view(x.shape)
+    return flat.view(_channels_last(x).shape).movedim(-1, 1) if last else flat.view(x.shape)
 
 
 def _numbers(x: Tensor, *values: float) -> list[Tensor]:
@@ -89,7 +94,7 @@ def _called(function: Callable[..., Any], *args: Any) -> Any:
 
 @cache
 def _halves(power: int, last: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Forward and backward of one dense row, for x of (N, C, P); last: of (N * H, W, C)."""
+    """Forward and backward of one dense metric, for x of (N, C, P); last: of (N * H, W, C)."""
 
     def summed(values: Tensor) -> Tensor:
         """By channel; lines first, which stay in a cache: at once takes half as long again."""

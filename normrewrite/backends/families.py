@@ -1,9 +1,9 @@
 """Torch: what a family of the table measures and how it slopes, for every scope.
 
->>> spread, (indices, signs) = extremes(deviations, metric("linf"))      # deviations: (rows, n)
+>>> spread, (indices, signs) = extremes(deviations, metric("linf"))      # deviations: (lines, n)
 
-A row is n elements that share statistics. Dense families take all of it into account, and a backward reads the slope
-again from x; sparse ones read k elements, whose (rows, k) indices and signs are all that a backward needs to keep.
+A line is n elements that share statistics. Dense families take all of it into account, and a backward reads the slope
+again from x; sparse ones read k elements, whose (lines, k) indices and signs are all that a backward needs to keep.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from normrewrite.norms import Metric
 
-# Where a sparse family read S, and which way: (indices, signs), each (rows, k).
+# Where a sparse family read S, and which way: (indices, signs), each (lines, k).
 Sparse = tuple[Tensor, Tensor]
 
 
@@ -35,16 +35,16 @@ FAR = 32  # scales from 0, with eps: a mean that lies nearer is good enough as i
 
 
 def distant(mean: Tensor, scale: Tensor) -> Tensor | None:
-    """Which rows lie so far from 0 that the mean's rounding, divided by their scale, would show; None: none of them.
+    """Which lines lie so far from 0 that the mean's rounding, divided by their scale, would show; None: none of them.
 
-    A constant row's scale is eps alone.
+    A constant line's scale is eps alone.
     """
     far = mean.abs() > FAR * scale
     return far if far.any() else None
 
 
 def mean_dtype(x: Tensor) -> torch.dtype:
-    """What a mean of x is summed in: float64 on CUDA, where that costs nothing, and a look at which rows are `distant` would
+    """What a mean of x is summed in: float64 on CUDA, where that costs nothing, and a look at which lines are `distant` would
     wait for the device."""
     return torch.float64 if x.is_cuda else wide_dtype(x)
 
@@ -57,7 +57,7 @@ def power_mean(magnitude: Tensor, dims: list[int], power: int) -> Tensor:
 
 
 def dense_slope(d: Tensor, spread: Tensor, row: Metric) -> Tensor:
-    """n * dS/dd = sign(d) * (|d|/S)^(power-1), elementwise; zero where a row is constant. Overwrites d where it can.
+    """n * dS/dd = sign(d) * (|d|/S)^(power-1), elementwise; zero where a line is constant. Overwrites d where it can.
 
     spread meets d by broadcasting.
     """
@@ -68,7 +68,7 @@ def dense_slope(d: Tensor, spread: Tensor, row: Metric) -> Tensor:
 
 
 def extremes(d: Tensor, row: Metric) -> tuple[Tensor, Sparse]:
-    """S of each row of deviations (rows, n), for sparse families, and where it was read. A span minds no shift of d."""
+    """S of each line of deviations (lines, n), for sparse families, and where it was read. A span minds no shift of d."""
     if row.family == "span":
         high, low = d.max(1), d.min(1)
         indices = torch.stack([high.indices, low.indices], 1)
@@ -80,12 +80,12 @@ def extremes(d: Tensor, row: Metric) -> tuple[Tensor, Sparse]:
 
 
 def largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row, (rows, k), in any order, and where they stand; of one, the first that is as large."""
+    """The k largest of each line, (lines, k), in any order, and where they stand; of one, the first that is as large."""
     return values.max(1, keepdim=True) if k == 1 else values.topk(k, dim=1, sorted=False)
 
 
 def sparse_slope(signs: Tensor, row: Metric) -> Tensor:
-    """dS/dd on the elements that a sparse family read, (rows, k)."""
+    """dS/dd on the elements that a sparse family read, (lines, k)."""
     return signs if row.family == "span" else signs / signs.shape[1]
 
 
@@ -94,19 +94,19 @@ def nothing(x: Tensor) -> Sparse:
     return x.new_empty(0, dtype=torch.int64), x.new_empty(0)
 
 
-def taken(row: Metric, rows: Any, n: Any) -> tuple[Any, ...]:
+def taken(row: Metric, lines: Any, n: Any) -> tuple[Any, ...]:
     """The shape of what `extremes` keeps; a percentage of a symbolic n is known only at run time."""
     if row.family == "mean":
         return (0,)
     if row.family == "span":
-        return (rows, 2)
+        return (lines, 2)
     if row.percent is not None and isinstance(n, torch.SymInt):
-        return (rows, torch.library.get_ctx().new_dynamic_size(min=1))
-    return (rows, row.count if row.percent is None else row.k(n))
+        return (lines, torch.library.get_ctx().new_dynamic_size(min=1))
+    return (lines, row.count if row.percent is None else row.k(n))
 
 
 def within_half(dx: Tensor, spread: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """dx, kept finite in fp16 on dead rows: 1/eps lies beyond its range, and one inf would void the whole step."""
+    """dx, kept finite in fp16 on dead lines: 1/eps lies beyond its range, and one inf would void the whole step."""
     if dtype is not torch.float16:
         return dx
     largest = torch.where(spread <= eps, torch.finfo(dtype).max, torch.inf)
@@ -121,7 +121,7 @@ def laid_out_as(values: Tensor, x: Tensor) -> Tensor:
 
 
 def by_batch(x: Tensor) -> Tensor:
-    """(N, C, *) -> (1, C, 1, N * positions): a batch norm is a row norm of this."""
+    """(N, C, *) -> (1, C, 1, N * positions): a batch norm is a norm by lines of this."""
     return x.transpose(0, 1).reshape(1, x.shape[1], 1, -1)
 
 

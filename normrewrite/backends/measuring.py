@@ -1,4 +1,4 @@
-"""Torch: what is measured of a tensor, channel by channel for the batch scope and row by row within a sample.
+"""Torch: what is measured of a tensor, channel by channel for the batch scope and line by line within a sample.
 
 >>> mean, spread, (indices, signs) = statistics(x, metric("l1"))                 # x: (N, C, *)
 >>> dweight, dbias = sums(g, x, mean, scale)
@@ -60,21 +60,21 @@ def measure(x: Tensor, mean: Tensor, row: Metric) -> tuple[Tensor, Sparse]:
     """S of each channel (C,), and what a backward can't read from x. x: (N, C, *); mean: (C,), fp32 or float64."""
     if row.family == "mean":
         return spread_of(power_sums(x, mean, row), x.numel() // x.shape[1], row.power)
-    rows = wide(x).transpose(0, 1).flatten(1)  # (C, n)
-    return extremes(rows if row.family == "span" else rows - mean[:, None], row)
+    values = wide(x).transpose(0, 1).flatten(1)  # (C, n)
+    return extremes(values if row.family == "span" else values - mean[:, None], row)
 
 
 def power_sums(x: Tensor, mean: Tensor, row: Metric) -> Tensor:
     """sum |d|^p and sum w of each channel, (2, C), for w = sign(d) |d|^(p-1), of which d*w is |d|^p. x: (N, C, *)."""
-    parts, found = Pieces(x), []
+    parts, by_piece = Pieces(x), []
     d = mean.new_empty(0)
     for piece, middle in last_first(parts.of(x), parts.each(mean)):
         values = wide(piece)
         if d.shape != values.shape:  # the same memory for each, so that it stays in the cache
             d = torch.empty_like(values)
         torch.sub(values, per_channel(middle, values.dim()), out=d)
-        found.append(_power_sums(d, values, middle, row, parts.short))
-    return torch.stack([parts.total(each[::-1]) for each in zip(*found, strict=True)]).to(mean.dtype)
+        by_piece.append(_power_sums(d, values, middle, row, parts.short))
+    return torch.stack([parts.total(each[::-1]) for each in zip(*by_piece, strict=True)]).to(mean.dtype)
 
 
 def _power_sums(d: Tensor, x: Tensor, mean: Tensor, row: Metric, short: bool) -> tuple[Tensor, Tensor]:
@@ -103,8 +103,8 @@ def extremes_in(cells: Cells, row: Metric, k: int) -> tuple[Tensor, Sparse]:
     _, chosen = largest(torch.maximum(cells.high - mean, mean - cells.low), k)
     d = cells.read(chosen) - mean
     _, within = largest(d.abs(), k)
-    found = d.gather(1, within)
-    return found.abs().mean(1), (cells.places(chosen, within), found.sign())
+    extreme = d.gather(1, within)
+    return extreme.abs().mean(1), (cells.places(chosen, within), extreme.sign())
 
 
 def _furthest(cells: Cells, reach: Tensor, sign: int) -> tuple[Tensor, Tensor]:
@@ -115,17 +115,19 @@ def _furthest(cells: Cells, reach: Tensor, sign: int) -> tuple[Tensor, Tensor]:
     return values.gather(1, within)[:, 0], cells.places(chosen, within)[:, 0]
 
 
-def recentred_(x: Tensor, mean: Tensor, spread: Tensor, kept: Sparse, row: Metric, constant: float, eps: float) -> None:
+def recentred_(
+    x: Tensor, mean: Tensor, spread: Tensor, sparse: Sparse, row: Metric, constant: float, eps: float
+) -> None:
     """Measure again, in place, where the mean's rounding would count: about the mean of what lies about the mean."""
     channels = None if x.is_cuda else distant(mean, spread + eps)
     if channels is None:
         return
     mean[channels] += channel_mean(about(x, channels, mean[channels]))
     few = about(x, channels, mean[channels])
-    rest = channel_mean(few)  # the signs of dense rows are told again from the mean as it is rounded
+    rest = channel_mean(few)  # the signs of dense metrics are told again from the mean as it is rounded
     raw, again = measure(few, torch.zeros_like(rest) if row.family == "mean" else rest, row)
     spread[channels] = raw * constant
-    for of_all, of_few in zip(kept, again, strict=True):
+    for of_all, of_few in zip(sparse, again, strict=True):
         if of_few.numel():
             of_all[channels] = of_few
 
@@ -133,15 +135,15 @@ def recentred_(x: Tensor, mean: Tensor, spread: Tensor, kept: Sparse, row: Metri
 def rounding(x: Tensor, mean: Tensor, scale: Tensor) -> Tensor | float:
     """By how much the mean of a channel is more than the number that stands for it, where that counts, else 0.
 
-    In y it is within x's own rounding. In dweight it counts as often as there are elements, and sparse rows put all of dweight
+    In y it is within x's own rounding. In dweight it counts as often as there are elements, and sparse metrics put all of dweight
     into few of them.
     """
     channels = None if x.is_cuda else distant(mean, scale)
     if channels is None:
         return 0.0
-    found = torch.zeros_like(mean)
-    found[channels] = channel_mean(about(x, channels, mean[channels]))
-    return found
+    more = torch.zeros_like(mean)
+    more[channels] = channel_mean(about(x, channels, mean[channels]))
+    return more
 
 
 def about(x: Tensor, channels: Tensor, mean: Tensor) -> Tensor:
@@ -157,7 +159,7 @@ def sums(g: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Ten
     if parts.planes and parts.fold == 1 and math.prod(x.shape[2:]) > FEW:
         return _two_sums(g, x, mean, inverse)
     each = zip(parts.of(g), parts.of(x), parts.each(mean), parts.each(inverse), strict=False)
-    product, plain = (parts.total(found) for found in zip(*(_two_sums(*piece) for piece in each), strict=True))
+    product, plain = (parts.total(of_pieces) for of_pieces in zip(*(_two_sums(*piece) for piece in each), strict=True))
     return product.to(mean.dtype), plain.to(mean.dtype)
 
 
@@ -187,14 +189,14 @@ def last_first(*parts: Iterable[Tensor]) -> list[tuple[Tensor, ...]]:
 # --- within a sample --------------------------------------------------------------------------------------------------
 
 
-def measure_rows(d: Tensor, row: Metric) -> tuple[Tensor, Sparse | None]:
-    """S of each row (B, G), and where a sparse family read it. d: (B, G, K, S) deviations, fp32 or float64."""
+def measure_lines(d: Tensor, row: Metric) -> tuple[Tensor, Sparse | None]:
+    """S of each line (B, G), and where a sparse family read it. d: (B, G, K, S) deviations, fp32 or float64."""
     if row.family == "mean":
         return power_mean(d.abs(), [2, 3], row.power), None
-    spread, sparse = extremes(as_rows(d), row)
+    spread, sparse = extremes(as_lines(d), row)
     return spread.view(d.shape[:2]), sparse
 
 
-def as_rows(values: Tensor) -> Tensor:
+def as_lines(values: Tensor) -> Tensor:
     """(B, G, K, S) -> (B * G, n)."""
     return values.reshape(values.shape[0] * values.shape[1], values.shape[2] * values.shape[3])

@@ -27,12 +27,12 @@ def once(what: str, remedy: str) -> Callable[[Backward], Backward]:
         @wraps(backward)
         def apply(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
             with torch.no_grad():
-                found = backward(ctx, *cotangents)
+                gradients = backward(ctx, *cotangents)
             read = [value for value in (*cotangents, *ctx.saved_tensors) if isinstance(value, Tensor)]
             if not torch.is_grad_enabled() or not any(value.requires_grad for value in read):
-                return found
+                return gradients
             message = f"{what} has first derivatives alone, and a second was asked for. {remedy}"
-            return tuple(None if value is None else _refused(value, message) for value in found)
+            return tuple(None if value is None else _refused(value, message) for value in gradients)
 
         return apply
 

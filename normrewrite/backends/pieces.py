@@ -20,7 +20,7 @@ from normrewrite.backends.families import mean_dtype, wide_dtype
 
 # Of fp32 a thread: two megabytes, few of which fit into a shared cache; smaller ones cost more to start.
 _ELEMENTS = 1 << 19
-# Elements that a kernel adds up one after the other, and, of rows, numbers that it adds up side by side.
+# Elements that a kernel adds up one after the other, and, of lines, numbers that it adds up side by side.
 _STRETCH, _SIDE_BY_SIDE = 8192, 256
 _LONGEST, _SHORTEST = 256, 7  # elements of a cell
 FEW, _ACROSS = 512, 16  # positions of a sample: then a cell lies across so many samples, in whole vectors, ...
@@ -31,7 +31,7 @@ class Pieces:
     """How (N, C, *) is cut: pieces lie whole in memory, as torch's kernels for batch norms copy what does not.
 
     Where planes lie together, each stretch of a plane of each sample is a channel of its own, (1, R, positions). Where channels
-    do, several rows of memory side by side are, (1, fold * C, M, 1), channels-last: those kernels add up fp32 numbers one after
+    do, several lines of memory side by side are, (1, fold * C, M, 1), channels-last: those kernels add up fp32 numbers one after
     the other, and lose digits where these are many. What is neither is one piece. short: whether that is kept to.
     """
 
@@ -40,28 +40,28 @@ class Pieces:
         size, positions = _ELEMENTS * torch.get_num_threads(), math.prod(x.shape[2:])
         here = x.device.type == "cpu" and x.numel() > 0
         self.planes = here and positions > 1 and x.is_contiguous() and (x.numel() > size or positions > _STRETCH)
-        self.rows = here and not self.planes and x.movedim(1, -1).is_contiguous()
+        self.innermost = here and not self.planes and x.movedim(1, -1).is_contiguous()
         self.fold, width = 1, max(self.channels, 1)
         self.height = x.numel() // width
         if self.planes:
             self.fold = _parts_of(positions)
             width = positions // self.fold
-        elif self.rows:
+        elif self.innermost:
             self.fold = max(min(min(_SIDE_BY_SIDE, size) // width, math.isqrt(self.height)), 1)
             width *= self.fold
         self.step = max(size // width, 1)
         longest = width if self.planes else positions
-        self.short = self.rows or (x.is_contiguous() and x.dim() > 2 and x.numel() > 0 and longest <= _STRETCH)
+        self.short = self.innermost or (x.is_contiguous() and x.dim() > 2 and x.numel() > 0 and longest <= _STRETCH)
 
     def of(self, values: Tensor) -> tuple[Tensor, ...]:
         """The pieces of x, or of what has its shape; views of what is laid out as x is."""
         if self.planes:
             return tuple(values.reshape(1, self.samples * self.channels * self.fold, -1).split(self.step, 1))
-        if not self.rows:
+        if not self.innermost:
             return (values,)
-        rows = values.movedim(1, -1).contiguous().view(-1, self.channels)
-        wide = rows[: len(rows) // self.fold * self.fold].view(-1, self.fold * self.channels)
-        rest = rows[len(wide) * self.fold :]
+        lines = values.movedim(1, -1).contiguous().view(-1, self.channels)
+        wide = lines[: len(lines) // self.fold * self.fold].view(-1, self.fold * self.channels)
+        rest = lines[len(wide) * self.fold :]
         return tuple(piece.t()[None, :, :, None] for piece in (*wide.split(self.step), rest) if len(piece))
 
     def each(self, of_channels: Tensor) -> Iterable[Tensor]:
@@ -70,17 +70,17 @@ class Pieces:
             of_planes = of_channels.view(1, -1, 1).expand(self.samples, -1, self.fold)
             parts: tuple[Tensor, ...] = of_planes.reshape(-1).split(self.step)
             return parts
-        if not self.rows:
+        if not self.innermost:
             return (of_channels,)
         wide = -(-(self.height // self.fold) // self.step)
         return chain(repeat(of_channels.repeat(self.fold), wide), (of_channels,))
 
-    def total(self, found: Sequence[Tensor]) -> Tensor:
-        """Sums by channel, (C,), of what was found in each piece, in their order; added up in float64."""
+    def total(self, sums: Sequence[Tensor]) -> Tensor:
+        """Sums by channel, (C,), of those of each piece, in their order; added up in float64."""
         if self.planes:
-            planes = torch.cat(list(found)).view(self.samples, -1).sum(0, dtype=torch.float64)
+            planes = torch.cat(list(sums)).view(self.samples, -1).sum(0, dtype=torch.float64)
             return planes.view(self.channels, -1).sum(1)
-        return torch.cat([piece.view(-1, self.channels) for piece in found]).sum(0, dtype=torch.float64)
+        return torch.cat([piece.view(-1, self.channels) for piece in sums]).sum(0, dtype=torch.float64)
 
 
 @cache
@@ -110,11 +110,11 @@ class Cells:
         channels = torch.arange(len(cells), device=cells.device)[:, None]
         outer, inner = divided(cells, self._inner)
         if self.along == 1:
-            found = self.values[outer, :, channels, inner]
-        else:  # whole rows of memory, twice as fast as by three indices
-            rows = (outer * len(cells) + channels) * self._inner + inner
-            found = self.values.flatten(0, 2).index_select(0, rows.flatten()).view(*cells.shape, -1)
-        return found.flatten(1).to(self.mean.dtype)
+            elements = self.values[outer, :, channels, inner]
+        else:  # whole lines of memory, twice as fast as by three indices
+            lines = (outer * len(cells) + channels) * self._inner + inner
+            elements = self.values.flatten(0, 2).index_select(0, lines.flatten()).view(*cells.shape, -1)
+        return elements.flatten(1).to(self.mean.dtype)
 
     def places(self, cells: Tensor, within: Tensor) -> Tensor:
         """Where elements stand in their channel's (N, *) order. within: (C, m) columns of what `read` gave for (C, k)."""
@@ -180,9 +180,9 @@ def _in_order(x: Tensor, longest: int) -> tuple[Tensor | None, int]:
     """x as cells in the order of its memory, and the dimension along which a cell lies; of neither order, x is copied."""
     n, channels = x.shape[:2]
     positions = math.prod(x.shape[2:])
-    rows = x.movedim(1, -1)
-    if rows.is_contiguous() and (positions == 1 or not x.is_contiguous()):
-        samples, across = rows.reshape(-1, channels, 1), _length(n * positions, longest)
+    lines = x.movedim(1, -1)
+    if lines.is_contiguous() and (positions == 1 or not x.is_contiguous()):
+        samples, across = lines.reshape(-1, channels, 1), _length(n * positions, longest)
     else:
         samples = x.contiguous().view(n, channels, positions)
         few = positions < FEW and not _PLANE <= positions <= longest

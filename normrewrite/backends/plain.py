@@ -1,9 +1,9 @@
-"""Torch: a norm of any row in plain differentiable operations, and what autograd has to know of the operators.
+"""Torch: a norm by any metric in plain differentiable operations, and what autograd has to know of the operators.
 
->>> y, mean, spread = rows(x, weight, bias, metric("l1"), "exact", 1e-5)             # x: (B, G, K, S), as torch_sample.py
+>>> y, mean, spread = sample(x, weight, bias, metric("l1"), "exact", 1e-5)             # x: (B, G, K, S), as torch_sample.py
 >>> y, mean, spread = batch(x, weight, bias, metric("l1"), "exact", 1e-5)            # x: (N, C, *), as torch_batch.py
 
-The operators of torch_batch.py, torch_sample.py and relu.py are faster and keep less; their first derivative is an operator, too.
+The operators (operators.py) are faster and keep less; their first derivative is an operator, too.
 What torch differentiates itself is this: second derivatives and higher, and all that is asked for through torch.func (grad, vmap,
 jvp, ...), forward mode or batched gradients, for which operators have no rules.
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from normrewrite.backends.call import Call
 from normrewrite.backends.families import by_batch, extremes, from_batch, wide, wide_dtype, within_half
 from normrewrite.norms import Gain, Metric
 from normrewrite.norms import metric as row_of
@@ -31,7 +32,19 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def rows(
+def why_not(call: Call) -> str | None:
+    if call.relu:
+        return "ReLU is computed behind the plain form"
+    return None if call.transformed else "operators are faster, and keep less"
+
+
+def of_call(call: Call, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    if call.sample:
+        return sample(call.x, weight, bias, call.row, call.gain, call.eps, call.centred)
+    return batch(call.x, weight, bias, call.row, call.gain, call.eps)
+
+
+def sample(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -64,12 +77,12 @@ def batch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same by channel, of x: (N, C, *); places: (C, k)."""
     weight, bias = (None if value is None else value[:, None] for value in (weight, bias))
-    y, mean, spread = rows(by_batch(x), weight, bias, row, gain, eps, places=places)
+    y, mean, spread = sample(by_batch(x), weight, bias, row, gain, eps, places=places)
     return from_batch(y, x), mean[0], spread[0]
 
 
 def _spread(d: Tensor, row: Metric, places: Tensor | None) -> Tensor:
-    """S of each row of deviations (R, n)."""
+    """S of each line of deviations (R, n)."""
     if row.family == "mean":
         powers = (d.abs() if row.power % 2 else d).pow(row.power).mean(1)
         alive = powers > 0  # the slope of a root at 0 is inf
@@ -184,5 +197,5 @@ def _weight(weight: Tensor | None, x: Tensor, mean: Tensor) -> Tensor:
 
 
 def _finite(values: Tensor, spread: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    rows = spread[:, :, None, None] if spread.dim() == 2 else spread.view(-1, *(1,) * (values.dim() - 2))
-    return within_half(values, rows, eps, dtype)
+    each = spread[:, :, None, None] if spread.dim() == 2 else spread.view(-1, *(1,) * (values.dim() - 2))
+    return within_half(values, each, eps, dtype)

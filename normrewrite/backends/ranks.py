@@ -1,4 +1,4 @@
-"""Torch: batch-scope statistics over all ranks of a process group, of any row, forward and backward.
+"""Torch: batch-scope statistics over all ranks of a process group, by any metric, forward and backward.
 
 >>> y, mean, spread = normalise(x, weight, bias, metric("l1"), "exact", 1e-5, torch.distributed.group.WORLD)
 
@@ -26,6 +26,7 @@ from torch.autograd import Function
 from torch.nn.functional import pad
 
 from normrewrite.backends import measuring, torch_batch
+from normrewrite.backends.call import Call
 from normrewrite.backends.families import Sparse, laid_out_as, largest, wide
 from normrewrite.backends.measuring import per_channel
 from normrewrite.backends.once import once, refuse_transforms
@@ -42,11 +43,21 @@ def several(group: Any = None) -> Any:
     return (group or distributed.group.WORLD) if distributed.get_world_size(group) > 1 else None
 
 
+def why_not(call: Call) -> str | None:
+    if call.relu or call.sample:
+        return "ranks exchange statistics of a batch, without ReLU"
+    return "the batch is this process's own" if call.group is None else None
+
+
+def of_call(call: Call, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    return normalise(call.x, weight, bias, call.metric, call.gain, call.eps, call.group)
+
+
 @_disable_dynamo  # it would trace the sizes that messages bring; torch.compiler.disable would import it with this file
 def normalise(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, row: Metric | str, gain: Gain, eps: float, group: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`torch_batch.normalise` of the joined batch: y of this rank's x: (N, C, *), N >= 0; mean and C * S (C,), alike on all.
+    """`operators.batch_norm` of the joined batch: y of this rank's x: (N, C, *), N >= 0; mean and C * S (C,), alike on all.
 
     Every rank of the group has to call it, with the same C, and run its backward. Raises NormRewriteError, on all ranks
     alike, where the joined batch has fewer than two elements a channel, or fewer than the row reads.
@@ -162,10 +173,10 @@ def _top(x: Tensor, row: Metric, group: Any) -> Measured:
 
 
 def _span(x: Tensor, row: Metric, group: Any) -> Measured:
-    rows, channels = _by_channel(x), x.shape[1]
-    sides, indices = _largest_here(torch.cat([rows, -rows]), 1)
-    count = x.new_tensor([rows.shape[1]], dtype=torch.float64)
-    everyone = gathered(torch.cat([count, rows.sum(1, dtype=torch.float64), sides[:, 0].double()]), group)
+    values, channels = _by_channel(x), x.shape[1]
+    sides, indices = _largest_here(torch.cat([values, -values]), 1)
+    count = x.new_tensor([values.shape[1]], dtype=torch.float64)
+    everyone = gathered(torch.cat([count, values.sum(1, dtype=torch.float64), sides[:, 0].double()]), group)
     n, *_ = total = everyone[:, : 1 + channels].sum(0)
     winners, ours = largest_of_all(everyone[:, 1 + channels :, None], distributed.get_rank(group))
     high, low = winners.to(x.dtype).view(2, channels)
@@ -182,7 +193,7 @@ def _by_channel(x: Tensor) -> Tensor:
 
 
 def _largest_here(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """This rank's k largest of each row, (rows, k), and where they stand; -inf at 0 where it has not as many."""
+    """This rank's k largest of each line, (lines, k), and where they stand; -inf at 0 where it has not as many."""
     held = min(k, values.shape[1])
     if held == 0:
         return values.new_full((len(values), k), -torch.inf), values.new_zeros(len(values), k, dtype=torch.int64)
@@ -191,9 +202,9 @@ def _largest_here(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def largest_of_all(candidates: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The k largest of all ranks' candidates (ranks, rows, k): themselves, and which of one rank's are among them, (rows, k)."""
-    ranks, rows, k = candidates.shape
-    pool = candidates.transpose(0, 1).reshape(rows, ranks * k)  # by rank: of equals a stable sort takes the lowest
+    """The k largest of all ranks' candidates (ranks, lines, k): themselves, and which of one rank's are among them."""
+    ranks, lines, k = candidates.shape
+    pool = candidates.transpose(0, 1).reshape(lines, ranks * k)  # by rank: of equals a stable sort takes the lowest
     winners = pool.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    won = torch.zeros_like(pool, dtype=torch.bool).scatter_(1, winners, True).view(rows, ranks, k)
+    won = torch.zeros_like(pool, dtype=torch.bool).scatter_(1, winners, True).view(lines, ranks, k)
     return pool.gather(1, winners), won[:, rank]

@@ -36,9 +36,9 @@ def batch_norm(
 ) -> tuple[Array, Array, Array]:
     """y = weight * (x - mean) / (C * S + eps) + bias over (N, *) of x: (N, C, *). Returns y, mean (C,), C * S (C,)."""
     wide = np.asarray(x, dtype=np.float64)
-    rows = np.moveaxis(wide, 1, 0).reshape(wide.shape[1], -1)
-    mean = rows.mean(1)
-    measured = row.gain(rows.shape[1], gain) * spread(rows - mean[:, None], row)
+    lines = np.moveaxis(wide, 1, 0).reshape(wide.shape[1], -1)
+    mean = lines.mean(1)
+    measured = row.gain(lines.shape[1], gain) * spread(lines - mean[:, None], row)
     shape = (1, -1) + (1,) * (wide.ndim - 2)
     y = (wide - mean.reshape(shape)) / (measured + eps).reshape(shape)
     y = y * (1.0 if weight is None else np.asarray(weight, np.float64).reshape(shape))
@@ -59,10 +59,10 @@ def row_norm(
     Not centred, the mean is 0 and the deviations are x itself.
     """
     wide = np.asarray(x, dtype=np.float64)
-    rows = wide.reshape(wide.shape[0] * wide.shape[1], -1)
-    mean = rows.mean(1) if centred else np.zeros(len(rows))
-    measured = row.gain(rows.shape[1], gain) * spread(rows - mean[:, None], row)
-    y = ((rows - mean[:, None]) / (measured + eps)[:, None]).reshape(wide.shape)
+    lines = wide.reshape(wide.shape[0] * wide.shape[1], -1)
+    mean = lines.mean(1) if centred else np.zeros(len(lines))
+    measured = row.gain(lines.shape[1], gain) * spread(lines - mean[:, None], row)
+    y = ((lines - mean[:, None]) / (measured + eps)[:, None]).reshape(wide.shape)
     y = y * (1.0 if weight is None else np.asarray(weight, np.float64)[None, :, :, None])
     y = y + (0.0 if bias is None else np.asarray(bias, np.float64)[None, :, :, None])
     return y, mean.reshape(wide.shape[:2]), measured.reshape(wide.shape[:2])

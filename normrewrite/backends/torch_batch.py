@@ -1,6 +1,7 @@
-"""Torch: batch-scope normalisation of any row, with its hand-derived backward.
+"""Torch: batch-scope normalisation by any metric, with its hand-derived backward.
 
->>> y, mean, spread = normalise(x, weight, bias, metric("l1"), "exact", eps=1e-5)      # x: (N, C, *)
+>>> y, *measured = forward(Call(x, "l1"), weight, bias)                        # x: (N, C, *)
+>>> dx, dweight, dbias = backward(Call(x, "l1"), g, weight, *measured)
 
 Statistics are fp32 at least, whatever x's dtype; y has x's dtype and memory format. The backward is, with g = dL/dy,
 w = dscale/dd and one sum of each kind over a channel (two reductions, as batch norm):
@@ -10,33 +11,24 @@ w = dscale/dd and one sum of each kind over a channel (two reductions, as batch 
 It keeps x, three numbers a channel and, for the families that read few elements, their k indices a channel. The sign that
 `mean` needs is read again from x. Memory is read once a pass: what takes several small kernels is done piece by piece
 (pieces.py), and the few elements that sparse families want are looked for in the cells that can hold them.
-
-Forward and backward are two custom operators, whole to torch.compile and torch.export: the constant C(n) is looked up when
-they run, so that a dynamic batch needs no formula for it. Second derivatives and torch.func are plain.py's.
 """
-
-from typing import cast
 
 import torch
 from torch import Tensor
 
-from normrewrite.backends import compiled, plain
+from normrewrite.backends.call import Call
 from normrewrite.backends.families import (
     Sparse,
     dense_slope,
     distant,
     laid_out_as,
     sparse_slope,
-    taken,
     wide,
-    wide_dtype,
     within_half,
 )
-from normrewrite.backends.kernels import compiles, serving
 from normrewrite.backends.measuring import about, last_first, per_channel, recentred_, rounding, statistics, sums
 from normrewrite.backends.pieces import Pieces, divided
-from normrewrite.norms import Gain, Metric
-from normrewrite.norms import metric as row_of
+from normrewrite.norms import Metric
 
 
 def affine(x: Tensor, mean: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -72,97 +64,33 @@ def near_(y: Tensor, x: Tensor, mean: Tensor, scale: Tensor, weight: Tensor | No
     return y
 
 
-# --- forward ----------------------------------------------------------------------------------------------------------
+# --- forward and backward ---------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("normrewrite::batch_norm", mutates_args=())
-def _forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, metric: str, gain: str, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def why_not(call: Call) -> str | None:
+    return "statistics are of a sample" if call.sample else None
+
+
+def forward(call: Call, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
     """y, mean, C * S, and what a backward can't read from x: where sparse families read S, and which way."""
-    row = row_of(metric)
-    kernels = serving(x, row)
-    if kernels is not None:
-        return kernels.forward(x, None, weight, bias, row, cast(Gain, gain), eps)[:5]  # type: ignore[no-any-return]
-    constant = row.gain(x.numel() // x.shape[1], cast(Gain, gain))  # first, as it refuses rows that are too short
-    if compiles(x, row):
-        y, mean, spread, indices, signs = compiled.forward(x, weight, bias, row, constant, eps)
-        recentred_(x, mean, spread, (indices, signs), row, constant, eps)
-        return near_(y, x, mean, spread + eps, weight, bias), mean, spread, indices, signs
-    mean, raw, kept = statistics(x, row)
+    constant = call.constant  # first, as it refuses what is too short
+    x, row, eps = call.x, call.row, call.eps
+    mean, raw, sparse = statistics(x, row)
     spread = raw * constant
-    recentred_(x, mean, spread, kept, row, constant, eps)
+    recentred_(x, mean, spread, sparse, row, constant, eps)
     y = centred_affine(x, mean, spread + eps, weight, bias)
-    return laid_out_as(y, x), mean, spread, *kept
+    return laid_out_as(y, x), mean, spread, *sparse
 
 
-@_forward.register_fake
-def _(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, metric: str, gain: str, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    row, channels = row_of(metric), x.shape[1]
-    mean = x.new_empty(channels, dtype=wide_dtype(x))
-    shape = taken(row, channels, x.numel() // channels)
-    signs = (channels, 1) if row.family == "mean" else shape
-    return (
-        torch.empty_like(x),
-        mean,
-        torch.empty_like(mean),
-        x.new_empty(shape, dtype=torch.int64),
-        mean.new_empty(signs),
-    )
-
-
-# --- backward ---------------------------------------------------------------------------------------------------------
-
-
-@torch.library.custom_op("normrewrite::batch_norm_backward", mutates_args=())
-def _backward(
-    g: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    spread: Tensor,
-    indices: Tensor,
-    signs: Tensor,
-    metric: str,
-    gain: str,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(
+    call: Call, g: Tensor, weight: Tensor | None, mean: Tensor, spread: Tensor, indices: Tensor, signs: Tensor
+) -> tuple[Tensor, ...]:
     """dx as x, dweight and dbias in the dtype of the statistics."""
-    row, n = row_of(metric), x.numel() // x.shape[1]
-    kernels = serving(x, row)
-    if kernels is not None:
-        measured = mean, spread, indices, signs, None
-        return kernels.backward(g, x, weight, None, *measured, row, cast(Gain, gain), eps)[:3]  # type: ignore[no-any-return]
-    constant = row.gain(n, cast(Gain, gain))
-    if compiles(x, row):
-        return compiled.backward(g, x, weight, mean, spread, signs, row, constant, eps)
+    x, row, n, constant, eps = call.x, call.row, call.n, call.constant, call.eps
     dweight, dbias = sums(g, x, mean, spread + eps)
     dweight -= dbias * rounding(x, mean, spread + eps) / (spread + eps)
-    total, kept = torch.stack([dweight, dbias, slope_sum(signs, row, constant, n)]), (indices, signs)
-    return input_gradient(g, x, weight, mean, spread, kept, total, row, constant, n, eps), dweight, dbias
-
-
-@_backward.register_fake
-def _(
-    g: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    spread: Tensor,
-    indices: Tensor,
-    signs: Tensor,
-    metric: str,
-    gain: str,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean)
-
-
-backward = plain.of_many(lambda *kept: _backward(*kept), plain.batch)
-_forward.register_autograd(plain.gradients(backward), setup_context=plain.keep)
-_backward.register_autograd(plain.second(plain.batch), setup_context=plain.keep_backward)
+    total, sparse = torch.stack([dweight, dbias, slope_sum(signs, row, constant, n)]), (indices, signs)
+    return input_gradient(g, x, weight, mean, spread, sparse, total, row, constant, n, eps), dweight, dbias
 
 
 def slope_sum(signs: Tensor, row: Metric, constant: float, n: int) -> Tensor:
@@ -176,7 +104,7 @@ def input_gradient(
     weight: Tensor | None,
     mean: Tensor,
     spread: Tensor,
-    kept: Sparse,
+    sparse: Sparse,
     total: Tensor,
     row: Metric,
     constant: float,
@@ -185,7 +113,7 @@ def input_gradient(
 ) -> Tensor:
     """dx, as x. total: (3, C), dweight, dbias and sum w of all n elements that share statistics, here or elsewhere."""
     dweight, dbias, slopes = total.to(mean.dtype)
-    indices, signs = kept
+    indices, signs = sparse
     scale, middle = spread + eps, (dbias - dweight * slopes) / n
     inward = -dweight / scale if weight is None else -dweight * weight.to(scale.dtype) / scale
     # in half precision one sum of two roundings would not do, nor the sum of two infinities on a dead channel
@@ -238,13 +166,3 @@ def _add_at(dx: Tensor, indices: Tensor, values: Tensor) -> None:
     channels = torch.arange(dx.shape[1], device=dx.device)[:, None].expand_as(indices)
     sample, position = divided(indices, samples.shape[2])
     samples.index_put_((sample, channels, position), values, accumulate=True)
-
-
-def normalise(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, row: Metric | str, gain: Gain, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalise x: (N, C, *) by its own batch. Returns y (as x), mean (C,) and C * S (C,), the last two detached, fp32+."""
-    if plain.transformed():
-        return plain.batch(x, weight, bias, row_of(str(row)), gain, eps)
-    y, mean, spread, _, _ = _forward(x, weight, bias, str(row), gain, eps)
-    return y, mean, spread

@@ -6,14 +6,12 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from normrewrite.backends import half, ranks, torch_batch
-from normrewrite.backends import relu as with_relu
-from normrewrite.backends.accumulate import Accumulator
+from normrewrite.backends import operators, ranks, torch_batch
+from normrewrite.backends.dispatch import asked
 from normrewrite.backends.families import statistics_dtype
 from normrewrite.backends.watch import tell
 from normrewrite.errors import NormRewriteError
 from normrewrite.norms import Gain
-from normrewrite.norms import metric as row_of
 
 
 def batch_norm(
@@ -62,14 +60,14 @@ def batch_norm(
             relu=relu,
             residual=residual,
         )
-    together = relu and with_relu.as_one(input, residual)
+    together = relu and operators.as_one(input, residual)
     if not training:
         if running_mean is None or running_scale is None:
             raise NormRewriteError(
                 "batch_norm in eval needs running_mean and running_scale; pass training=True without them."
             )
         if together:
-            return with_relu.affine(input, residual, running_mean, running_scale + eps, weight, bias)
+            return operators.affine_relu(input, residual, running_mean, running_scale + eps, weight, bias)
         y = torch_batch.affine(input, running_mean, running_scale + eps, weight, bias)
         return rectified(y, residual) if relu else y
     if is_empty(input, group):
@@ -78,11 +76,7 @@ def batch_norm(
             input, zeros, zeros + 1, weight, bias
         )  # weight and bias get gradients of 0, as torch's
     together = together and group is None
-    if together:
-        check_trainable(input)
-        y, mean, spread = with_relu.normalise(input, residual, weight, bias, metric, gain, eps)
-    else:
-        y, mean, spread = normalise(input, weight, bias, metric, gain, eps, group)
+    y, mean, spread = normalise(input, weight, bias, metric, gain, eps, group, together, residual)
     if running_mean is not None and running_scale is not None:
         average_in(momentum, (running_mean, mean), (running_scale, spread))
     return rectified(y, residual) if relu and not together else y
@@ -99,28 +93,21 @@ def rectified(y: Tensor, residual: Tensor | None) -> Tensor:
 
 
 def normalise(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, metric: str, gain: Gain, eps: float, group: Any
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    metric: str,
+    gain: Gain,
+    eps: float,
+    group: Any,
+    relu: bool = False,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, mean and C * S of the batch: this process's own, or that of all ranks of a group."""
-    accumulator = half.chosen(input)
-    if accumulator is not None:
+    """y, mean and C * S of the batch: this process's own, or that of all ranks of a group. relu: y is relu(y + residual)."""
+    call = asked(input, metric, gain, eps, relu=relu, group=group)
+    if group is None or call.accumulator is not None:  # ranks count all of theirs
         check_trainable(input)
-        rule = half.Rule(row_of(metric), gain, eps, not_shared(accumulator, group))
-        return half.normalise_batch(input, weight, bias, rule)
-    if group is not None:
-        return ranks.normalise(input, weight, bias, metric, gain, eps, group)
-    check_trainable(input)
-    return torch_batch.normalise(input, weight, bias, metric, gain, eps)
-
-
-def not_shared(accumulator: Accumulator, group: Any) -> Accumulator:
-    """The accumulator, for a norm that measures this process's batch alone."""
-    if group is not None:
-        raise NormRewriteError(
-            f"half arithmetic (sums by {accumulator}) measures one process's batch, and this norm is synchronised: ranks "
-            "exchange sums in float64. Undo it by nr.nn.synchronise_(model, synchronised=False), or use another precision."
-        )
-    return accumulator
+    return operators.normalise(call, weight, bias, residual)
 
 
 def check_trainable(input: Tensor) -> None:

@@ -11,7 +11,7 @@ from normrewrite.backends.accumulate import Accumulator
 from normrewrite.backends.families import statistics_dtype, wide
 from normrewrite.backends.measuring import over, per_channel
 from normrewrite.errors import NormRewriteError
-from normrewrite.nn.functional import average_in, averaging_factor, group_of, is_empty, not_shared
+from normrewrite.nn.functional import average_in, averaging_factor, group_of, is_empty
 from normrewrite.nn.origin import Origin
 from normrewrite.nn.parts import keep_wide, require_rank, through_tail
 from normrewrite.nn.tracing import OneNode
@@ -83,7 +83,7 @@ class MeanOnlyBatchNorm(OneNode):
         return mean
 
     def _centred_in_half(self, x: Tensor, accumulator: Accumulator) -> Tensor:
-        y, mean = half.centre(x, self.bias, not_shared(accumulator, group_of(self)))
+        y, mean = half.centre(x, self.bias, half.not_shared(accumulator, group_of(self)))
         self._average(x, mean)
         return y
 

@@ -56,12 +56,12 @@ class Origin(nn.Module):
 
         Also whether that was everywhere. Names that were never converted come back as they are in `nearest`.
         """
-        kept = [name for name in live if name in self._buffers]
-        if not kept:
+        names = [name for name in live if name in self._buffers]
+        if not names:
             return nearest, False
-        same = torch.stack([self._same(name, live[name]) for name in kept]).all(0)
+        same = torch.stack([self._same(name, live[name]) for name in names]).all(0)
         originals = {
-            name: torch.where(same, getattr(self, name), nearest[name].to(getattr(self, name))) for name in kept
+            name: torch.where(same, getattr(self, name), nearest[name].to(getattr(self, name))) for name in names
         }
         return nearest | originals, bool(same.all()) and not bool(self.trained)
 
@@ -71,8 +71,8 @@ class Origin(nn.Module):
 
     def unchanged(self, live: Mapping[str, Any]) -> bool:
         """Whether each live tensor that stands for a kept one still has the bits that a rewrite gave it."""
-        kept = {name: value for name, value in live.items() if f"{name}_converted" in self._buffers}
-        return not self.trained and all(bool(self._same(name, value).all()) for name, value in kept.items())
+        converted = {name: value for name, value in live.items() if f"{name}_converted" in self._buffers}
+        return not self.trained and all(bool(self._same(name, value).all()) for name, value in converted.items())
 
     def module(self) -> Any:
         """The original, put together from what was kept of it; its children are the caller's to add."""

@@ -104,8 +104,8 @@ class BatchRenorm(BatchNorm):
             return super()._normalised(input, training, relu, residual)
         y, mean, spread = normalise(input, None, None, self.metric, self.gain, self.eps, group)
         with torch.no_grad():
-            told = mean, spread, self.running_mean, self.running_scale, *self.limits(), self.eps
-            r, d = corrections(*told) if transformed() else _corrections(*told, self.trained)
+            values = mean, spread, self.running_mean, self.running_scale, *self.limits(), self.eps
+            r, d = corrections(*values) if transformed() else _corrections(*values, self.trained)
             if self.track_running_stats and not recomputing():
                 factor = averaging_factor(self, input, group)
                 average_in(factor, (self.running_mean, mean), (self.running_scale, spread))

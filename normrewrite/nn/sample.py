@@ -1,6 +1,6 @@
 """Norms within a sample with a metric, drop-in for torch.nn's: `nr.nn.LayerNorm(512, metric="l1")`.
 
-Each is a view of its input as (B, G, K, S): rows (B, G) of K * S elements share statistics, channels (G, K) share a weight.
+Each is a view of its input as (B, G, K, S): lines (B, G) of K * S elements share statistics, channels (G, K) share a weight.
 """
 
 import math
@@ -10,8 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from normrewrite.backends import half, torch_batch, torch_sample
-from normrewrite.backends import relu as with_relu
+from normrewrite.backends import operators, torch_batch
+from normrewrite.backends.dispatch import asked
 from normrewrite.backends.families import statistics_dtype
 from normrewrite.errors import NormRewriteError
 from normrewrite.nn.functional import average_in, rectified
@@ -25,9 +25,9 @@ from normrewrite.norms import metric as row_of
 class RowNorm(OneNode):
     """What LayerNorm, RMSNorm, GroupNorm and InstanceNorm share; they say how an input is `view`ed, and how it comes back.
 
-    y = weight * (x - mean) / (C * S + eps) + bias over each row of `view(x)`: (B, G, K, S); mean is 0 where not `centred`.
+    y = weight * (x - mean) / (C * S + eps) + bias over each line of `view(x)`: (B, G, K, S); mean is 0 where not `centred`.
     eps is added to the scale (torch adds it to the variance); None is the machine epsilon of the statistics, as torch's.
-    Statistics are computed in fp32 at least, and y comes in x's dtype. Raises NormRewriteError where a row has fewer than
+    Statistics are computed in fp32 at least, and y comes in x's dtype. Raises NormRewriteError where a line has fewer than
     two elements, or fewer than the metric reads.
     """
 
@@ -73,18 +73,12 @@ class RowNorm(OneNode):
     def _normalised(
         self, viewed: Tensor, relu: bool = False, residual: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """y, mean and C * S of the rows of an input as viewed; with relu, y is relu(y + residual), by one operator."""
+        """y, mean and C * S of the lines of an input as viewed; with relu, y is relu(y + residual), by one operator."""
         weight, bias = (None if value is None else value.view(viewed.shape[1:3]) for value in (self.weight, self.bias))
         eps = torch.finfo(statistics_dtype(viewed.dtype)).eps if self.eps is None else self.eps
-        accumulator = half.chosen(viewed)
+        call = asked(viewed, self.metric, self.gain, eps, sample=True, centred=self.centred, relu=relu)
         try:
-            told = self.metric, self.gain, eps
-            if relu:
-                return with_relu.normalise(viewed, residual, weight, bias, *told, sample=True, centred=self.centred)
-            if accumulator is not None:
-                rule = half.Rule(row_of(self.metric), self.gain, eps, accumulator, self.centred)
-                return half.normalise(viewed, weight, bias, rule)
-            return torch_sample.normalise(viewed, weight, bias, *told, self.centred)
+            return operators.normalise(call, weight, bias, residual)
         except NormRewriteError as error:
             if not self.site:
                 raise
@@ -245,7 +239,7 @@ class GroupNorm(RowNorm):
     def forward_relu(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """relu(norm(input) + residual), without hooks: what `norm_relu` calls."""
         self._check(input)
-        if not with_relu.as_one(input, residual):
+        if not operators.as_one(input, residual):
             return rectified(self.from_view(self._normalised(self.view(input))[0], input), residual)
         added = None if residual is None else self.view(residual)
         return self.from_view(self._normalised(self.view(input), relu=True, residual=added)[0], input)

@@ -223,8 +223,8 @@ def _checksum(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
     dtype: as it will be after a cast to it.
     """
     fixed = [value for name, value in layer.named_buffers() if name.endswith(".rho")]
-    kept = [value.to(dtype) for value in fixed] if dtype in (torch.float32, torch.float64) else fixed
-    tensors = [*(tensor.to(dtype or tensor.dtype) for tensor in layer.parameters()), *kept]
+    fixed = [value.to(dtype) for value in fixed] if dtype in (torch.float32, torch.float64) else fixed
+    tensors = [*(tensor.to(dtype or tensor.dtype) for tensor in layer.parameters()), *fixed]
     crc = 0
     for tensor in tensors:
         crc = zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data, crc)

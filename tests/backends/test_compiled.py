@@ -8,7 +8,8 @@ from torch import Tensor
 
 import normrewrite as nr
 from normrewrite.backends import compiled
-from normrewrite.backends.kernels import kernels
+from normrewrite.backends.call import Call
+from normrewrite.backends.dispatch import kernels
 from normrewrite.norms import metric
 from tests.backends.test_torch_batch import (
     EPS,
@@ -80,13 +81,13 @@ def test_what_it_does_not_serve_is_torchs() -> None:
     def x(*shape: int) -> Tensor:
         return torch.randn(*shape)
 
-    row = metric("l1")
-    assert compiled.serves(x(4, 3, 8), row)
-    assert not compiled.serves(x(4, 3, 8), metric("linf"))
-    assert compiled.serves(x(4, 3, 8, 8).contiguous(memory_format=torch.channels_last), row)
-    assert not compiled.serves(x(4, 3, 8)[:, :, ::2], row)
-    assert not compiled.serves(x(4, 3).to("meta"), row)
-    assert not compiled.serves(x(0, 3, 8), row)
+    def why_not(x: Tensor, metric: str = "l1", sample: bool = False) -> str:
+        return compiled.why_not(Call(x, metric, sample=sample)) or ""
+
+    assert not why_not(x(4, 3, 8)) and not why_not(x(4, 3, 8, 8).contiguous(memory_format=torch.channels_last))
+    assert "dense metrics" in why_not(x(4, 3, 8), "linf") and "by channel" in why_not(x(4, 3, 1, 8), sample=True)
+    assert "without gaps" in why_not(x(4, 3, 8)[:, :, ::2])
+    assert "for a CPU" in why_not(x(4, 3).to("meta")) and "not empty" in why_not(x(0, 3, 8))
     inputs = x(4, 3, 8)
     with kernels("compiled"):
         found = normalise(inputs, None, None, "topk:4", "exact", EPS)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from normrewrite.backends import measuring, ranks, torch_batch, torch_sample
+from normrewrite.backends import measuring, operators, ranks
 from normrewrite.backends.pieces import Pieces
 from normrewrite.norms import metric
 
@@ -20,7 +20,7 @@ Norm = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def by_batch(spec: str) -> Norm:
-    return lambda x, weight, bias: torch_batch.normalise(x, weight, bias, spec, "exact", EPS)[0]
+    return lambda x, weight, bias: operators.batch_norm(x, weight, bias, spec, "exact", EPS)[0]
 
 
 def by_sample(spec: str, groups: int) -> Norm:
@@ -28,7 +28,7 @@ def by_sample(spec: str, groups: int) -> Norm:
 
     def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         view = x.view(len(x), groups, x.shape[1] // groups, -1)
-        y, _, _ = torch_sample.normalise(view, weight.view(groups, -1), bias.view(groups, -1), spec, "exact", EPS)
+        y, _, _ = operators.sample_norm(view, weight.view(groups, -1), bias.view(groups, -1), spec, "exact", EPS)
         return y.view(x.shape)
 
     return norm
@@ -168,7 +168,7 @@ def test_a_plane_is_cut_into_short_parts_of_one_size() -> None:
 @pytest.mark.parametrize("spec", ["l1", "l2"])
 def test_a_long_row_keeps_digits(spec: str) -> None:
     x = torch.randn(1, 1, 2048, 2048, generator=torch.Generator().manual_seed(0)) * 2 + 5
-    _, _, spread = torch_sample.normalise(x, None, None, spec, "exact", EPS)
+    _, _, spread = operators.sample_norm(x, None, None, spec, "exact", EPS)
     d = x.double() - x.double().mean()
     power = metric(spec).power
     wanted = metric(spec).gain(x.numel()) * (d.abs() ** power).mean() ** (1 / power)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from normrewrite.backends import measuring, torch_batch
+from normrewrite.backends import measuring, operators
 from normrewrite.backends import pieces as room
 from normrewrite.backends.pieces import Pieces, cut, divided
 from normrewrite.norms import metric
@@ -91,6 +91,6 @@ def test_what_is_read_by_pieces_equals_the_reference(spec: str, shape: tuple[int
     affine = affine_of(shape[1], torch.float32)
     for x in laid_out(shape):
         x = x / 7
-        check_forward(torch_batch.normalise(x, *affine, metric(spec), "exact", EPS), x, *affine, metric(spec))
+        check_forward(operators.batch_norm(x, *affine, metric(spec), "exact", EPS), x, *affine, metric(spec))
         g = torch.randn(shape, generator=torch.Generator().manual_seed(2))
         check_backward(gradients(ours(metric(spec)), g, x, *affine), x, *affine, g, metric(spec))

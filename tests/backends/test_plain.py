@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.autograd.graph import save_on_cpu
 
-from normrewrite.backends import families, half, plain, relu, torch_batch, torch_sample
+from normrewrite.backends import families, half, operators, plain
 from normrewrite.backends.accumulate import Accumulator
-from normrewrite.backends.kernels import kernels
+from normrewrite.backends.dispatch import kernels
 from normrewrite.errors import NormRewriteError
 from normrewrite.norms import metric
 from tests.backends import test_torch_batch, test_torch_sample
@@ -35,8 +35,8 @@ def inputs(scope: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tens
 def ours(scope: str, spec: str) -> Function:
     def norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         if scope == "batch":
-            return torch_batch.normalise(x, weight, bias, spec, "exact", EPS)[0]
-        return torch_sample.normalise(x, weight, bias, spec, "exact", EPS, centred=scope == "row")[0]
+            return operators.batch_norm(x, weight, bias, spec, "exact", EPS)[0]
+        return operators.sample_norm(x, weight, bias, spec, "exact", EPS, centred=scope == "row")[0]
 
     return norm
 
@@ -127,7 +127,7 @@ def test_with_relu_as_one_operator(spec: str, sample: bool, added: bool) -> None
     values = [x, weight, bias, *([torch.randn_like(x).requires_grad_()] if added else [])]
 
     def together(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
-        return relu.normalise(x, residual, weight, bias, spec, "exact", EPS, sample)[0]
+        return operators.norm_relu(x, residual, weight, bias, spec, "exact", EPS, sample)[0]
 
     def apart(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
         y = theirs("row" if sample else "batch", spec)(x, weight, bias)
@@ -144,8 +144,8 @@ def test_with_relu_as_one_operator(spec: str, sample: bool, added: bool) -> None
 def test_no_fused_operator_under_torch_func() -> None:
     with kernels("triton"):
         seen = []
-        torch.func.vmap(lambda x: seen.append(relu.as_one(x, None)) or x)(torch.randn(2, 3))
-        assert relu.as_one(torch.randn(2, 3), None) and seen == [False]
+        torch.func.vmap(lambda x: seen.append(operators.as_one(x, None)) or x)(torch.randn(2, 3))
+        assert operators.as_one(torch.randn(2, 3), None) and seen == [False]
 
 
 def test_the_root_of_zero_and_zeros_among_deviations() -> None:

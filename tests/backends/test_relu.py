@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from normrewrite.backends import relu, torch_batch, torch_sample
+from normrewrite.backends import operators, relu, torch_batch
 from normrewrite.backends.triton import geometry
 from tests.backends.test_torch_batch import EPS, ROWS, affine_of, samples, variants
 from tests.backends.test_torch_sample import affine_of as row_affine_of
@@ -31,10 +31,10 @@ def test_batch_scope_is_the_norm_then_the_rest(spec: str, added: bool, layout: s
     residual = torch.randn(x.shape) if added else None
 
     def apart(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
-        y = torch_batch.normalise(x, weight, bias, spec, "exact", EPS)[0]
+        y = operators.batch_norm(x, weight, bias, spec, "exact", EPS)[0]
         return F.relu(y if residual is None else y + residual)
 
-    together = lambda *inputs: relu.normalise(*inputs, spec, "exact", EPS)[0]  # noqa: E731
+    together = lambda *inputs: operators.norm_relu(*inputs, spec, "exact", EPS)[0]  # noqa: E731
     found, wanted = (outcome(each, g, x, residual, weight, bias) for each in (together, apart))
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # where g's layout changes, so does the order of a sum
@@ -49,10 +49,10 @@ def test_within_a_sample_it_is_the_norm_then_the_rest(spec: str, added: bool, la
     g, residual = torch.randn(shape), torch.randn(shape) if added else None
 
     def apart(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
-        y = torch_sample.normalise(x, weight, bias, spec, "exact", EPS)[0]
+        y = operators.sample_norm(x, weight, bias, spec, "exact", EPS)[0]
         return F.relu(y if residual is None else y + residual)
 
-    together = lambda *inputs: relu.normalise(*inputs, spec, "exact", EPS, sample=True)[0]  # noqa: E731
+    together = lambda *inputs: operators.norm_relu(*inputs, spec, "exact", EPS, sample=True)[0]  # noqa: E731
     found, wanted = (outcome(each, g, x, residual, weight, bias) for each in (together, apart))
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
@@ -72,7 +72,7 @@ def test_bits_come_back(shape: tuple[int, ...], layout: str) -> None:
 def test_nan_and_its_gradient_go_through() -> None:
     x = torch.randn(4, 3, 5)
     x[0, 1, 0] = float("nan")
-    y, dx = outcome(lambda x: relu.normalise(x, None, None, None, "l1", "exact", EPS)[0], torch.ones_like(x), x)
+    y, dx = outcome(lambda x: operators.norm_relu(x, None, None, None, "l1", "exact", EPS)[0], torch.ones_like(x), x)
     assert bool(y[:, 1].isnan().all() and dx[:, 1].isnan().all() and dx[:, [0, 2]].isfinite().all())
 
 
@@ -83,7 +83,7 @@ def test_nothing_of_the_size_of_x_is_saved_but_x(spec: str, added: bool) -> None
     saved: list[Tensor] = []
     residual = torch.randn(x.shape) if added else None
     with torch.autograd.graph.saved_tensors_hooks(lambda value: saved.append(value) or value, lambda value: value):  # type: ignore[func-returns-value]
-        relu.normalise(x, residual, *affine_of(16, torch.float32), spec, "exact", EPS)
+        operators.norm_relu(x, residual, *affine_of(16, torch.float32), spec, "exact", EPS)
     assert [value.data_ptr() for value in saved if value.numel() == x.numel()] == [x.data_ptr()]
     bits = sum(value.numel() for value in saved if value.dtype is torch.uint8)
     assert bits == (16 * 8 * 5 if added else 0)  # rows of 36 bits, in bytes
@@ -110,5 +110,5 @@ def test_statistics_that_stand(added: bool) -> None:
     y = torch_batch.affine(x, mean, scale, weight, bias)
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
-            found = relu.affine(x, residual, mean, scale, weight, bias)
+            found = operators.affine_relu(x, residual, mean, scale, weight, bias)
         assert torch.equal(found, F.relu(y if residual is None else y + residual))

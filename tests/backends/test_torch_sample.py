@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from normrewrite.backends import reference, torch_sample
-from normrewrite.backends.torch_sample import normalise
+from normrewrite.backends.operators import sample_norm as normalise
 from normrewrite.errors import NormRewriteError
 from normrewrite.norms import Metric, metric
-from tests.backends.test_torch_batch import DATA, DTYPES, EPS, ROWS, gradients
+from tests.backends.test_torch_batch import DATA, DTYPES, EPS, ROWS, gradients, scale_backwards
 from tests.backends.tolerances import TOLERANCES, check_close
 
 # (B, G, K, S): a layer norm, one at each position of few channels, groups, instances; 1023 and 3 × 7 fit no vector width.
@@ -102,8 +102,8 @@ def test_forward_matches_the_reference(spec: str, centred: bool, dtype: torch.dt
 @every_dtype
 def test_a_measure_one_percent_off_is_caught(spec: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     x, (weight, bias) = samples("laplace", SHAPES[2], dtype), affine_of(SHAPES[2], dtype)
-    measure = torch_sample.measure_rows
-    monkeypatch.setattr(torch_sample, "measure_rows", lambda *args: (1.01 * measure(*args)[0], measure(*args)[1]))
+    measure = torch_sample.measure_lines
+    monkeypatch.setattr(torch_sample, "measure_lines", lambda *args: (1.01 * measure(*args)[0], measure(*args)[1]))
     found = normalise(x, weight, bias, metric(spec), "exact", EPS)
     with pytest.raises(AssertionError, match="y: off by"):
         check_forward(found, x, weight, bias, metric(spec), True)
@@ -163,10 +163,7 @@ def test_gradcheck(spec: str, centred: bool, with_affine: bool, shape: Shape) ->
 @every_row
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["dx", "dweight", "dbias"])
 def test_gradcheck_catches_one_percent(spec: str, which: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = torch_sample._backward
-    factors = [1.01 if position == which else 1.0 for position in range(3)]
-    scaled = lambda *args: tuple(a * b for a, b in zip(whole(*args), factors, strict=True))  # noqa: E731
-    monkeypatch.setattr(torch_sample, "_backward", scaled)
+    scale_backwards(which, monkeypatch)
     with pytest.raises(RuntimeError, match="Jacobian mismatch"):
         grad_checks(metric(spec), samples("laplace", (2, 2, 3, 2), torch.float64), centred=True)
 

@@ -148,8 +148,8 @@ def _apply(
     """Write y from x and what was measured; live: memory for the bits of what ReLU lets through."""
     pieces = TUNING.cut(geometry, x.element_size(), TUNING.repeat)
     tensors = _pointers(x=x, residual=residual, weight=weight, bias=bias, mean=mean, scale=spread, y=y, live=live)
-    told = tensors | _walk(geometry, pieces) | {"eps": eps, "RELU": relu}
-    _launch(fore.apply, pieces.programs, pieces.warps, told)
+    arguments = tensors | _walk(geometry, pieces) | {"eps": eps, "RELU": relu}
+    _launch(fore.apply, pieces.programs, pieces.warps, arguments)
 
 
 class _Norm:
@@ -180,14 +180,14 @@ class _Norm:
         pieces = TUNING.cut(self.geometry, x.element_size())
         sums = x.new_empty(2, pieces.parts, self.geometry.lanes, dtype=torch.float32)
         indices, signs = self._taken(x)
-        told = _pointers(x=x, partial=sums, mean=mean, spread=spread, signs=signs) | _walk(self.geometry, pieces)
-        told |= self.constants | {"SQUARES": squares, "EXTREMES": False, "SIGNS": signs.numel() > 0}
+        arguments = _pointers(x=x, partial=sums, mean=mean, spread=spread, signs=signs) | _walk(self.geometry, pieces)
+        arguments |= self.constants | {"SQUARES": squares, "EXTREMES": False, "SIGNS": signs.numel() > 0}
         if squares or self.centred:
-            _launch(fore.moments, pieces.programs, pieces.warps, told)
-            _launch(fore.settle, groups, 8, told | {"STAGE": "mean and squares" if squares else "mean"})
+            _launch(fore.moments, pieces.programs, pieces.warps, arguments)
+            _launch(fore.settle, groups, 8, arguments | {"STAGE": "mean and squares" if squares else "mean"})
         if not squares:
-            _launch(fore.deviations, pieces.programs, pieces.warps, told)
-            _launch(fore.settle, groups, 8, told | {"STAGE": "deviations"})
+            _launch(fore.deviations, pieces.programs, pieces.warps, arguments)
+            _launch(fore.settle, groups, 8, arguments | {"STAGE": "deviations"})
         return mean, spread, indices, signs
 
     def _sparse(self, x: Tensor) -> Measured:
@@ -196,12 +196,12 @@ class _Norm:
         indices, signs = self._taken(x)
         pieces = TUNING.cut(self.geometry, x.element_size(), k=self.k)
         sums = x.new_empty(3, pieces.parts, self.geometry.lanes, dtype=torch.float32)
-        told = _pointers(x=x, partial=sums, mean=mean, spread=spread, indices=indices, signs=signs)
-        told |= self.constants | _walk(self.geometry, pieces, TUNING.peaks) | {"SQUARES": False, "EXTREMES": True}
-        told |= {"k": self.k, "K": TUNING.searched(self.k), "SPAN": self.family == "span", "PART": pieces.part}
-        _launch(fore.moments, pieces.programs, pieces.warps, told)
-        warps = 4 if self.k == 1 and told["MEMBERS"] <= 512 else 8
-        _launch(fore.select, groups, warps, told, _all_registers(warps))
+        arguments = _pointers(x=x, partial=sums, mean=mean, spread=spread, indices=indices, signs=signs)
+        arguments |= self.constants | _walk(self.geometry, pieces, TUNING.peaks) | {"SQUARES": False, "EXTREMES": True}
+        arguments |= {"k": self.k, "K": TUNING.searched(self.k), "SPAN": self.family == "span", "PART": pieces.part}
+        _launch(fore.moments, pieces.programs, pieces.warps, arguments)
+        warps = 4 if self.k == 1 and arguments["MEMBERS"] <= 512 else 8
+        _launch(fore.select, groups, warps, arguments, _all_registers(warps))
         return mean, spread, indices, signs
 
     def _taken(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -218,7 +218,7 @@ class _Norm:
         values = wide(x)
         if self.geometry.sample:
             mean = values.mean((2, 3), dtype=torch.float64).float() if self.centred else values.new_zeros(x.shape[:2])
-            raw, sparse = measuring.measure_rows(values - mean[:, :, None, None], self.row)
+            raw, sparse = measuring.measure_lines(values - mean[:, :, None, None], self.row)
         else:
             mean = values.mean(measuring.over(x), dtype=torch.float64).float()
             raw, sparse = measuring.measure(values, mean, self.row)
@@ -245,38 +245,42 @@ class _Norm:
         bits = partial(x.new_empty, geometry.bits, dtype=torch.uint8)
         live = bits() if relu and live is None and not again else live
         sign = bits() if self.family == "l1" and not again else None
-        told = _pointers(g=g, x=x, weight=weight, bias=bias, mean=mean, spread=spread, indices=indices, signs=signs)
-        told |= _pointers(live=live, sign=sign, masked=masked)
-        told |= self.constants | {"k": signs.shape[-1], "groups": geometry.groups, "RELU": relu}
-        terms, dweight, dbias = self._reduce(x, told)
-        told |= {"terms_ptr": terms, "x_ptr": x if again else None}
+        arguments = _pointers(
+            g=g, x=x, weight=weight, bias=bias, mean=mean, spread=spread, indices=indices, signs=signs
+        )
+        arguments |= _pointers(live=live, sign=sign, masked=masked)
+        arguments |= self.constants | {"k": signs.shape[-1], "groups": geometry.groups, "RELU": relu}
+        terms, dweight, dbias = self._reduce(x, arguments)
+        arguments |= {"terms_ptr": terms, "x_ptr": x if again else None}
         if masked is not None:
-            told |= {"g_ptr": masked, "live_ptr": None, "RELU": False}
-        return self._gradient(x, told), dweight, dbias, x.new_empty(0) if masked is None else masked
+            arguments |= {"g_ptr": masked, "live_ptr": None, "RELU": False}
+        return self._gradient(x, arguments), dweight, dbias, x.new_empty(0) if masked is None else masked
 
-    def _reduce(self, x: Tensor, told: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    def _reduce(self, x: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """The terms of dx by group (4, groups), dweight and dbias (channels,)."""
         geometry = self.geometry
         pieces = TUNING.cut(geometry, x.element_size())
         sums = x.new_empty(3, pieces.parts, geometry.lanes, dtype=torch.float32)
         terms = x.new_empty(4, geometry.groups, dtype=torch.float32)
         dweight, dbias = (x.new_empty(geometry.channels, dtype=torch.float32) for _ in range(2))
-        told = told | _walk(geometry, pieces) | _pointers(partial=sums, terms=terms, dweight=dweight, dbias=dbias)
-        by_group = told | (_pointers(dweight=None, dbias=None) if geometry.sample else {})
-        _launch(back.collect, pieces.programs, pieces.warps, told)
+        arguments = (
+            arguments | _walk(geometry, pieces) | _pointers(partial=sums, terms=terms, dweight=dweight, dbias=dbias)
+        )
+        by_group = arguments | (_pointers(dweight=None, dbias=None) if geometry.sample else {})
+        _launch(back.collect, pieces.programs, pieces.warps, arguments)
         _launch(back.coefficients, geometry.groups, 8, by_group)
         if geometry.sample:
-            _launch(back.parameters, geometry.channels, 8, told)
+            _launch(back.parameters, geometry.channels, 8, arguments)
         return terms, dweight, dbias
 
-    def _gradient(self, x: Tensor, told: dict[str, Any]) -> Tensor:
+    def _gradient(self, x: Tensor, arguments: dict[str, Any]) -> Tensor:
         dx = torch.empty_like(x)
         pieces = TUNING.cut(self.geometry, x.element_size(), TUNING.repeat)
-        told = told | _walk(self.geometry, pieces) | {"dx_ptr": dx, "LIMIT": x.dtype is torch.float16}
-        _launch(back.gradient, pieces.programs, pieces.warps, told)
+        arguments = arguments | _walk(self.geometry, pieces) | {"dx_ptr": dx, "LIMIT": x.dtype is torch.float16}
+        _launch(back.gradient, pieces.programs, pieces.warps, arguments)
         if self.k:
-            entries = told["signs_ptr"].numel()
-            _launch(back.correct, -(-entries // 128), 4, told | {"entries": entries, "ENTRIES": 128})
+            entries = arguments["signs_ptr"].numel()
+            _launch(back.correct, -(-entries // 128), 4, arguments | {"entries": entries, "ENTRIES": 128})
         return dx
 
     # --- rows in registers -------------------------------------------------------------------------------------------
@@ -287,9 +291,11 @@ class _Norm:
         mean, spread = (x.new_empty(samples * groups, dtype=torch.float32) for _ in range(2))
         indices, signs = self._taken(x)
         sizes = self._row_sizes(x)
-        told = _pointers(x=x, weight=weight, bias=bias, y=y, mean=mean, spread=spread, indices=indices, signs=signs)
+        arguments = _pointers(
+            x=x, weight=weight, bias=bias, y=y, mean=mean, spread=spread, indices=indices, signs=signs
+        )
         programs = -(-samples // sizes["ROWS"]) * groups
-        _launch(resident.row_forward, programs, _warps(sizes), told | self.constants | sizes | {"POSITIONS": 1})
+        _launch(resident.row_forward, programs, _warps(sizes), arguments | self.constants | sizes | {"POSITIONS": 1})
         return mean, spread, indices, signs
 
     def rows_backward(
@@ -302,9 +308,9 @@ class _Norm:
         slots = max(1, min(-(-samples // sizes["ROWS"]), TUNING.row_programs // groups))
         sums = (x.new_empty if samples else x.new_zeros)((2, slots, groups * n), dtype=torch.float32)
         dx = torch.empty_like(x)
-        told = _pointers(g=g, x=x, weight=weight, mean=mean, spread=spread, indices=indices, signs=signs, dx=dx)
-        told |= self.constants | sizes | {"partial_ptr": sums, "slots": slots, "LIMIT": x.dtype is torch.float16}
-        _launch(resident.row_backward, slots * groups if samples else 0, _warps(sizes), told, _registers(sizes))
+        arguments = _pointers(g=g, x=x, weight=weight, mean=mean, spread=spread, indices=indices, signs=signs, dx=dx)
+        arguments |= self.constants | sizes | {"partial_ptr": sums, "slots": slots, "LIMIT": x.dtype is torch.float16}
+        _launch(resident.row_backward, slots * groups if samples else 0, _warps(sizes), arguments, _registers(sizes))
         return dx, sums[0].sum(0), sums[1].sum(0)
 
     def _row_sizes(self, x: Tensor) -> dict[str, int]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from normrewrite.backends.kernels import kernels
+from normrewrite.backends.dispatch import kernels
 from tests.backends.test_digits import SCOPES, affine, by_batch, by_sample, off
 
 pytestmark = [

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from normrewrite.backends import torch_sample
+from normrewrite.backends.call import Call
 from normrewrite.backends.triton import geometry, launch
 from normrewrite.backends.triton.fixed import Fixed, fitting, using
 from normrewrite.backends.triton.geometry import Tuning
@@ -51,6 +52,6 @@ def test_norms_are_those_of_torch(spec: str, shape: tuple[int, ...]) -> None:
     with using(FIXED):
         found = launch.forward(x, None, weight, None, *told, sample=True)[0]
     assert type(launch.TUNING) is Tuning
-    wanted = torch_sample.forward(x.double(), weight.double(), None, *told, True)[0]
+    wanted = torch_sample.forward(Call(x.double(), *told, sample=True), weight.double(), None)[0]
     assert (found - wanted).abs().max() <= 5e-6 * max(1.0, wanted.abs().max().item())
     assert not math.isclose((1.01 * found - wanted).abs().max().item(), 0, abs_tol=5e-6)  # it can fail

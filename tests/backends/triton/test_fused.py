@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import normrewrite as nr
-from normrewrite.backends.kernels import kernels
+from normrewrite.backends.dispatch import kernels
 from normrewrite.nn import norm_relu
 from normrewrite.passes import FuseActivation
 from tests.conftest import randomise

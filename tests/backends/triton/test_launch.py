@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from normrewrite.backends import relu, torch_batch, torch_sample  # noqa: F401 -- and their operators
-from normrewrite.backends.kernels import kernels
+from normrewrite.backends import operators, relu, torch_batch, torch_sample  # noqa: F401 -- and their operators
+from normrewrite.backends.dispatch import kernels
 from normrewrite.backends.triton import launch
 from normrewrite.errors import NormRewriteError
 from normrewrite.norms import Metric, metric
@@ -49,7 +49,7 @@ def both(
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """(y, mean, C * S) and (dx, dweight, dbias)."""
     leaves = [value.detach().requires_grad_() for value in (x, weight, bias)]
-    y, *statistics = torch_batch.normalise(*leaves, row, "exact", eps)
+    y, *statistics = operators.batch_norm(*leaves, row, "exact", eps)
     return (y, *statistics), torch.autograd.grad(y, leaves, g)
 
 
@@ -211,7 +211,7 @@ def test_a_backward_may_be_the_other_lowerings(spec: str, first: str, second: st
     x, weight, bias, g = batch.backward_case((2, 5, 3, 7), torch.float32)
     leaves = [value.detach().requires_grad_() for value in (x, weight, bias)]
     with kernels(first):
-        y, *_ = torch_batch.normalise(*leaves, row, "exact", EPS)
+        y, *_ = operators.batch_norm(*leaves, row, "exact", EPS)
     with kernels(second):
         batch.check_backward(torch.autograd.grad(y, leaves, g), x, weight, bias, g, row)
 
@@ -245,7 +245,7 @@ def test_a_gradient_sums_to_zero_where_deviations_are_zero(first: str, second: s
     """As it must, whatever subgradient is taken there, whichever lowering computed the forward and which the backward."""
     x = AT_THE_MEAN.clone().requires_grad_()
     with kernels(first):
-        y, *_ = torch_batch.normalise(x, None, None, "l1", "exact", EPS)
+        y, *_ = operators.batch_norm(x, None, None, "l1", "exact", EPS)
     with kernels(second):
         (dx,) = torch.autograd.grad(y, x, torch.randn(x.shape) + x.detach())
     assert float(dx.abs().sum((0, 2)).min()) > 1
@@ -346,7 +346,7 @@ def sample_layouts(x: Tensor) -> list[Tensor]:
 
 def check_sample(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor, row: Metric, centred: bool) -> None:
     leaves = [value.detach().requires_grad_() for value in (x, weight, bias)]
-    y, *statistics = torch_sample.normalise(*leaves, row, "exact", EPS, centred)
+    y, *statistics = operators.sample_norm(*leaves, row, "exact", EPS, centred)
     sample.check_forward((y, *statistics), x, weight, bias, row, centred)
     found = torch.autograd.grad(y, leaves, g)
     wide = [value.double() for value in (x, weight, bias)]
@@ -380,7 +380,7 @@ def test_row_operators_are_what_compilers_are_told(spec: str, shape: sample.Shap
 def test_a_row_that_is_not_finite_spoils_no_other(spec: str, bad: float) -> None:
     x = torch.randn(3, 1, 20, 1)
     x[1, 0, 4] = bad
-    y, mean, spread = torch_sample.normalise(x, None, None, metric(spec), "exact", EPS)
+    y, mean, spread = operators.sample_norm(x, None, None, metric(spec), "exact", EPS)
     assert bool(y[[0, 2]].isfinite().all())
     assert not bool(y[1].isfinite().any() or mean[1].isfinite() or spread[1].isfinite())
 
@@ -391,13 +391,13 @@ def test_dead_rows_and_no_rows_at_all(spec: str) -> None:
     x[1] = 0.5
     weight, bias = sample.affine_of((3, 1, 20, 1), torch.float16)
     leaf = x.requires_grad_()
-    y = torch_sample.normalise(leaf, weight, bias, metric(spec), "exact", EPS)[0]
+    y = operators.sample_norm(leaf, weight, bias, metric(spec), "exact", EPS)[0]
     check_close("y", y[1, 0, :, 0], bias[0], tolerance=1e-3)
     (dx,) = torch.autograd.grad(y, leaf, torch.full_like(y, 100) * torch.randn(y.shape).half())
     assert float(dx.abs().max()) == 65504
     sample.test_no_rows_at_all(spec)
     empty = torch.zeros(0, 1, 8, 1, requires_grad=True)
-    torch_sample.normalise(empty, None, None, metric(spec), "exact", EPS)[0].sum().backward()
+    operators.sample_norm(empty, None, None, metric(spec), "exact", EPS)[0].sum().backward()
     assert empty.grad is not None and empty.grad.shape == empty.shape
 
 
@@ -406,11 +406,11 @@ def test_dead_rows_and_no_rows_at_all(spec: str) -> None:
 
 def test_what_kernels_do_not_serve_is_told() -> None:
     with pytest.raises(NormRewriteError, match=r"take fp32, fp16 and bf16, got torch\.float64"):
-        torch_batch.normalise(torch.randn(4, 3).double(), None, None, "l1", "exact", EPS)
+        operators.batch_norm(torch.randn(4, 3).double(), None, None, "l1", "exact", EPS)
     with pytest.raises(NormRewriteError, match="rows of up to 8192 elements, got 8193"):
-        torch_sample.normalise(torch.randn(2, 1, 8193, 1), None, None, "l1", "exact", EPS)
+        operators.sample_norm(torch.randn(2, 1, 8193, 1), None, None, "l1", "exact", EPS)
     with pytest.raises(NormRewriteError, match=r"up to 128 extremes of such a row, topk:10% asks for 150"):
-        torch_sample.normalise(torch.randn(2, 1, 1500, 1), None, None, "topk:10%", "exact", EPS)
+        operators.sample_norm(torch.randn(2, 1, 1500, 1), None, None, "topk:10%", "exact", EPS)
 
 
 @every_row
@@ -418,8 +418,8 @@ def test_one_element(spec: str) -> None:
     """Has no spread: refused, as by torch. One of each sample is normalised; so is one alone by statistics that stand."""
     one = torch.full((1, 1, 1, 1), 3.0)
     for refused in (
-        lambda: torch_batch.normalise(one, None, None, spec, "exact", EPS),
-        lambda: torch_sample.normalise(one, None, None, spec, "exact", EPS),
+        lambda: operators.batch_norm(one, None, None, spec, "exact", EPS),
+        lambda: operators.sample_norm(one, None, None, spec, "exact", EPS),
     ):
         with pytest.raises(NormRewriteError, match="at least"):
             refused()
