@@ -9,7 +9,8 @@ from torch import nn
 
 import normrewrite as nr
 from normrewrite import sites
-from normrewrite.api import convert
+from normrewrite.api import plan
+from normrewrite.api.plan import Choice
 from normrewrite.passes import FoldAffine, NormaliseWeights, RestoreNative, SwapMetric
 from normrewrite.passes.base import Rewrite
 from tests.conftest import randomise
@@ -57,11 +58,11 @@ def failing_at(count: int, function: Callable[..., Any]) -> Callable[..., Any]:
     [
         ("l1", SwapMetric, "rewrite"),
         ("none", FoldAffine, "rewrite"),
-        ("wn", NormaliseWeights, "rewrite_before"),
+        ("wn", NormaliseWeights, "rewrite"),
         ("bwn", Rewrite, "apply"),
         ("none", sites, "replace"),
-        ("l1", convert, "_measured"),
-        ("wn", convert, "_measured"),
+        ("l1", Choice, "outcome"),
+        ("wn", Choice, "outcome"),
     ],
 )
 def test_a_failure_at_any_site_changes_nothing(
@@ -87,7 +88,7 @@ def test_a_site_that_is_not_exact_changes_nothing(monkeypatch: pytest.MonkeyPatc
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     before, held = standing(model), [id(parameter) for parameter in optimizer.param_groups[0]["params"]]
-    monkeypatch.setattr(convert, "measured", lambda *_: (1.0, 1.0))
+    monkeypatch.setattr(plan, "measured", lambda *_: (1.0, 1.0))
     with pytest.raises(nr.NormRewriteError) as error:
         nr.convert_(model, "bwn", optimizers=[optimizer])
     assert error.value.exit_code == 1 and standing(model) == before
