@@ -262,7 +262,7 @@ def _with(layer: nn.Module, weight: Tensor, bias: Tensor, norm: nn.Module | None
 
 
 def _may_fold(graph_module: GraphModule, node: Node, reader: Node | None, ranks: dict[Node, int]) -> bool:
-    return neighbours.why_not_fold(graph_module, node, reader, ranks) is None
+    return neighbours.Way(graph_module, ranks).why_not_fold(node, reader) is None
 
 
 def _takes_affine_input(layer: nn.Module) -> bool:
