@@ -35,11 +35,6 @@ class Replacement:
     norm: nn.Module
     layer: nn.Module | None = None
 
-    @classmethod
-    def of(cls, new: "Replacement | nn.Module") -> "Replacement":
-        """As a pass of a user's may give it: a module takes the norm's place alone."""
-        return new if isinstance(new, Replacement) else cls(new)
-
 
 class Rewritten(NamedTuple):
     """A site that was rewritten: the layer before it, if that changed too, and the module that it got."""
@@ -93,6 +88,14 @@ class Rewrite(ABC):
         """What takes the place of the site's norm, and of the layer before it where that changes too: a Replacement, or the
         one module. Alters nothing."""
 
+    def replacement(self, site: Site) -> Replacement:
+        """What `rewrite` gives, in one form: a bare module takes the norm's place alone."""
+        new = self.rewrite(site)
+        if isinstance(new, Replacement):
+            return new
+        before = getattr(self, "rewrite_before", None)  # what a pass had before there was Replacement
+        return Replacement(new, None if before is None else before(site))
+
     def settle(self, model: nn.Module, done: Sequence[Rewritten]) -> None:
         """What there is to do around the sites once they are rewritten: torch's fused layers read norms past their forward."""
         step_aside_(model, [norm for each in done for norm in (each.site.module, each.norm)])
@@ -108,7 +111,7 @@ class Rewrite(ABC):
             chosen = [site for site in seen if self.refusal(site) is None]
         done = []
         for site in chosen:
-            new = Replacement.of(self.rewrite(site))
+            new = self.replacement(site)
             if new.layer is not None and site.before is not None:
                 sites.replace(site.before, new.layer)
             sites.replace(site, new.norm)

@@ -114,7 +114,7 @@ class FoldAffine(Rewrite):
     def _fold_call(self, graph_module: GraphModule, node: Node, site: Site, ranks: dict[Node, int]) -> None:
         taker = self._taker(graph_module, node, site, ranks)
         if taker is None:
-            new = self.rewrite(site).norm
+            new = self.replacement(site).norm
             sites.carry_over(site.module, new)
             graph_module.set_submodule(site.name, new)
             return

@@ -23,7 +23,6 @@ from normrewrite.execution import Outputs, device_of, flat
 from normrewrite.nn.batch import BatchNorm, FrozenBatchNorm
 from normrewrite.nn.mean_only import MeanOnlyBatchNorm
 from normrewrite.nn.parts import deepcopy
-from normrewrite.passes.base import Replacement
 from normrewrite.sites import Site, Walk, looks
 from normrewrite.sites.refusal import Refusal
 from normrewrite.tolerances import SAME_NETWORK, worst
@@ -51,8 +50,7 @@ def _looked_at(plan: Plan, walk: Walk, inputs: Sequence[Tensor] | None) -> dict[
         alike = (id(rewrite), type(site.module), tuple(site.module._modules), site.before is None)
         key = alike if by_class else site.name
         if key not in known:
-            new = Replacement.of(rewrite.rewrite(site))
-            known[key] = looks.Renewed(new.norm, not rewrite.inexact(site))
+            known[key] = looks.Renewed(rewrite.replacement(site).norm, not rewrite.inexact(site))
         return known[key]
 
     lifted = [walk.by_name[name] for name in plan.lifts]
