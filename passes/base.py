@@ -54,9 +54,9 @@ class Rewrite(ABC):
         """Whether the module is a site of this pass at all, refused or not."""
         return sites.is_norm(module)
 
-    def look(self, model: nn.Module, found: Sequence[Site]) -> list[Site]:
+    def look(self, model: nn.Module, places: Sequence[Site]) -> list[Site]:
         """The sites with what has to be known of their surroundings."""
-        return list(found)
+        return list(places)
 
     @abstractmethod
     def why_not(self, site: Site) -> Refusal | str | None:

@@ -63,8 +63,8 @@ class FoldAffine(Rewrite):
         self.example_inputs, self.forwards = example_inputs, forwards
         self.outcome = Outcome([], [])
 
-    def look(self, model: nn.Module, found: Sequence[Site]) -> list[Site]:
-        return neighbours.attach(model, found, self.example_inputs)
+    def look(self, model: nn.Module, places: Sequence[Site]) -> list[Site]:
+        return neighbours.attach(model, places, self.example_inputs)
 
     def wants(self, module: nn.Module) -> bool:
         return sites.is_norm(module) or isinstance(module, MeanOnlyBatchNorm)

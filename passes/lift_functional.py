@@ -53,9 +53,9 @@ def _calls(graph_module: GraphModule) -> list[Node]:
 
 
 def _arguments(node: Node) -> dict[str, Any]:
-    found = normalize_function(F.batch_norm, node.args, node.kwargs, normalize_to_only_use_kwargs=True)
-    assert found is not None
-    return dict(found.kwargs)
+    call = normalize_function(F.batch_norm, node.args, node.kwargs, normalize_to_only_use_kwargs=True)
+    assert call is not None
+    return dict(call.kwargs)
 
 
 def _why_not(node: Node) -> str | None:
@@ -147,18 +147,18 @@ def _forget(graph_module: GraphModule, node: Node) -> None:
 
 def candidates(walk: Walk) -> list[Site]:
     """The outermost modules whose own forward calls F.batch_norm, and that are no norm which can be taken over whole."""
-    found: dict[int, Site] = {}
+    outermost: dict[int, Site] = {}
     for name, module, home in walk.registrations:
-        if id(module) in found:
-            old = found[id(module)]
-            found[id(module)] = Site((*old.names, name), module, (*old.homes, *home))
-        elif _runs_batch_norm(module) and not _inside(name, found) and not _is_whole(walk.site(module)):
-            found[id(module)] = Site((name,), module, tuple(home))
-    return list(found.values())
+        if id(module) in outermost:
+            old = outermost[id(module)]
+            outermost[id(module)] = Site((*old.names, name), module, (*old.homes, *home))
+        elif _runs_batch_norm(module) and not _inside(name, outermost) and not _is_whole(walk.site(module)):
+            outermost[id(module)] = Site((name,), module, tuple(home))
+    return list(outermost.values())
 
 
-def _inside(name: str, found: dict[int, Site]) -> bool:
-    return any(outer == "" or name.startswith(f"{outer}.") for site in found.values() for outer in site.names)
+def _inside(name: str, outermost: dict[int, Site]) -> bool:
+    return any(outer == "" or name.startswith(f"{outer}.") for site in outermost.values() for outer in site.names)
 
 
 def _is_whole(site: Site) -> bool:

@@ -63,14 +63,14 @@ class NormaliseWeights(Rewrite):
     def wants(self, module: nn.Module) -> bool:
         return sites.is_norm(module) or _is_convolution(module)
 
-    def look(self, model: nn.Module, found: Sequence[Site]) -> list[Site]:
+    def look(self, model: nn.Module, places: Sequence[Site]) -> list[Site]:
         """Norms with the layer that takes them, and the convolutions that are nobody's."""
-        norms = neighbours.attach(model, [site for site in found if sites.is_norm(site.module)], self.example_inputs)
+        norms = neighbours.attach(model, [site for site in places if sites.is_norm(site.module)], self.example_inputs)
         taken = {id(site.before.module) for site in norms if site.before is not None}
         shared = sites.shared_parameters(model)
         alone = [
             replace(site, alone="shares its weight with another layer" if _weight(site.module) in shared else "")
-            for site in found
+            for site in places
             if _is_convolution(site.module) and id(site.module) not in taken
         ]
         return norms + alone

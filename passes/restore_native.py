@@ -72,10 +72,10 @@ class RestoreNative(Rewrite):
             return Refusal(f"{site.kind} takes any rank, and torch has no such batch norm; use BatchNorm1d, 2d or 3d")
         return None
 
-    def look(self, model: nn.Module, found: Sequence[Site]) -> list[Site]:
+    def look(self, model: nn.Module, places: Sequence[Site]) -> list[Site]:
         """A layer with a norm in its weight has no function of its own to keep: the place of that norm stands for both."""
-        self._with_a_norm = {id(layer) for site in found for layer in getattr(site.module, "layer", ())}
-        return list(found)
+        self._with_a_norm = {id(layer) for site in places for layer in getattr(site.module, "layer", ())}
+        return list(places)
 
     def inexact(self, site: Site) -> str:
         origin = sites.origin_of(site.module)

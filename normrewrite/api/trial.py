@@ -54,7 +54,7 @@ def _looked_at(plan: Plan, walk: Walk, inputs: Sequence[Tensor] | None) -> dict[
         return known[key]
 
     lifted = [walk.by_name[name] for name in plan.lifts]
-    seen = looks.found(plan.model, [choice.site for choice in choices.values()], renewed, lifted)
+    seen = looks.first_looks(plan.model, [choice.site for choice in choices.values()], renewed, lifted)
     if not seen:
         return {}
     why = _REMEDY if inputs is None else _parts_ways(plan, inputs)
@@ -125,8 +125,8 @@ def _alike(a: Tensor | None, b: Tensor | None, *, by_shape: bool = False) -> boo
     return a.shape == b.shape and (by_shape or worst(a, b, 0.0) <= SAME_NETWORK.get(b.dtype, 0.0))
 
 
-def _run(model: nn.Module, names: Collection[str], inputs: Sequence[Tensor], given: Sequence[_Call] = ()) -> _Run:
-    """One pass, as the model's flags are. given: the calls of another run, whose outputs take the place of the sites' own, so
+def _run(model: nn.Module, names: Collection[str], inputs: Sequence[Tensor], replayed: Sequence[_Call] = ()) -> _Run:
+    """One pass, as the model's flags are. replayed: the calls of another run, whose outputs take the place of the sites' own, so
     that what is between the sites can be compared by itself."""
     calls: list[_Call] = []
     entered: list[Tensor | None] = []
@@ -137,7 +137,7 @@ def _run(model: nn.Module, names: Collection[str], inputs: Sequence[Tensor], giv
 
     def leave(name: str, output: Any) -> Any:
         place = len(calls)
-        wanted = given[place].output if place < len(given) and given[place].name == name else output
+        wanted = replayed[place].output if place < len(replayed) and replayed[place].name == name else output
         output = wanted.clone() if isinstance(wanted, Tensor) else wanted
         calls.append(_Call(name, entered.pop(), wanted))
         return output

@@ -148,12 +148,12 @@ def _traced(model: nn.Module, whole: Collection[int], fixed: Mapping[str, Any]) 
         raise Untraceable(f"torch.fx can't trace {type(model).__name__}: {first_line(error)}") from error
 
 
-def _told(node: Node) -> Mapping[str, Any]:
+def _arguments_of(node: Node) -> Mapping[str, Any]:
     return {"args": node.args, "kwargs": node.kwargs}
 
 
 def shape(
-    graph_module: GraphModule, fixed: Mapping[str, Any], arguments: Callable[[Node], Mapping[str, Any]] = _told
+    graph_module: GraphModule, fixed: Mapping[str, Any], arguments: Callable[[Node], Mapping[str, Any]] = _arguments_of
 ) -> list[tuple[Any, ...]]:
     """The graph as data: what each node is and is told. fixed: inputs that stand for these values, and are no nodes of it."""
     nodes = [node for node in graph_module.graph.nodes if node.target is not keeps and node.op != "placeholder"]
