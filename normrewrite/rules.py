@@ -33,8 +33,8 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 def as_rules(rules: Mapping[str, str | None] | Rules | None) -> list[tuple[str, str]]:
     """`{"layer1.*": "linf", "stem.bn": None}` or pairs -> pairs; None means keep."""
-    given: Any = rules.items() if isinstance(rules, Mapping) else () if rules is None else rules
-    pairs = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+    items: Any = rules.items() if isinstance(rules, Mapping) else () if rules is None else rules
+    pairs = list(items) if isinstance(items, Iterable) and not isinstance(items, str) else [items]
     if not all(map(_is_rule, pairs)):
         raise NormRewriteError(
             f"rules is {rules!r}; write a mapping of patterns to targets, as in {{'layer1.*': 'linf', 'stem.bn': None}}."
@@ -48,11 +48,11 @@ def _is_rule(pair: Any) -> bool:
     return whole and isinstance(pair[0], str) and isinstance(pair[1], str | None)
 
 
-def as_names(given: Any, option: str) -> list[str]:
+def as_names(texts: Any, option: str) -> list[str]:
     """A text, or several."""
-    names = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+    names = list(texts) if isinstance(texts, Iterable) and not isinstance(texts, str) else [texts]
     if not all(isinstance(name, str) for name in names):
-        raise NormRewriteError(f"{option} is {given!r}; needed is a text or a sequence of them.")
+        raise NormRewriteError(f"{option} is {texts!r}; needed is a text or a sequence of them.")
     return names
 
 

@@ -1,9 +1,9 @@
-"""The rewrites, one a file, each a torch.fx pass; `PIPELINE` is their order.
+"""The rewrites, one a file, each a torch.fx pass; `PIPELINE` is the order in which a plan carries them out.
 
 >>> from normrewrite.passes import SwapMetric, FoldAffine
 """
 
-from normrewrite.passes.base import Rewrite
+from normrewrite.passes.base import Replacement, Rewrite
 from normrewrite.passes.change_scope import ChangeScope
 from normrewrite.passes.fold_affine import FoldAffine
 from normrewrite.passes.freeze import Freeze
@@ -27,6 +27,7 @@ __all__ = [
     "LiftFunctional",
     "NormaliseWeights",
     "Renormalise",
+    "Replacement",
     "RestoreNative",
     "Rewrite",
     "SwapMetric",

@@ -1,31 +1,47 @@
 """What every pass shares: one rule for one site, and the two drivers that carry it through a model.
 
-A pass states which modules it `wants`, `why_not(site)` (a refusal, or None) and `rewrite(site)` (the new module; pure, sees
-one site). One that folds a norm into the layer in front of it also has `look(model, sites)`, which tells each site's
-neighbour, and `rewrite_before(site)`. The tree driver `apply` walks any nn.Module. Called on a torch.fx.GraphModule a pass is
-a torch.fx pass: it rewrites the graph module in place, as torch.fx passes do, and returns PassResult. Modules that the
-graph module shares with the model it was traced from are never altered, only replaced.
+A pass states which modules it `wants`, `why_not(site)` (a refusal, or None) and `rewrite(site)` (what takes the place of the
+norm, and of the layer in front of it; pure, sees one site). One that folds a norm into that layer also has
+`look(model, sites)`, which tells each site's neighbour. The tree driver `apply` walks any nn.Module. Called on a
+torch.fx.GraphModule a pass is a torch.fx pass: it rewrites the graph module in place, as torch.fx passes do, and returns
+PassResult. Modules that the graph module shares with the model it was traced from are never altered, only replaced.
 """
 
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
 from normrewrite import sites
-from normrewrite.nn.mean_only import MeanOnlyBatchNorm
-from normrewrite.nn.sample import RowNorm
-from normrewrite.nn.stand_in import StandIn
 from normrewrite.norms import Gain
 from normrewrite.passes.lift_functional import LiftFunctional
 from normrewrite.sites import Site, graph
 from normrewrite.sites.fused import step_aside_
 from normrewrite.sites.owners import why_owned
+from normrewrite.sites.refusal import Refusal
 
 Pair = tuple[nn.Module | None, nn.Module]  # the layer in front, where the rewrite changed that too, and the norm
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What takes the place of a norm and, where that changes too, of the layer in front of it."""
+
+    norm: nn.Module
+    layer: nn.Module | None = None
+
+
+class Rewritten(NamedTuple):
+    """A site that was rewritten: the layer before it, if that changed too, and the module that it got."""
+
+    site: Site
+    before: nn.Module | None
+    norm: nn.Module
 
 
 class Rewrite(ABC):
@@ -38,17 +54,17 @@ class Rewrite(ABC):
         """Whether the module is a site of this pass at all, refused or not."""
         return sites.is_norm(module)
 
-    def look(self, model: nn.Module, found: Sequence[Site]) -> list[Site]:
+    def look(self, model: nn.Module, places: Sequence[Site]) -> list[Site]:
         """The sites with what has to be known of their surroundings."""
-        return list(found)
+        return list(places)
 
     @abstractmethod
-    def why_not(self, site: Site) -> str | None:
+    def why_not(self, site: Site) -> Refusal | str | None:
         """The reason why this site must stay as it is, or None."""
 
-    def refusal(self, site: Site) -> str | None:
+    def refusal(self, site: Site) -> Refusal | None:
         """The same, or what stands around it forbids any rewrite."""
-        return why_owned(site) or self.why_not(site)
+        return why_owned(site) or Refusal.of(self.why_not(site))
 
     def inexact(self, site: Site) -> str:
         """Why eval can't stay the same function here; empty where it does."""
@@ -68,40 +84,44 @@ class Rewrite(ABC):
         return (layer, site.module), (before, new)
 
     @abstractmethod
-    def rewrite(self, site: Site) -> nn.Module:
-        """The module that takes the site's place. Alters nothing."""
+    def rewrite(self, site: Site) -> Replacement | nn.Module:
+        """What takes the place of the site's norm, and of the layer before it where that changes too: a Replacement, or the
+        one module. Alters nothing."""
 
-    def rewrite_before(self, site: Site) -> nn.Module | None:
-        """The module that takes the place of the layer before the site, if that changes too. Alters nothing."""
-        return None
+    def replacement(self, site: Site) -> Replacement:
+        """What `rewrite` gives, in one form: a bare module takes the norm's place alone."""
+        new = self.rewrite(site)
+        if isinstance(new, Replacement):
+            return new
+        before = getattr(self, "rewrite_before", None)  # what a pass had before there was Replacement
+        return Replacement(new, None if before is None else before(site))
 
-    def apply(
-        self, model: nn.Module, chosen: Iterable[Site] | None = None
-    ) -> tuple[nn.Module, list[tuple[Site, nn.Module | None, nn.Module]]]:
+    def settle(self, model: nn.Module, done: Sequence[Rewritten]) -> None:
+        """What there is to do around the sites once they are rewritten: torch's fused layers read norms past their forward."""
+        step_aside_(model, [norm for each in done for norm in (each.site.module, each.norm)])
+
+    def apply(self, model: nn.Module, chosen: Iterable[Site] | None = None) -> tuple[nn.Module, list[Rewritten]]:
         """Tree driver, in place: rewrite the chosen sites, which must not be refused (all such, by default).
 
         Returns the model (a new root where the root itself was a norm) and each site with the layer before it, if that
         changed too, and the module it got.
         """
         if chosen is None:
-            found = self.look(model, sites.find(model, self.wants))
-            chosen = [site for site in found if self.refusal(site) is None]
+            seen = self.look(model, sites.find(model, self.wants))
+            chosen = [site for site in seen if self.refusal(site) is None]
         done = []
         for site in chosen:
-            before, new = self.rewrite_before(site), self.rewrite(site)
-            if before is not None and site.before is not None:
-                sites.replace(site.before, before)
-            sites.replace(site, new)
-            if isinstance(new, StandIn | MeanOnlyBatchNorm) and before is not None:
-                new.layer = (before,)
-            origin = sites.origin_of(new)
+            new = self.replacement(site)
+            if new.layer is not None and site.before is not None:
+                sites.replace(site.before, new.layer)
+            sites.replace(site, new.norm)
+            origin = sites.origin_of(new.norm)
             if origin is not None:
                 origin.target, origin.gain, origin.inexact = self.target, self.gain, self.inexact(site)
-            done.append((site, before, new))
+            done.append(Rewritten(site, new.layer, new.norm))
             if site.module is model:
-                model = new
-        if any(isinstance(norm, RowNorm) for site, _, new in done for norm in (site.module, new)):
-            step_aside_(model)
+                model = new.norm
+        self.settle(model, done)
         return model, done
 
     def __call__(self, graph_module: GraphModule) -> PassResult:

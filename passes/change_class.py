@@ -14,7 +14,8 @@ from normrewrite.nn.batch import BatchNorm
 from normrewrite.passes.base import Rewrite
 from normrewrite.passes.swap_metric import from_native
 from normrewrite.sites import Site
-from normrewrite.sites.kinds import Kind, native
+from normrewrite.sites.kinds import Kind
+from normrewrite.sites.refusal import Refusal
 
 
 class ChangeClass(Rewrite):
@@ -22,14 +23,13 @@ class ChangeClass(Rewrite):
 
     cls: type[BatchNorm]
 
-    def why_not(self, site: Site) -> str | None:
-        kind = native(site.module, tracked=True, frozen=False)
-        return kind if isinstance(kind, str) else None
+    def why_not(self, site: Site) -> Refusal | None:
+        norm = site.native(tracked=True, frozen=False)
+        return norm if isinstance(norm, Refusal) else None
 
     def rewrite(self, site: Site) -> nn.Module:
-        kind = native(site.module)
-        assert isinstance(kind, Kind)
-        new = from_native(site.module, replace(kind, cls=self.cls), "l2", "exact")
+        assert isinstance(site.norm, Kind)
+        new = from_native(site.module, replace(site.norm, cls=self.cls), "l2", "exact")
         new.site = site.name
         self.finish(site.module, new)
         return new

@@ -10,7 +10,7 @@ each sample's channels away, and with it what many networks decide by.
 """
 
 import math
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -19,7 +19,8 @@ from normrewrite.nn.sample import GroupNorm
 from normrewrite.nn.stand_in import StandIn
 from normrewrite.passes.base import Rewrite
 from normrewrite.sites import Site
-from normrewrite.sites.kinds import Kind, native
+from normrewrite.sites.kinds import Kind
+from normrewrite.sites.refusal import Refusal
 
 
 class ChangeScope(Rewrite):
@@ -36,21 +37,20 @@ class ChangeScope(Rewrite):
         self.groups = groups
         self.target = scope if groups is None else f"{scope}:{groups}"
 
-    def why_not(self, site: Site) -> str | None:
-        kind = native(site.module)
-        return kind if isinstance(kind, str) else None
+    def why_not(self, site: Site) -> Refusal | None:
+        norm = site.native()
+        return norm if isinstance(norm, Refusal) else None
 
     def inexact(self, site: Site) -> str:
         loss = "; it loses each sample's own channel means" if self.scope == "instance" else ""
         return f"statistics of each sample{loss}"
 
     def rewrite(self, site: Site) -> nn.Module:
-        old: Any = site.module
-        kind = native(old)
-        assert isinstance(kind, Kind)
-        norm = self._norm(old, kind.eps)
+        old, was = cast(Any, site.module), site.norm
+        assert isinstance(was, Kind)
+        norm = self._norm(old, was.eps)
         learned = {name: getattr(norm, name) for name in ("weight", "bias")}
-        tail = {name: old._modules[name] for name in kind.tail}
+        tail = {name: old._modules[name] for name in was.tail}
         new = StandIn(norm, tail) if tail else norm
         new.origin = Origin(old, {name: (getattr(old, name), value) for name, value in learned.items()}).keep(old)
         return new

@@ -17,7 +17,7 @@ place, and norms that no layer in front can take become an affine by channel.
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,10 +32,11 @@ from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.mean_only import MeanOnlyBatchNorm
 from normrewrite.nn.parts import learns
 from normrewrite.nn.stand_in import StandIn
-from normrewrite.passes.base import Rewrite, own_parents
+from normrewrite.passes.base import Replacement, Rewrite, own_parents
 from normrewrite.passes.lift_functional import LiftFunctional, free_name
-from normrewrite.sites import Site, graph, neighbours
+from normrewrite.sites import Norm, Site, graph, neighbours
 from normrewrite.sites.kinds import Kind, recognise
+from normrewrite.sites.refusal import Refusal
 
 Affine = tuple[Tensor, Tensor]
 
@@ -62,34 +63,33 @@ class FoldAffine(Rewrite):
         self.example_inputs, self.forwards = example_inputs, forwards
         self.outcome = Outcome([], [])
 
-    def look(self, model: nn.Module, found: Sequence[Site]) -> list[Site]:
-        return neighbours.attach(model, found, self.example_inputs)
+    def look(self, model: nn.Module, places: Sequence[Site]) -> list[Site]:
+        return neighbours.attach(model, places, self.example_inputs)
 
     def wants(self, module: nn.Module) -> bool:
         return sites.is_norm(module) or isinstance(module, MeanOnlyBatchNorm)
 
-    def why_not(self, site: Site) -> str | None:
-        kind = None if isinstance(site.module, BatchNorm | MeanOnlyBatchNorm) else recognise(site.module)
-        if isinstance(kind, str):
-            return kind
+    def why_not(self, site: Site) -> Refusal | None:
+        if not isinstance(site.norm, Kind) and not isinstance(site.module, MeanOnlyBatchNorm):
+            return site.norm if isinstance(site.norm, Refusal) else Refusal("is a norm within a sample")
         if site.module.running_mean is None:
-            return "has no running statistics, so nothing is fixed that could be folded"
+            return Refusal("has no running statistics, so nothing is fixed that could be folded")
         if site.module.running_mean.is_meta:
-            return "its statistics are on the meta device, and have no values yet"
-        return why_not_fixed(site.module)
+            return Refusal("its statistics are on the meta device, and have no values yet")
+        return why_not_fixed(site)
 
-    def rewrite(self, site: Site) -> nn.Module:
+    def rewrite(self, site: Site) -> Replacement:
         (self.outcome.to_affine if site.before is None else self.outcome.into_neighbour).append(site.name)
         if site.before is not None:
-            return _rest(site, site.before.module)
-        new, tail = as_affine(site.module), _tail(site.module)
+            layer = into_previous(site.before.module, affine_of(site.module, site.norm), site.module)
+            rest = _rest(site, layer)
+            rest.layer = (layer,)
+            return Replacement(rest, layer)
+        new, tail = as_affine(site.module, site.norm), _tail(site.module, site.norm)
         new.site, new.tail, new.folded = site.name, tuple(tail), site.kind
         new.rank = getattr(site.module, "rank", None)
         new._modules.update(tail)
-        return new
-
-    def rewrite_before(self, site: Site) -> nn.Module | None:
-        return None if site.before is None else into_previous(site.before.module, affine_of(site.module), site.module)
+        return Replacement(new)
 
     def __call__(self, graph_module: GraphModule) -> PassResult:
         self.outcome = Outcome([], [])
@@ -101,7 +101,8 @@ class FoldAffine(Rewrite):
         for node in list(graph_module.graph.nodes):
             module = graph.module_of(graph_module, node)
             if module is not None and id(module) in norms:
-                self._fold_call(graph_module, node, module, ranks)
+                site = replace(norms[id(module)], names=(str(node.target),))
+                self._fold_call(graph_module, node, site, ranks)
                 called = True
         for name in self.outcome.into_neighbour:
             if all(node.target != name for node in graph_module.graph.nodes):
@@ -110,70 +111,65 @@ class FoldAffine(Rewrite):
         graph_module.recompile()
         return PassResult(graph_module, lifted or called)
 
-    def _fold_call(self, graph_module: GraphModule, node: Node, norm: nn.Module, ranks: dict[Node, int]) -> None:
-        taker = self._taker(graph_module, node, norm, ranks)
+    def _fold_call(self, graph_module: GraphModule, node: Node, site: Site, ranks: dict[Node, int]) -> None:
+        taker = self._taker(graph_module, node, site, ranks)
         if taker is None:
-            self._leave_affine(graph_module, node, norm)
+            new = self.replacement(site).norm
+            sites.carry_over(site.module, new)
+            graph_module.set_submodule(site.name, new)
             return
         call, fold = taker
         layer = str(call.target)
         taken = graph_module.get_submodule(layer)
-        graph_module.set_submodule(layer, fold(taken, affine_of(norm), norm))
-        self.outcome.into_neighbour.append(str(node.target))
-        if not tail_names(norm) and not _may_be_unbatched(norm, taken):
+        graph_module.set_submodule(layer, fold(taken, affine_of(site.module, site.norm), site.module))
+        self.outcome.into_neighbour.append(site.name)
+        if not tail_names(site.module, site.norm) and not _may_be_unbatched(site, taken):
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
             graph_module.graph.erase_node(node)
         else:
-            name = free_name(graph_module, f"{node.target}_tail")  # another call of the norm still needs the norm
-            graph_module.add_submodule(name, _rest(Site((str(node.target),), norm, ()), taken))
+            name = free_name(graph_module, f"{site.name}_tail")  # another call of the norm still needs the norm
+            graph_module.add_submodule(name, _rest(site, taken))
             node.target = name
 
     def _taker(
-        self, graph_module: GraphModule, node: Node, norm: nn.Module, ranks: dict[Node, int]
+        self, graph_module: GraphModule, node: Node, site: Site, ranks: dict[Node, int]
     ) -> tuple[Node, Callable[[nn.Module, Affine, nn.Module], nn.Module]] | None:
         """The call of a layer beside the norm's that can take its affine, in front or else behind, and how it does."""
-        if neighbours.has_hooks(norm):
+        if neighbours.has_hooks(site.module):
             return None
         before = node.args[0]
         if isinstance(before, Node) and _may_fold(graph_module, before, node, ranks):
             return before, into_previous
-        if not self.forwards or len(node.users) != 1 or tail_of(norm) is not None:
+        if not self.forwards or len(node.users) != 1 or tail_names(site.module, site.norm):
             return None
         after = next(iter(node.users))
         alone = _may_fold(graph_module, after, None, ranks) and after.args == (node,)
         takes = alone and _takes_affine_input(graph_module.get_submodule(str(after.target)))
         return (after, into_next) if takes else None
 
-    def _leave_affine(self, graph_module: GraphModule, node: Node, norm: nn.Module) -> None:
-        site = Site((str(node.target),), norm, ())
-        new = self.rewrite(site)
-        sites.carry_over(norm, new)
-        graph_module.set_submodule(str(node.target), new)
-
 
 def _rest(site: Site, layer: nn.Module) -> StandIn:
     """What stands where a norm was folded into the layer beside it."""
-    new = StandIn(None, _tail(site.module))
+    new = StandIn(None, _tail(site.module, site.norm))
     new.rank, new.site, new.folded = neighbours.rank_of(layer), site.name, site.kind
     return new
 
 
-def _tail(norm: nn.Module) -> dict[str, nn.Module]:
-    return {name: norm.get_submodule(name) for name in tail_names(norm)}
+def _tail(norm: nn.Module, kind: Norm | Refusal | None = None) -> dict[str, nn.Module]:
+    return {name: norm.get_submodule(name) for name in tail_names(norm, kind)}
 
 
-def _may_be_unbatched(norm: Any, layer: nn.Module) -> bool:
+def _may_be_unbatched(site: Site, layer: nn.Module) -> bool:
     """Whether a norm could take the layer's output without a batch, another axis for its channels: then that is to be refused."""
-    kind = norm if isinstance(norm, BatchNorm) else recognise(norm) if sites.is_norm(norm) else None
-    ranks = getattr(kind, "ranks", None)
+    ranks = site.norm.ranks if isinstance(site.norm, Kind) else None
     return ranks is None or neighbours.rank_of(layer) - 1 in ranks
 
 
-def tail_names(norm: nn.Module) -> tuple[str, ...]:
-    """The children that a norm applies to its own result (a fused activation), if any."""
+def tail_names(norm: nn.Module, kind: Norm | Refusal | None = None) -> tuple[str, ...]:
+    """The children that a norm applies to its own result (a fused activation), if any. kind: of a norm that was read."""
     if isinstance(norm, BatchNorm | MeanOnlyBatchNorm):
         return norm.tail
-    kind = recognise(norm)
+    kind = recognise(norm) if kind is None else kind
     return kind.tail if isinstance(kind, Kind) else ()
 
 
@@ -183,9 +179,9 @@ def tail_of(norm: nn.Module) -> nn.Sequential | None:
     return nn.Sequential(*tail.values()) if tail else None
 
 
-def as_affine(norm: Any) -> ChannelAffine:
-    """The norm's affine, without its tail, as a module of the norm's dtype."""
-    a, b = affine_of(norm)
+def as_affine(norm: Any, kind: Norm | Refusal | None = None) -> ChannelAffine:
+    """The norm's affine, without its tail, as a module of the norm's dtype. kind: of a norm that was read."""
+    a, b = affine_of(norm, kind)
     like = next(t for t in (norm.weight, norm.bias, norm.running_mean) if t is not None)
     new = ChannelAffine(a.to(like.dtype), b.to(like.dtype))
     for name, parameter in new.named_parameters():
@@ -193,34 +189,36 @@ def as_affine(norm: Any) -> ChannelAffine:
     return new
 
 
-def affine_of(norm: Any) -> Affine:
-    """(a, b), float64, with norm(x) = a*x + b in eval, before its tail."""
-    if isinstance(norm, MeanOnlyBatchNorm):
-        scale = torch.ones_like(norm.running_mean, dtype=torch.float64)
-    else:
-        known = scale_of(norm)
-        assert known is not None
-        scale = known
+def affine_of(norm: Any, kind: Norm | Refusal | None = None) -> Affine:
+    """(a, b), float64, with norm(x) = a*x + b in eval, before its tail. kind: of a norm that was read."""
+    mean_only = isinstance(norm, MeanOnlyBatchNorm)
+    scale = torch.ones_like(norm.running_mean, dtype=torch.float64) if mean_only else scale_of(norm, kind)
+    assert scale is not None
     a = scale.reciprocal() if norm.weight is None else norm.weight.detach().double() / scale
     bias = 0.0 if norm.bias is None else norm.bias.detach().double()
     return a, bias - norm.running_mean.double() * a
 
 
-def why_not_fixed(norm: Any) -> str | None:
+def why_not_fixed(site: Site) -> Refusal | None:
     """Why no layer should take in a norm's affine: one channel's NaN would be there for good."""
-    if all(values.isfinite().all() for values in affine_of(norm)):
+    if all(values.isfinite().all() for values in affine_of(site.module, site.norm)):
         return None
-    return "its statistics, weight or bias are not finite, and what it computes in eval is not either"
+    return Refusal("its statistics, weight or bias are not finite, and what it computes in eval is not either")
 
 
-def scale_of(norm: Any) -> Tensor | None:
-    """What a batch norm divides by in eval, (C,) float64; None where it keeps no statistics, or is no batch norm."""
+def scale_of(norm: Any, kind: Norm | Refusal | None = None) -> Tensor | None:
+    """What a batch norm divides by in eval, (C,) float64; None where it keeps no statistics, or is no batch norm.
+
+    kind: of a norm that was read.
+    """
     if getattr(norm, "running_mean", None) is None:
         return None
     if isinstance(norm, BatchNorm):
         return None if norm.running_scale is None else norm.running_scale.double() + norm.eps
-    kind = recognise(norm) if getattr(norm, "running_var", None) is not None else ""
-    return None if isinstance(kind, str) else (norm.running_var.double() + kind.eps).sqrt()
+    if getattr(norm, "running_var", None) is None:
+        return None
+    kind = recognise(norm) if kind is None else kind
+    return (norm.running_var.double() + kind.eps).sqrt() if isinstance(kind, Kind) else None
 
 
 def into_previous(layer: nn.Module, affine: Affine, norm: nn.Module | None = None) -> nn.Module:
@@ -264,7 +262,7 @@ def _with(layer: nn.Module, weight: Tensor, bias: Tensor, norm: nn.Module | None
 
 
 def _may_fold(graph_module: GraphModule, node: Node, reader: Node | None, ranks: dict[Node, int]) -> bool:
-    return neighbours.why_not_fold(graph_module, node, reader, ranks) is None
+    return neighbours.Way(graph_module, ranks).why_not_fold(node, reader) is None
 
 
 def _takes_affine_input(layer: nn.Module) -> bool:

@@ -30,8 +30,8 @@ def fold(
         bake_(copied)
     rewrite = FoldAffine(example_inputs, forwards=forwards)
     try:
-        given = None if example_inputs is None else len(example_inputs)
-        traced = graph.trace(copied, given=given)
+        count = None if example_inputs is None else len(example_inputs)
+        traced = graph.trace(copied, given=count)
     except graph.Untraceable as error:
         whole, _ = rewrite.apply(copied)
         return whole, rewrite.outcome, [f"norms are not folded into their neighbours: {error}"]

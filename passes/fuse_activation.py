@@ -52,10 +52,10 @@ def _is_relu(graph_module: GraphModule, node: Node) -> bool:
 
 def _fuse(graph_module: GraphModule, relu: Node) -> bool:
     """Put one call in the place of a ReLU, the norm before it and the addition between them, if they are so."""
-    found = _norm_and_residual(graph_module, relu.args[0])
-    if found is None:
+    calls = _norm_and_residual(graph_module, relu.args[0])
+    if calls is None:
         return False
-    norm, *residual = found
+    norm, *residual = calls
     with graph_module.graph.inserting_before(relu):
         module = graph_module.graph.get_attr(str(norm.target))
         call = graph_module.graph.call_function(norm_relu, (module, norm.args[0], *residual))

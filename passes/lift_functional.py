@@ -23,12 +23,12 @@ from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn import functional as F
 
 from normrewrite import sites
-from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.native import AnyBatchNorm
 from normrewrite.nn.parts import assemble, attributes
-from normrewrite.sites import Site, graph, kinds
+from normrewrite.sites import Site, Walk, graph
 from normrewrite.sites.calls import why_called_otherwise, why_computed
 from normrewrite.sites.modes import same_flags
+from normrewrite.sites.refusal import Refusal
 
 _TENSORS = ("running_mean", "running_var", "weight", "bias")
 
@@ -53,9 +53,9 @@ def _calls(graph_module: GraphModule) -> list[Node]:
 
 
 def _arguments(node: Node) -> dict[str, Any]:
-    found = normalize_function(F.batch_norm, node.args, node.kwargs, normalize_to_only_use_kwargs=True)
-    assert found is not None
-    return dict(found.kwargs)
+    call = normalize_function(F.batch_norm, node.args, node.kwargs, normalize_to_only_use_kwargs=True)
+    assert call is not None
+    return dict(call.kwargs)
 
 
 def _why_not(node: Node) -> str | None:
@@ -145,24 +145,24 @@ def _forget(graph_module: GraphModule, node: Node) -> None:
 # --- any model -------------------------------------------------------------------------------------------------------
 
 
-def candidates(model: nn.Module) -> list[Site]:
+def candidates(walk: Walk) -> list[Site]:
     """The outermost modules whose own forward calls F.batch_norm, and that are no norm which can be taken over whole."""
-    found: dict[int, Site] = {}
-    for name, module, home in sites.registrations(model):
-        if id(module) in found:
-            old = found[id(module)]
-            found[id(module)] = Site((*old.names, name), module, (*old.homes, *home))
-        elif _runs_batch_norm(module) and not _inside(name, found) and not _is_whole(module):
-            found[id(module)] = Site((name,), module, tuple(home))
-    return list(found.values())
+    outermost: dict[int, Site] = {}
+    for name, module, home in walk.registrations:
+        if id(module) in outermost:
+            old = outermost[id(module)]
+            outermost[id(module)] = Site((*old.names, name), module, (*old.homes, *home))
+        elif _runs_batch_norm(module) and not _inside(name, outermost) and not _is_whole(walk.site(module)):
+            outermost[id(module)] = Site((name,), module, tuple(home))
+    return list(outermost.values())
 
 
-def _inside(name: str, found: dict[int, Site]) -> bool:
-    return any(outer == "" or name.startswith(f"{outer}.") for site in found.values() for outer in site.names)
+def _inside(name: str, outermost: dict[int, Site]) -> bool:
+    return any(outer == "" or name.startswith(f"{outer}.") for site in outermost.values() for outer in site.names)
 
 
-def _is_whole(module: nn.Module) -> bool:
-    return sites.is_norm(module) and (isinstance(module, BatchNorm) or isinstance(kinds.recognise(module), kinds.Kind))
+def _is_whole(site: Site) -> bool:
+    return sites.is_norm(site.module) and not isinstance(site.norm, Refusal)
 
 
 def _runs_batch_norm(module: nn.Module) -> bool:
@@ -188,31 +188,31 @@ def _calls_batch_norm(forward: Any) -> bool:
     return False
 
 
-def lifted(module: nn.Module) -> GraphModule | str:
+def lifted(module: nn.Module) -> GraphModule | Refusal:
     """The module as a GraphModule without calls of F.batch_norm, sharing its tensors; or the reason why not."""
     name = type(module).__name__
     taken_over = why_called_otherwise(module) or why_computed(module)
     if taken_over is not None:
-        return taken_over
+        return Refusal(taken_over)
     if getattr(module, "momentum", 0.0) is None:
-        return f"{name} calls F.batch_norm with a cumulative average of its own"
+        return Refusal(f"{name} calls F.batch_norm with a cumulative average of its own")
     traces = []
     for training in (False, True):
         try:
             with _undisturbed(module, training):
                 traces.append(graph.symbolic_trace(module))
         except graph.Untraceable as error:
-            return f"{name} calls F.batch_norm, and can't be traced: {error}"
+            return Refusal(f"{name} calls F.batch_norm, and can't be traced: {error}")
     evaluated, trained = traces
     calls = list(zip(_calls(evaluated), _calls(trained), strict=False))
     if not calls:
-        return f"{name} names batch_norm, but does not call torch.nn.functional.batch_norm on its input"
+        return Refusal(f"{name} names batch_norm, but does not call torch.nn.functional.batch_norm on its input")
     if graph.shape(evaluated, {}, _untrained) != graph.shape(trained, {}, _untrained):
-        return f"{name} does other things by training flag than F.batch_norm, which a trace would bake in"
+        return Refusal(f"{name} does other things by training flag than F.batch_norm, which a trace would bake in")
     for old, new in calls:
         reason = _why_not(new) or _flag(_arguments(old)["training"], _arguments(new)["training"])
         if reason is not None:
-            return f"{name}: {reason}"
+            return Refusal(f"{name}: {reason}")
     result: GraphModule = LiftFunctional()(trained).graph_module
     for key, value in attributes(module).items():
         vars(result).setdefault(key, value)
@@ -250,8 +250,8 @@ def _untrained(node: Node) -> dict[str, Any]:
 @torch.no_grad()
 def lift_(model: nn.Module, names: Collection[str] | None = None) -> nn.Module:
     """Lift the candidates of the model that can be (or those named), in place. Returns the model, or its new root."""
-    for site in candidates(model):
-        new = lifted(site.module) if names is None or site.name in names else "not asked for"
+    for site in candidates(Walk(model)):
+        new = lifted(site.module) if names is None or site.name in names else None
         if isinstance(new, GraphModule):
             sites.replace(site, new)
             model = new if site.module is model else model

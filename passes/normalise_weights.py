@@ -30,11 +30,12 @@ from normrewrite.nn.origin import Origin
 from normrewrite.nn.parts import learns
 from normrewrite.nn.stand_in import StandIn
 from normrewrite.nn.weights import normalise_weight, remember
-from normrewrite.passes.base import Rewrite
+from normrewrite.passes.base import Replacement, Rewrite
 from normrewrite.passes.fold_affine import affine_of, as_affine, into_previous, why_not_fixed
 from normrewrite.sites import Site, neighbours
 from normrewrite.sites.calls import why_computed
-from normrewrite.sites.kinds import Kind, native
+from normrewrite.sites.kinds import Kind
+from normrewrite.sites.refusal import Refusal
 
 
 @dataclass(frozen=True)
@@ -62,26 +63,26 @@ class NormaliseWeights(Rewrite):
     def wants(self, module: nn.Module) -> bool:
         return sites.is_norm(module) or _is_convolution(module)
 
-    def look(self, model: nn.Module, found: Sequence[Site]) -> list[Site]:
+    def look(self, model: nn.Module, places: Sequence[Site]) -> list[Site]:
         """Norms with the layer that takes them, and the convolutions that are nobody's."""
-        norms = neighbours.attach(model, [site for site in found if sites.is_norm(site.module)], self.example_inputs)
+        norms = neighbours.attach(model, [site for site in places if sites.is_norm(site.module)], self.example_inputs)
         taken = {id(site.before.module) for site in norms if site.before is not None}
         shared = sites.shared_parameters(model)
         alone = [
             replace(site, alone="shares its weight with another layer" if _weight(site.module) in shared else "")
-            for site in found
+            for site in places
             if _is_convolution(site.module) and id(site.module) not in taken
         ]
         return norms + alone
 
-    def why_not(self, site: Site) -> str | None:
+    def why_not(self, site: Site) -> Refusal | None:
         if _is_convolution(site.module):
-            return site.alone or self._unfit(site.module)
-        kind = native(site.module, tracked=True)
-        if isinstance(kind, str):
-            return kind
-        fixed = None if site.module.running_mean.is_meta else why_not_fixed(site.module)
-        return fixed or (None if site.before is None else self._unfit(site.before.module))
+            return Refusal.of(site.alone or self._unfit(site.module))
+        norm = site.native(tracked=True)
+        if isinstance(norm, Refusal):
+            return norm
+        fixed = None if site.module.running_mean.is_meta else why_not_fixed(site)
+        return fixed or (None if site.before is None else Refusal.of(self._unfit(site.before.module)))
 
     def _unfit(self, layer: nn.Module) -> str | None:
         """One norm for a layer can't hold a weight without a norm, nor keep one bad channel to itself."""
@@ -99,28 +100,30 @@ class NormaliseWeights(Rewrite):
         layer = _is_convolution(site.module) or site.before is not None
         return "one norm for all channels of the layer" if self.form.strict and layer else ""
 
-    def rewrite(self, site: Site) -> Any:
+    def rewrite(self, site: Site) -> Replacement:
+        if _is_convolution(site.module):
+            return Replacement(self._normalised(site.module, site.module))
+        layer = None if site.before is None else self._with_affine(site, site.before.module)
+        return Replacement(self._rest(site, layer), layer)
+
+    def _rest(self, site: Site, layer: nn.Module | None) -> nn.Module:
+        """What stands in the norm's place: what the layer in front did not take."""
         old: Any = site.module
-        if _is_convolution(old):
-            return self._normalised(old, old)
-        kind = native(old)
-        assert isinstance(kind, Kind)
-        if site.before is None:
-            new: Any = as_affine(old)
+        assert isinstance(site.norm, Kind)
+        if layer is None:
+            new: Any = as_affine(old, site.norm)
         else:
-            new = _mean_only(old) if self.form.mean_bn else StandIn(None, {})
-            new.rank = neighbours.rank_of(site.before.module)
+            new = _mean_only(old, site.norm) if self.form.mean_bn else StandIn(None, {})
+            new.rank, new.layer = neighbours.rank_of(layer), (layer,)
         moving = {name: getattr(new, name, None) for name in ("weight", "bias", "running_mean")}
         pairs = {name: (getattr(old, name), value) for name, value in moving.items() if value is not None}
-        new.origin, new.site, new.tail = Origin(old, pairs).keep(old), site.name, kind.tail
-        new._modules.update({name: old._modules[name] for name in kind.tail})
-        return new
+        new.origin, new.site, new.tail = Origin(old, pairs).keep(old), site.name, site.norm.tail
+        new._modules.update({name: old._modules[name] for name in site.norm.tail})
+        return new  # type: ignore[no-any-return]
 
-    def rewrite_before(self, site: Site) -> nn.Module | None:
-        if site.before is None:
-            return None
-        a, b = affine_of(site.module)
-        was: Any = site.before.module
+    def _with_affine(self, site: Site, was: Any) -> nn.Module:
+        """The layer in front of a norm with that norm's affine in it."""
+        a, b = affine_of(site.module, site.norm)
         layer: Any = into_previous(was, (a, torch.zeros_like(b) if self.form.mean_bn else b), site.module)
         if self.form.mean_bn:  # the norm's bias stays with the means
             layer.bias = None if was.bias is None else layer.bias.requires_grad_(was.bias.requires_grad)
@@ -139,9 +142,9 @@ def _is_convolution(module: nn.Module) -> bool:
     return neighbours.is_layer(module) and not isinstance(module, nn.Linear)
 
 
-def _mean_only(old: Any) -> MeanOnlyBatchNorm:
+def _mean_only(old: Any, kind: Kind) -> MeanOnlyBatchNorm:
     """The part of a batch norm that a layer's weight can't take."""
-    a, _ = affine_of(old)
+    a, _ = affine_of(old, kind)
     like = old.running_mean if old.weight is None else old.weight
     new = MeanOnlyBatchNorm(len(a), getattr(old, "momentum", 0.1), device=like.device, dtype=like.dtype)
     new.synchronised, new.process_group = isinstance(old, nn.SyncBatchNorm), getattr(old, "process_group", None)

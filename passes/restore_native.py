@@ -29,6 +29,7 @@ from normrewrite.passes import restore_sample
 from normrewrite.passes.bake import bake
 from normrewrite.passes.base import Pair, Rewrite
 from normrewrite.sites import Site
+from normrewrite.sites.refusal import Refusal
 
 _NATIVE: dict[type[BatchNorm], type[nn.Module]] = {
     batch.BatchNorm1d: nn.BatchNorm1d,
@@ -59,22 +60,22 @@ class RestoreNative(Rewrite):
         own = isinstance(module, RowNorm) and restore_sample.why_not(module) is None
         return sites.is_rewritten(module) or own
 
-    def why_not(self, site: Site) -> str | None:
+    def why_not(self, site: Site) -> Refusal | None:
         old = site.module
         if sites.is_rewritten(old):
             return None
         if isinstance(old, RowNorm):
             return restore_sample.why_not(old)
         if not isinstance(old, BatchNorm):
-            return "is no norm of normrewrite's"
+            return Refusal("is no norm of normrewrite's")
         if old.origin is None and type(old) not in _NATIVE:
-            return f"{site.kind} takes any rank, and torch has no such batch norm; use BatchNorm1d, 2d or 3d"
+            return Refusal(f"{site.kind} takes any rank, and torch has no such batch norm; use BatchNorm1d, 2d or 3d")
         return None
 
-    def look(self, model: nn.Module, found: Sequence[Site]) -> list[Site]:
+    def look(self, model: nn.Module, places: Sequence[Site]) -> list[Site]:
         """A layer with a norm in its weight has no function of its own to keep: the place of that norm stands for both."""
-        self._with_a_norm = {id(layer) for site in found for layer in getattr(site.module, "layer", ())}
-        return list(found)
+        self._with_a_norm = {id(layer) for site in places for layer in getattr(site.module, "layer", ())}
+        return list(places)
 
     def inexact(self, site: Site) -> str:
         origin = sites.origin_of(site.module)
@@ -196,8 +197,8 @@ def _class(old: BatchNorm) -> tuple[type[nn.Module], dict[str, Any]]:
     now = {name: getattr(old, name) for name in ("num_features", "eps", "momentum", "affine", "track_running_stats")}
     if old.origin is None:
         return _NATIVE[type(old)], now
-    had = old.origin.attributes
-    return old.origin.kind, had | {name: value for name, value in now.items() if name in had}
+    then = old.origin.attributes
+    return old.origin.kind, then | {name: value for name, value in now.items() if name in then}
 
 
 def _tensors(old: BatchNorm) -> tuple[dict[str, Any], bool]:

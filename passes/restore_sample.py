@@ -15,6 +15,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from normrewrite.nn import sample
 from normrewrite.nn.parts import assemble, attributes
 from normrewrite.nn.sample import InstanceNorm, RowNorm
+from normrewrite.sites.refusal import Refusal
 
 _NATIVE: dict[type[RowNorm], type[nn.Module]] = {
     sample.LayerNorm: nn.LayerNorm,
@@ -35,18 +36,18 @@ def knows(old: nn.Module) -> bool:
     return not statistics or issubclass(old.origin.kind, _InstanceNorm | RowNorm)
 
 
-def why_not(old: RowNorm) -> str | None:
+def why_not(old: RowNorm) -> Refusal | None:
     if old.origin is not None:
         return None
     name = type(old).__name__
     if type(old) not in _NATIVE:
-        return f"{name} takes any rank, and torch has no such norm; use InstanceNorm1d, 2d or 3d"
+        return Refusal(f"{name} takes any rank, and torch has no such norm; use InstanceNorm1d, 2d or 3d")
     if getattr(old, "channels_first", False):
-        return f"{name} is channels first, and torch has no such norm"
+        return Refusal(f"{name} is channels first, and torch has no such norm")
     if isinstance(old, sample.GroupNorm) and not old.centred:
-        return "is an RMS norm over a group, and torch has no such norm"
+        return Refusal("is an RMS norm over a group, and torch has no such norm")
     if isinstance(old, sample.RMSNorm) and old.bias is not None:
-        return "has a bias, and torch.nn.RMSNorm has none"
+        return Refusal("has a bias, and torch.nn.RMSNorm has none")
     return None
 
 
@@ -74,12 +75,14 @@ def _variance(old: InstanceNorm) -> Tensor:
 
 def _parameters(old: RowNorm, originals: dict[str, Tensor]) -> dict[str, nn.Parameter | None]:
     """The same parameter objects, with the original's values; without those that it didn't have."""
-    kept: dict[str, nn.Parameter | None] = dict.fromkeys(old._parameters if old.origin is None else old.origin.slots[0])
+    parameters: dict[str, nn.Parameter | None] = dict.fromkeys(
+        old._parameters if old.origin is None else old.origin.slots[0]
+    )
     for name, parameter in old._parameters.items():
         if parameter is not None and (old.origin is None or name in old.origin._buffers):
             parameter.data = originals[name]
-            kept[name] = parameter
-    return kept
+            parameters[name] = parameter
+    return parameters
 
 
 def _class(old: RowNorm) -> tuple[type[nn.Module], dict[str, Any]]:
@@ -87,5 +90,5 @@ def _class(old: RowNorm) -> tuple[type[nn.Module], dict[str, Any]]:
     now = {name: value for name, value in attributes(old).items() if name not in _OURS}
     if old.origin is None:
         return _NATIVE[type(old)], now
-    had = old.origin.attributes
-    return old.origin.kind, had | {name: now[name] for name in had.keys() & {"momentum"}}
+    then = old.origin.attributes
+    return old.origin.kind, then | {name: now[name] for name in then.keys() & {"momentum"}}

@@ -15,15 +15,15 @@ from normrewrite.passes.restore_native import RestoreNative
 def reverted(twin: nn.Module) -> tuple[nn.Module, list[str], list[str]]:
     """In place; also the names of the sites that came back, and of those that had been trained since."""
     rewrite = RestoreNative()
-    found = sites.find(twin, lambda module: isinstance(module, BatchNorm) or rewrite.gives_back(module))
-    if not found:
+    ours = sites.find(twin, lambda module: isinstance(module, BatchNorm) or rewrite.gives_back(module))
+    if not ours:
         raise NormRewriteError(f"{type(twin).__name__} holds no norm of normrewrite's, so there is nothing to revert.")
-    for site in found:
+    for site in ours:
         refusal = rewrite.why_not(site)
         if refusal:
             raise NormRewriteError(f"{site.label}: {refusal}")
-    model, _ = rewrite.apply(twin, found)
-    return model, [site.name for site in found], rewrite.trained
+    model, _ = rewrite.apply(twin, ours)
+    return model, [site.name for site in ours], rewrite.trained
 
 
 def untrained(twin: nn.Module, remedy: str) -> nn.Module:

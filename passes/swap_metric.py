@@ -24,10 +24,11 @@ from normrewrite.norms import Gain, metric, require_gain
 from normrewrite.passes import swap_sample
 from normrewrite.passes.base import Rewrite
 from normrewrite.sites import Site, is_norm, is_row_norm
-from normrewrite.sites.kinds import Kind, recognise
-from normrewrite.sites.sample_kinds import ROW_SCOPES
+from normrewrite.sites.kinds import Kind
+from normrewrite.sites.refusal import Refusal
+from normrewrite.sites.sample_kinds import SAMPLE_SCOPES, SampleKind
 
-SCOPES = ("batch", *ROW_SCOPES)
+SCOPES = ("batch", *SAMPLE_SCOPES)
 
 
 class SwapMetric(Rewrite):
@@ -58,33 +59,31 @@ class SwapMetric(Rewrite):
         tracked = getattr(site.module, "running_mean", None) is not None
         return "" if tracked or not is_row_norm(site.module) else "another metric on statistics of each sample"
 
-    def why_not(self, site: Site) -> str | None:
-        old = site.module
+    def why_not(self, site: Site) -> Refusal | None:
         if self.to.native:
-            return "RestoreNative is the pass for torch's own norms"
-        if is_row_norm(old):
-            return swap_sample.why_not(old, self.to, self.gain, self.scopes)
-        if "batch" not in self.scopes:
-            return f"its scope is batch, and {', '.join(self.scopes)} is asked for"
-        if isinstance(old, BatchNorm):
-            return f"is {old.metric} already" if (old.metric, old.gain) == (str(self.to), self.gain) else None
-        kind = recognise(old)
-        return kind if isinstance(kind, str) else None
+            return Refusal("RestoreNative is the pass for torch's own norms")
+        norm = site.norm
+        if isinstance(norm, Refusal):
+            return norm
+        if norm.scope not in self.scopes:
+            return Refusal(f"its scope is {norm.scope}, and {', '.join(self.scopes)} is asked for")
+        if norm.ours and (norm.metric, norm.gain) == (str(self.to), self.gain):
+            return Refusal(f"is {norm.metric} already")
+        return swap_sample.why_too_short(norm, self.to) if isinstance(norm, SampleKind) else None
 
     def rewrite(self, site: Site) -> nn.Module:
-        old = site.module
-        if is_row_norm(old):
-            return swap_sample.rewrite(site, self.to, self.gain)
-        if isinstance(old, BatchNorm):
-            new: BatchNorm = shallow(old)
+        old, norm = site.module, site.norm
+        assert not isinstance(norm, Refusal)
+        if isinstance(norm, SampleKind):
+            new: Any = swap_sample.rewrite(old, norm, self.to, self.gain)
+        elif norm.ours:
+            new = shallow(old)
             new.metric, new.gain = str(self.to), self.gain
-            new.origin = old.origin or Origin(old, {})
+            new.origin = new.origin or Origin(old, {})
         else:
-            kind = recognise(old)
-            assert isinstance(kind, Kind)
-            new = from_native(old, kind, str(self.to), self.gain)
+            new = from_native(old, norm, str(self.to), self.gain)
         new.site = site.name
-        return new
+        return new  # type: ignore[no-any-return]
 
 
 def from_native(old: Any, kind: Kind, to: str, gain: Gain) -> BatchNorm:

@@ -20,8 +20,8 @@ from normrewrite.nn.origin import Origin
 from normrewrite.nn.parts import assemble, attributes, shallow
 from normrewrite.nn.sample import RowNorm
 from normrewrite.norms import Gain, Metric
-from normrewrite.sites import Site
-from normrewrite.sites.sample_kinds import RowKind, Scope, recognise_row
+from normrewrite.sites.refusal import Refusal
+from normrewrite.sites.sample_kinds import SampleKind, Scope
 
 _SCOPES: dict[Scope, type[RowNorm]] = {
     "layer": sample.LayerNorm,
@@ -36,57 +36,35 @@ _BY_RANK: dict[type[nn.Module], type[RowNorm]] = {
 }
 
 
-def scope_of(norm: RowNorm) -> Scope:
-    """The scope of one of our own."""
-    return next(scope for scope in reversed(_SCOPES) if isinstance(norm, _SCOPES[scope]))
-
-
-def why_not(old: nn.Module, to: Metric, gain: Gain, scopes: tuple[str, ...]) -> str | None:
-    kind = None if isinstance(old, RowNorm) else recognise_row(old)
-    if isinstance(kind, str):
-        return kind
-    scope = kind.scope if kind else scope_of(old)  # type: ignore[arg-type]
-    if scope not in scopes:
-        return f"its scope is {scope}, and {', '.join(scopes)} is asked for"
-    if isinstance(old, RowNorm) and (old.metric, old.gain) == (str(to), gain):
-        return f"is {old.metric} already"
-    return _too_short(old, kind, to)
-
-
-def _too_short(old: nn.Module, kind: RowKind | None, to: Metric) -> str | None:
+def why_too_short(norm: SampleKind, to: Metric) -> Refusal | None:
     """Layer and RMS norms alone have a length that no input changes."""
-    width: Any = kind.shape if kind and kind.scope in ("layer", "rms") else getattr(old, "normalized_shape", None)
-    if width is None:
+    if norm.scope not in ("layer", "rms"):
         return None
     try:
-        to.gain(math.prod(width))
+        to.gain(math.prod(norm.shape))
     except NormRewriteError as error:
-        return str(error)
+        return Refusal(str(error))
     return None
 
 
-def rewrite(site: Site, to: Metric, gain: Gain) -> RowNorm:
-    old: Any = site.module
+def rewrite(old: Any, norm: SampleKind, to: Metric, gain: Gain) -> RowNorm:
     pairs = {name: (value, value) for name, value in old._parameters.items() if value is not None}
-    if isinstance(old, RowNorm):
+    if norm.ours:
         new: RowNorm = shallow(old)
         new.metric, new.gain, new.origin = str(to), gain, old.origin or Origin(old, pairs)
-    else:
-        kind = recognise_row(old)
-        assert isinstance(kind, RowKind)
-        statistics, moved = _statistics(old, kind) if kind.scope == "instance" else ({}, {})
-        parameters = {name: old._parameters.get(name) for name in ("weight", "bias")}
-        new = assemble(_class(old, kind), _attributes(old, kind, to, gain), parameters, statistics)
-        new.origin = Origin(old, pairs | moved)
-    new.site = site.name
+        return new
+    statistics, moved = _statistics(old, norm) if norm.scope == "instance" else ({}, {})
+    parameters = {name: old._parameters.get(name) for name in ("weight", "bias")}
+    new = assemble(_class(old, norm), _attributes(old, norm, to, gain), parameters, statistics)
+    new.origin = Origin(old, pairs | moved)
     return new
 
 
-def _class(old: nn.Module, kind: RowKind) -> type[RowNorm]:
+def _class(old: nn.Module, kind: SampleKind) -> type[RowNorm]:
     return next((ours for theirs, ours in _BY_RANK.items() if isinstance(old, theirs)), _SCOPES[kind.scope])
 
 
-def _statistics(old: Any, kind: RowKind) -> tuple[dict[str, Tensor | None], dict[str, tuple[Tensor, Tensor]]]:
+def _statistics(old: Any, kind: SampleKind) -> tuple[dict[str, Tensor | None], dict[str, tuple[Tensor, Tensor]]]:
     """The buffers of an instance norm, and the running variance with what took its place."""
     mean, var = old._buffers.get("running_mean"), old._buffers.get("running_var")
     if mean is None or var is None:
@@ -97,7 +75,7 @@ def _statistics(old: Any, kind: RowKind) -> tuple[dict[str, Tensor | None], dict
     return buffers | {"num_batches_tracked": old.num_batches_tracked}, {"running_var": (var, scale)}
 
 
-def _attributes(old: Any, kind: RowKind, to: Metric, gain: Gain) -> dict[str, Any]:
+def _attributes(old: Any, kind: SampleKind, to: Metric, gain: Gain) -> dict[str, Any]:
     affine = old._parameters.get("weight") is not None
     own: dict[str, Any]
     if kind.scope in ("layer", "rms"):

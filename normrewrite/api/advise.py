@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from normrewrite import sites
-from normrewrite.api.traps import is_frozen, kind_of
+from normrewrite.api.traps import is_frozen
 from normrewrite.data import Batch, Data, argument_names, as_data
 from normrewrite.diagnostics.moments import (
     ENOUGH_CALLS,
@@ -56,6 +56,7 @@ from normrewrite.options.fields import callback, options, quiet, takes
 from normrewrite.options.groups import BatchSize
 from normrewrite.results import Result, Summary, Table
 from normrewrite.sites import Site, neighbours
+from normrewrite.sites.refusal import Refusal
 
 FEW = 16  # elements a statistic
 QUIET = 0.05  # relative noise of a scale
@@ -270,8 +271,7 @@ def _example(model: nn.Module, data: Data) -> Sequence[Tensor]:
 
 
 def _why_not(site: Site) -> str | None:
-    kind = kind_of(site)
-    return kind if isinstance(kind, str) else None
+    return str(site.norm) if isinstance(site.norm, Refusal) else None
 
 
 def _advised(site: Site, readings: Readings) -> SiteAdvice:

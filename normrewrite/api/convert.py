@@ -27,7 +27,8 @@ from normrewrite.passes.lift_functional import candidates, lifted
 from normrewrite.passes.swap_metric import SCOPES
 from normrewrite.provenance.report import Report
 from normrewrite.rules import KEEP, Rules
-from normrewrite.sites import Site
+from normrewrite.sites import Site, Walk
+from normrewrite.sites.refusal import Refusal
 from normrewrite.sites.undo import undone_on_error
 from normrewrite.targets import require_text, rewrite
 
@@ -84,38 +85,38 @@ def planned(options: PlanCall) -> Plan:
     require_text(to)
     asked = dict.fromkeys([to, *(target for _, target in pairs if target != KEEP)])
     passes = {target: rewrite(target, options.gain, scopes, example_inputs) for target in asked}
-    found, lifts, refused = _find(model, list(passes.values()))
+    walk = Walk(model)
+    norms, lifts, choices = _find(walk, list(passes.values()))
     include, exclude = (
         rules_.as_names(names, option) for names, option in ((options.include, "include"), (options.exclude, "exclude"))
     )
-    if found:
+    if norms:
         for option, patterns in (("--include", include), ("--exclude", exclude), ("--rule", [p for p, _ in pairs])):
-            rules_.must_match(patterns, found, option)
+            rules_.must_match(patterns, norms, option)
     seen = {}
     for name, each in passes.items():
-        own = [site for site in found if each.wants(site.module)]
+        own = [site for site in norms if each.wants(site.module)]
         seen[name] = {site.name: site for site in each.look(model, own)}
-    choices, fast = [Choice(site, KEEP, None, reason) for site, reason in refused], sites.held_fast(model)
-    for site in found:
+    fast = walk.held_fast()
+    for site in norms:
         target = next((t for pattern, t in pairs if rules_.matches(pattern, site)), to)
         known = site if target == KEEP else seen[target].get(site.name)
         if known is not None:
             choices.append(_choose(known, target, include, exclude, passes, fast))
-    out_of_sight = sites.out_of_sight(model, _wanted_by(passes.values()))
-    choices += [Choice(site, KEEP, None, _OUT_OF_SIGHT) for site in out_of_sight]
+    choices += [Choice.left(site, _OUT_OF_SIGHT) for site in walk.out_of_sight(_wanted_by(passes.values()))]
     wanted = [name for name in lifts if any(_within(c.site.name, name) for c in choices if c.rewrite is not None)]
     missing = "no batch norm" if scopes == ("batch",) else f"no norm of scope {', '.join(scopes)}"
-    return _tried(Plan(model, choices, wanted, list(passes.values()), missing), example_inputs)
+    return _tried(Plan(model, choices, wanted, list(passes.values()), missing), walk, example_inputs)
 
 
-def _tried(draft: Plan, inputs: Sequence[Tensor] | None) -> Plan:
+def _tried(draft: Plan, walk: Walk, inputs: Sequence[Tensor] | None) -> Plan:
     """The plan without the rewrites that a look at the whole network forbids, and with what inputs show."""
     names = [choice.site.name for choice in draft.choices]
     called = set(names) if inputs is None else passage(draft.model, names, inputs).called
-    unused = (set(names) & sites.by_name(draft.model).keys()) - called
-    refused = trial.refused(draft, inputs)
+    unused = (set(names) & walk.by_name.keys()) - called
+    refused = trial.refused(draft, walk, inputs)
     choices = [
-        replace(choice, target=KEEP, rewrite=None, reason=refused[choice.site.name])
+        Choice.left(choice.site, refused[choice.site.name])
         if choice.rewrite is not None and choice.site.name in refused
         else replace(choice, unused=choice.site.name in unused)
         for choice in draft.choices
@@ -123,7 +124,7 @@ def _tried(draft: Plan, inputs: Sequence[Tensor] | None) -> Plan:
     return replace(draft, choices=choices, example_inputs=inputs)
 
 
-_OUT_OF_SIGHT = (
+_OUT_OF_SIGHT = Refusal(
     "is held in a plain list or attribute, where torch does not find it either. Put it into an nn.ModuleList"
 )
 
@@ -136,7 +137,7 @@ def _require_tensors(inputs: Any) -> None:
         )
 
 
-_COMPILED = "is compiled by TorchScript, with a batch norm inside. Convert the network before it is compiled"
+_COMPILED = Refusal("is compiled by TorchScript, with a batch norm inside. Convert the network before it is compiled")
 
 
 def as_scopes(scope: Names) -> tuple[str, ...]:
@@ -151,24 +152,24 @@ def _within(name: str, module: str) -> bool:
     return not module or name.startswith(f"{module}.")
 
 
-def _find(model: nn.Module, passes: list[Rewrite]) -> tuple[list[Site], list[str], list[tuple[Site, str]]]:
+def _find(walk: Walk, passes: list[Rewrite]) -> tuple[list[Site], list[str], list[Choice]]:
     """Sites that are modules, or will be once their F.batch_norm is lifted; the modules to lift; and those that can't be."""
-    found = sites.find(model, _wanted_by(passes))
-    lifts, refused = [], [(site, _COMPILED) for site in sites.compiled(model)]
-    for candidate in candidates(model):
+    norms = walk.find(_wanted_by(passes))
+    lifts, left = [], [Choice.left(site, _COMPILED) for site in walk.compiled()]
+    for candidate in candidates(walk):
         new = lifted(deepcopy(candidate.module))  # a trace runs the module's own code
-        found = [site for site in found if site.module is not candidate.module]
-        if isinstance(new, str):
-            refused.append((candidate, new))
+        norms = [site for site in norms if site.module is not candidate.module]
+        if isinstance(new, Refusal):
+            left.append(Choice.left(candidate, new))
             continue
         lifts.append(candidate.name)
-        known = {name for site in found for name in site.names}
+        known = {name for site in norms for name in site.names}
         inside = [
             Site(tuple(f"{candidate.name}.{name}".removeprefix(".") for name in site.names), site.module, ())
             for site in sites.find(new)
         ]
-        found += [site for site in inside if site.name not in known]
-    return found, lifts, refused
+        norms += [site for site in inside if site.name not in known]
+    return norms, lifts, left
 
 
 def _wanted_by(passes: Iterable[Rewrite]) -> Callable[[nn.Module], bool]:
@@ -186,19 +187,19 @@ def _choose(
     fast: Mapping[int, str],
 ) -> Choice:
     if include and not any(rules_.matches(pattern, site) for pattern in include):
-        return Choice(site, KEEP, None, "not in --include")
+        return Choice.left(site, Refusal("not in --include"))
     if any(rules_.matches(pattern, site) for pattern in exclude):
-        return Choice(site, KEEP, None, "in --exclude")
+        return Choice.left(site, Refusal("in --exclude"))
     if target == KEEP:
-        return Choice(site, KEEP, None, "kept by a rule")
+        return Choice.left(site, Refusal("kept by a rule"))
+    refusal = passes[target].refusal(site) or _held(site, fast)
+    return Choice(site, target, passes[target]) if refusal is None else Choice.left(site, refusal)
+
+
+def _held(site: Site, fast: Mapping[int, str]) -> Refusal | None:
     places = [fast[id(each.module)] for each in (site, site.before) if each is not None and id(each.module) in fast]
-    held = (
-        f"what can't be changed holds it or its layer too ({places[0]}), and would keep the old one. Make that a list"
-        if places
-        else None
-    )
-    refusal = passes[target].refusal(site) or held
-    return Choice(site, KEEP, None, refusal) if refusal else Choice(site, target, passes[target], None)
+    text = "what can't be changed holds it or its layer too ({}), and would keep the old one. Make that a list"
+    return Refusal(text.format(places[0])) if places else None
 
 
 @takes(ConvertCall)

@@ -10,14 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from normrewrite import sites
-from normrewrite.api.traps import Trap, find_traps
-from normrewrite.nn.batch import BatchNorm
-from normrewrite.nn.sample import RowNorm
-from normrewrite.passes.swap_sample import scope_of
+from normrewrite.api.traps import Trap, traps_of
 from normrewrite.results import Mood, Result, Summary, Table
-from normrewrite.sites import Site
-from normrewrite.sites.kinds import Kind, recognise
-from normrewrite.sites.sample_kinds import RowKind, recognise_row
+from normrewrite.sites import Site, Walk
+from normrewrite.sites.refusal import Refusal
 
 
 @dataclass(frozen=True)
@@ -94,8 +90,8 @@ def _notes(facts: SiteFacts) -> list[str]:
 def inspect(model: nn.Module) -> Inspection:
     """Look, and touch nothing."""
     count = sum(parameter.numel() for parameter in model.parameters())
-    found = sites.find(model, _is_site)
-    return Inspection(type(model).__name__, count, [_facts(site) for site in found], find_traps(model))
+    walk = Walk(model)
+    return Inspection(type(model).__name__, count, [_facts(site) for site in walk.find(_is_site)], traps_of(walk))
 
 
 def _is_site(module: nn.Module) -> bool:
@@ -104,40 +100,30 @@ def _is_site(module: nn.Module) -> bool:
 
 
 def _facts(site: Site) -> SiteFacts:
-    norm: Any = site.module
-    kind = _kind(norm)
-    origin = sites.origin_of(norm)
-    scope = _scope(norm, kind)
+    module: Any = site.module
+    norm = site.norm if sites.is_norm(module) or sites.is_row_norm(module) else None
+    origin = sites.origin_of(module)
+    scope = "" if norm is None else _scope(site)
     became = "" if origin is None else origin.target
     return SiteFacts(
         site.names,
         site.kind,
         scope,
-        getattr(norm, "metric", "l2" if scope else became),
-        site.channels or _width(norm),
-        getattr(norm, "eps", None),
-        getattr(norm, "momentum", None),
-        getattr(norm, "weight", None) is not None,
-        getattr(norm, "running_mean", None) is not None,
-        kind if isinstance(kind, str) else None,
+        getattr(module, "metric", "l2" if scope else became),
+        site.channels or _width(module),
+        getattr(module, "eps", None),
+        getattr(module, "momentum", None),
+        getattr(module, "weight", None) is not None,
+        getattr(module, "running_mean", None) is not None,
+        str(norm) if isinstance(norm, Refusal) else None,
     )
 
 
-def _kind(norm: nn.Module) -> Kind | RowKind | str | None:
-    """What it is recognised as; None for ours."""
-    if isinstance(norm, BatchNorm | RowNorm):
-        return None
-    if sites.is_norm(norm):
-        return recognise(norm)
-    return recognise_row(norm) if sites.is_row_norm(norm) else None
-
-
-def _scope(norm: nn.Module, kind: Kind | RowKind | str | None) -> str:
-    if isinstance(kind, RowKind):
-        return kind.scope
-    if isinstance(norm, RowNorm):
-        return scope_of(norm)
-    return "batch" if sites.is_norm(norm) else ""
+def _scope(site: Site) -> str:
+    """Of a norm that can't be read, only whether it measures batches is known."""
+    if isinstance(site.norm, Refusal):
+        return "batch" if sites.is_norm(site.module) else ""
+    return site.norm.scope
 
 
 def _width(norm: Any) -> int | None:

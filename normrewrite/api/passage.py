@@ -61,9 +61,9 @@ def why_apart(before: Passage, after: Passage, limit: float) -> str | None:
     if before.outputs.keys() != after.outputs.keys():
         return f"it returns {', '.join(after.outputs) or 'nothing'} instead of {', '.join(before.outputs) or 'nothing'}"
     for name, wanted in before.outputs.items():
-        found = after.outputs[name]
-        if found.shape != wanted.shape:
-            return f"{name} is {tuple(found.shape)} instead of {tuple(wanted.shape)}"
-        if wanted.is_floating_point() and not (gap := worst(found, wanted, 0.0)) <= limit:
+        output = after.outputs[name]
+        if output.shape != wanted.shape:
+            return f"{name} is {tuple(output.shape)} instead of {tuple(wanted.shape)}"
+        if wanted.is_floating_point() and not (gap := worst(output, wanted, 0.0)) <= limit:
             return f"{name} differs by {gap:.1e} of its largest number, with {limit:.0e} allowed"
     return None

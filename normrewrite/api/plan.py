@@ -15,30 +15,53 @@ from normrewrite.diagnostics.exactness import Probe, measured, tolerance
 from normrewrite.errors import NormRewriteError
 from normrewrite.nn.parts import deepcopy
 from normrewrite.optimizers import inherited, parameters_of, rebind
-from normrewrite.passes import Rewrite
+from normrewrite.passes import PIPELINE, Rewrite
+from normrewrite.passes.base import Rewritten
 from normrewrite.passes.lift_functional import lift_
 from normrewrite.passes.renormalise import is_fresh
 from normrewrite.provenance.report import Report, SiteResult
 from normrewrite.results import Printable, Summary, Table
-from normrewrite.sites import Site
+from normrewrite.rules import KEEP
+from normrewrite.sites import Site, Walk
+from normrewrite.sites.refusal import Refusal
 from normrewrite.sites.undo import undone_on_error
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a plan has in mind for one site: a rewrite, or the reason why it stays."""
+    """What a plan has in mind for one site: a rewrite, or the reason why it stays; and what came of it."""
 
     site: Site
     target: str
     rewrite: Rewrite | None
-    reason: str | None
+    refusal: Refusal | None = None
     unused: bool = False  # forward does not call it, on the example inputs
+
+    @classmethod
+    def left(cls, site: Site, refusal: Refusal) -> "Choice":
+        return cls(site, KEEP, None, refusal)
+
+    @property
+    def reason(self) -> str | None:
+        return None if self.refusal is None else str(self.refusal)
 
     @property
     def note(self) -> str:
         """What is to be said of a site that will be rewritten: where it is folded, why eval can't stay the same."""
         note = "" if self.rewrite is None else self.rewrite.note(self.site)
         return "; ".join(filter(None, ("never called on the example inputs" if self.unused else "", note)))
+
+    def outcome(self, done: Rewritten | None, probe: Probe) -> SiteResult:
+        """What became of the site, measured now; the twin's norm keeps the figures, for its manifest."""
+        if self.rewrite is None or done is None:
+            return SiteResult.kept(self.site, self.reason or "the traced forward does not use it")
+        site, inexact, halves = done.site, self.rewrite.inexact(done.site), self.rewrite.halves(*done)
+        difference, error = (None, None) if halves is None else measured(*halves, inexact, probe)
+        origin = sites.origin_of(done.norm)
+        if origin is not None:
+            origin.difference, origin.error = difference, error
+        limit = None if inexact or halves is None else tolerance(halves[0][0] or site.module)
+        return SiteResult(site.names, site.kind, site.channels, self.target, difference, limit, None, self.note, error)
 
 
 @dataclass
@@ -102,22 +125,21 @@ class Plan(Printable):
     def _carry_out(self, model: nn.Module) -> tuple[nn.Module, Report, dict[int, list[nn.Parameter]]]:
         original = self._passage(model)
         model = lift_(model, self.lifts) if self.lifts else model
-        found = {
+        walk, done = Walk(model), dict[str, Rewritten]()
+        places = {
             (id(rewrite), site.name): site
             for rewrite in self.passes
-            for site in rewrite.look(model, sites.find(model, rewrite.wants))
+            for site in rewrite.look(model, walk.find(rewrite.wants))
         }
-        probe, results = Probe(), []
         heirs: dict[int, list[nn.Parameter]] = {}
-        for choice in self.choices:
-            site = found.get((id(choice.rewrite), choice.site.name))
-            if choice.rewrite is None or site is None:
-                results.append(SiteResult.kept(choice.site, choice.reason or "the traced forward does not use it"))
-                continue
-            model, [(_, before, new)] = choice.rewrite.apply(model, [site])
-            results.append(_measured(site, before, new, choice, probe))
-            heirs |= inherited(parameters_of(site.before, site), parameters_of(before, new))
-        report = Report(results)
+        for choice in sorted(self.rewritten, key=_turn):
+            site = places.get((id(choice.rewrite), choice.site.name))
+            if choice.rewrite is not None and site is not None:
+                model, [rewritten] = choice.rewrite.apply(model, [site])
+                done[choice.site.name] = rewritten
+                heirs |= inherited(parameters_of(site.before, site), parameters_of(rewritten.before, rewritten.norm))
+        probe = Probe()
+        report = Report([choice.outcome(done.get(choice.site.name), probe) for choice in self.choices])
         if original is not None and report.ok and not report.live:
             self._compare(original, model)
         return model, report, heirs
@@ -159,13 +181,6 @@ def untouched(model: nn.Module) -> bool:
     return bool(norms) and all(is_fresh(site.module) for site in norms)
 
 
-def _measured(site: Site, before: nn.Module | None, new: nn.Module, choice: Choice, probe: Probe) -> SiteResult:
-    assert choice.rewrite is not None
-    reason = choice.rewrite.inexact(site)
-    halves = choice.rewrite.halves(site, before, new)
-    gap, error = (None, None) if halves is None else measured(*halves, reason, probe)
-    origin = sites.origin_of(new)
-    if origin is not None:
-        origin.difference, origin.error = gap, error
-    limit = None if reason or halves is None else tolerance(halves[0][0] or site.module)
-    return SiteResult(site.names, site.kind, site.channels, choice.target, gap, limit, None, choice.note, error)
+def _turn(choice: Choice) -> int:
+    """When a choice is carried out: by the place of its pass in the pipeline, passes of others' last."""
+    return next((place for place, each in enumerate(PIPELINE) if isinstance(choice.rewrite, each)), len(PIPELINE))

@@ -14,6 +14,7 @@ from normrewrite.errors import NormRewriteError
 from normrewrite.nn.parts import deepcopy
 from normrewrite.provenance import manifest
 from normrewrite.provenance.report import Report, SiteResult
+from normrewrite.sites import Walk
 
 
 def rewritten_again(model: nn.Module, record: Mapping[str, Any], where: str) -> tuple[nn.Module, Report]:
@@ -36,19 +37,20 @@ def rewritten_again(model: nn.Module, record: Mapping[str, Any], where: str) -> 
     report = measure(twin, model)
     manifest.remember(twin, report.as_dict())
     rewritten = {name for site in report.sites for name in site.names}
-    kept = [site for site in sites.find(model) if site.name not in rewritten]
-    return twin, Report([*report.sites, *(SiteResult.kept(site, "not rewritten in the manifest") for site in kept)])
+    left = [site for site in sites.find(model) if site.name not in rewritten]
+    return twin, Report([*report.sites, *(SiteResult.kept(site, "not rewritten in the manifest") for site in left)])
 
 
 def _mismatches(model: nn.Module, record: Mapping[str, Any]) -> Iterator[str]:
-    found = {name: site for site in sites.find(model, lambda module: True) for name in site.names}
-    told = {row["names"][0]: row for row in record.get("report", {}).get("sites", [])}
+    walk = Walk(model)
+    places = {name: walk.site(module) for name, module in walk.by_name.items()}
+    lines = {line["names"][0]: line for line in record.get("report", {}).get("sites", [])}
     for entry in record["sites"]:
         name = entry["names"][0]
-        site, channels = found.get(name), told.get(name, {}).get("channels")
+        site, channels = places.get(name), lines.get(name, {}).get("channels")
         if site is not None and site.kind != entry.get("was"):
             yield f"{name} was {entry.get('was')}, here {site.kind}"
         elif site is not None and channels is not None and site.channels not in (None, channels):
             yield f"{name} had {channels} channels, here {site.channels}"
-    known = {*told, *(entry["names"][0] for entry in record["sites"])}
-    yield from (f"{site.name} is not in the manifest" for site in sites.find(model) if told and site.name not in known)
+    known = {*lines, *(entry["names"][0] for entry in record["sites"])}
+    yield from (f"{site.name} is not in the manifest" for site in walk.find() if lines and site.name not in known)

@@ -6,16 +6,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from normrewrite import sites
 from normrewrite.nn.batch import BatchNorm, FrozenBatchNorm
 from normrewrite.passes.lift_functional import candidates
-from normrewrite.sites import Site
-from normrewrite.sites.kinds import Kind, recognise
+from normrewrite.sites import Site, Walk
+from normrewrite.sites.kinds import Kind
+from normrewrite.sites.refusal import Refusal
 
 
 @dataclass(frozen=True)
@@ -38,16 +37,20 @@ class _Known:
 
 def find_traps(model: nn.Module) -> list[Trap]:
     """Every known trap that the model holds. Looks, and touches nothing."""
-    found = sites.find(model)
+    return traps_of(Walk(model))
+
+
+def traps_of(walk: Walk) -> list[Trap]:
+    norms = walk.find()
     traps = []
     for known in _KNOWN:
-        where = tuple(site.label for site in found if known.holds(site, model))
+        where = tuple(site.label for site in norms if known.holds(site, walk.model))
         if where:
             traps.append(Trap(known.title, where, known.wrong, known.remedy))
-    calls = tuple(site.label for site in candidates(model))
+    calls = tuple(site.label for site in candidates(walk))
     if calls:
         traps.append(replace(_FUNCTIONAL, sites=calls))
-    unseen = tuple(site.label for site in sites.out_of_sight(model))
+    unseen = tuple(site.label for site in walk.out_of_sight())
     if unseen:
         traps.append(replace(_OUT_OF_SIGHT, sites=unseen))
     return traps
@@ -67,15 +70,9 @@ def _any(values: Tensor | None, holds: Callable[[Tensor], Tensor]) -> bool:
     return values is not None and bool(holds(values.detach().float()).any())
 
 
-def kind_of(site: Site) -> Any:
-    """Kind or refusal of a norm that is not ours; None of one that is."""
-    return None if isinstance(site.module, BatchNorm) else recognise(site.module)
-
-
 def is_frozen(site: Site) -> bool:
     """Whether training never measures it."""
-    kind = kind_of(site)
-    return isinstance(site.module, FrozenBatchNorm) or (isinstance(kind, Kind) and kind.cls is FrozenBatchNorm)
+    return isinstance(site.norm, Kind) and issubclass(site.norm.cls, FrozenBatchNorm)
 
 
 def _is_measured(norm: nn.Module) -> bool:
@@ -134,13 +131,13 @@ _KNOWN = (
         "activation or dropout fused into the norm's class",
         "a norm that is rebuilt from its tensors alone loses them without a word (timm #1254)",
         "they are kept behind the twin's norm, once the class was seen to do just that",
-        lambda site, model: isinstance(kind_of(site), Kind) and bool(kind_of(site).tail),
+        lambda site, model: isinstance(site.norm, Kind) and not site.norm.ours and bool(site.norm.tail),
     ),
     _Known(
         "class that does more than normalise",
         "rebuilding it would change the function",
         "left as it is, with the reason",
-        lambda site, model: isinstance(kind_of(site), str),
+        lambda site, model: isinstance(site.norm, Refusal),
     ),
     _Known(
         "used at several places",
@@ -152,13 +149,13 @@ _KNOWN = (
         "no running statistics",
         "eval measures the batch: outputs depend on the other inputs, and ONNX has no such inference (pytorch #75252)",
         "converted and marked 'live statistics'; not folded, and export refuses it by name",
-        lambda site, model: _tensor(site, "running_mean") is None and not isinstance(kind_of(site), str),
+        lambda site, model: _tensor(site, "running_mean") is None and not isinstance(site.norm, Refusal),
     ),
     _Known(
         "no affine parameters",
         "calibration has no weight to put its factor on",
         "converted exactly; calibrate leaves it out and says so",
-        lambda site, model: getattr(site.module, "weight", None) is None and not isinstance(kind_of(site), str),
+        lambda site, model: getattr(site.module, "weight", None) is None and not isinstance(site.norm, Refusal),
     ),
     _Known(
         "dead channels",

@@ -23,7 +23,8 @@ from normrewrite.execution import Outputs, device_of, flat
 from normrewrite.nn.batch import BatchNorm, FrozenBatchNorm
 from normrewrite.nn.mean_only import MeanOnlyBatchNorm
 from normrewrite.nn.parts import deepcopy
-from normrewrite.sites import Site, looks
+from normrewrite.sites import Site, Walk, looks
+from normrewrite.sites.refusal import Refusal
 from normrewrite.tolerances import SAME_NETWORK, worst
 
 _REMEDY = (
@@ -32,14 +33,14 @@ _REMEDY = (
 )
 
 
-def refused(plan: Plan, inputs: Sequence[Tensor] | None) -> dict[str, str]:
-    """By site, why a rewrite that a plan has in mind is not to be made after all."""
-    reasons = _looked_at(plan, inputs)
-    left = [choice for choice in plan.rewritten if choice.site.name not in reasons]
-    return reasons | (_flagged(plan, left) if left and _has_own_train(plan.model) else {})
+def refused(plan: Plan, walk: Walk, inputs: Sequence[Tensor] | None) -> dict[str, Refusal]:
+    """By site, why a rewrite that a plan has in mind is not to be made after all. walk: through the plan's model."""
+    refusals = _looked_at(plan, walk, inputs)
+    left = [choice for choice in plan.rewritten if choice.site.name not in refusals]
+    return refusals | (_flagged(plan, left) if left and _has_own_train(plan.model) else {})
 
 
-def _looked_at(plan: Plan, inputs: Sequence[Tensor] | None) -> dict[str, str]:
+def _looked_at(plan: Plan, walk: Walk, inputs: Sequence[Tensor] | None) -> dict[str, Refusal]:
     choices = {choice.site.name: choice for choice in plan.rewritten}
     known: dict[Any, looks.Renewed] = {}
 
@@ -49,15 +50,16 @@ def _looked_at(plan: Plan, inputs: Sequence[Tensor] | None) -> dict[str, str]:
         alike = (id(rewrite), type(site.module), tuple(site.module._modules), site.before is None)
         key = alike if by_class else site.name
         if key not in known:
-            known[key] = looks.Renewed(rewrite.rewrite(site), not rewrite.inexact(site))
+            known[key] = looks.Renewed(rewrite.replacement(site).norm, not rewrite.inexact(site))
         return known[key]
 
-    lifted = [module for name, module in sites.by_name(plan.model).items() if name in plan.lifts]
-    seen = looks.found(plan.model, [choice.site for choice in choices.values()], renewed, lifted)
+    lifted = [walk.by_name[name] for name in plan.lifts]
+    seen = looks.first_looks(plan.model, [choice.site for choice in choices.values()], renewed, lifted)
     if not seen:
         return {}
     why = _REMEDY if inputs is None else _parts_ways(plan, inputs)
-    return {name: f"{look}, which its twin answers otherwise: {why}" for name, look in seen.items()} if why else {}
+    texts = {name: f"{look}, which its twin answers otherwise: {why}" for name, look in seen.items()} if why else {}
+    return {name: Refusal(text) for name, text in texts.items()}
 
 
 # --- the whole network ---------------------------------------------------------------------------------------------------
@@ -123,8 +125,8 @@ def _alike(a: Tensor | None, b: Tensor | None, *, by_shape: bool = False) -> boo
     return a.shape == b.shape and (by_shape or worst(a, b, 0.0) <= SAME_NETWORK.get(b.dtype, 0.0))
 
 
-def _run(model: nn.Module, names: Collection[str], inputs: Sequence[Tensor], given: Sequence[_Call] = ()) -> _Run:
-    """One pass, as the model's flags are. given: the calls of another run, whose outputs take the place of the sites' own, so
+def _run(model: nn.Module, names: Collection[str], inputs: Sequence[Tensor], replayed: Sequence[_Call] = ()) -> _Run:
+    """One pass, as the model's flags are. replayed: the calls of another run, whose outputs take the place of the sites' own, so
     that what is between the sites can be compared by itself."""
     calls: list[_Call] = []
     entered: list[Tensor | None] = []
@@ -135,7 +137,7 @@ def _run(model: nn.Module, names: Collection[str], inputs: Sequence[Tensor], giv
 
     def leave(name: str, output: Any) -> Any:
         place = len(calls)
-        wanted = given[place].output if place < len(given) and given[place].name == name else output
+        wanted = replayed[place].output if place < len(replayed) and replayed[place].name == name else output
         output = wanted.clone() if isinstance(wanted, Tensor) else wanted
         calls.append(_Call(name, entered.pop(), wanted))
         return output
@@ -181,18 +183,19 @@ def _has_own_train(model: nn.Module) -> bool:
     return own or any(_MODES & vars(module).keys() for module in model.modules())
 
 
-def _flagged(plan: Plan, left: Sequence[Choice]) -> dict[str, str]:
+def _flagged(plan: Plan, left: Sequence[Choice]) -> dict[str, Refusal]:
     """Sites that the network's own `.train()` or `.eval()` would leave in another mode than the original's."""
     original, (twin, _) = deepcopy(plan.model), replace(plan, choices=list(left)).apply()
     names = [choice.site.name for choice in left]
-    refused: dict[str, str] = {}
+    refusals: dict[str, Refusal] = {}
     for training in (True, False):
         flags, now = (_after(model, names, training) for model in (original, twin))
         mode = "train" if training else "eval"
         for name in names:
             if flags.get(name) is not None and now.get(name) is not None and flags[name] != now[name]:
-                refused.setdefault(name, _FLAG.format(mode, "training" if flags[name] else "eval"))
-    return refused
+                text = _FLAG.format(mode, "training" if flags[name] else "eval")
+                refusals.setdefault(name, Refusal(text))
+    return refusals
 
 
 def _after(model: nn.Module, names: Iterable[str], training: bool) -> dict[str, bool]:

@@ -35,8 +35,9 @@ from normrewrite.provenance import digests, history, ranges
 from normrewrite.provenance.history import History
 from normrewrite.provenance.ranges import LearnedRanges
 from normrewrite.provenance.report import Report
-from normrewrite.sites import Site
+from normrewrite.sites import Site, Walk
 from normrewrite.sites.neighbours import is_layer
+from normrewrite.sites.refusal import Refusal
 from normrewrite.targets import measures
 from normrewrite.targets import rewrite as make
 
@@ -134,28 +135,28 @@ def _check_site(entry: object, where: str) -> None:
 
 def replay(model: nn.Module, record: dict[str, Any], where: str) -> nn.Module:
     """Rewrite `model` in place as the record says, without measuring anything; returns it, or its new root."""
-    here = {name for name, _, _ in sites.registrations(model)}
-    if any(entry["names"][0] not in here for entry in record["sites"]):
+    walk = Walk(model)
+    if any(entry["names"][0] not in walk.by_name for entry in record["sites"]):
         model = lift_(model)
-    known: dict[tuple[str, Gain], tuple[Rewrite, dict[str, Site]]] = {}
+        walk = Walk(model)
+    keys = dict.fromkeys((entry["to"], entry["gain"]) for entry in record["sites"])
+    known = {key: _pass_and_sites(walk, *key) for key in keys}
     done: set[str] = set()
     for entry in record["sites"]:
-        key = entry["to"], entry["gain"]
-        if key not in known:
-            known[key] = _pass_and_sites(model, *key)
-        rewrite, found = known[key]
-        site = found.get(entry["names"][0])
+        rewrite, places = known[entry["to"], entry["gain"]]
+        site = places.get(entry["names"][0])
         if site is None:
             raise NormRewriteError(
                 f"{where}: its manifest rewrites {entry['names'][0]!r}, and the architecture has no norm of that name. "
                 "Is --arch the one that the file was converted with?"
             )
         site = _with_layer(model, site, entry.get("layer"), where)
-        refusal = "it is rewritten already" if site.name in done else rewrite.refusal(site)
+        refusal = Refusal("it is rewritten already") if site.name in done else rewrite.refusal(site)
         done.add(site.name)
-        if refusal:
+        if refusal is not None:
             raise NormRewriteError(f"{where}: {site.label} can't be rewritten as its manifest says: {refusal}")
-        model, [(_, _, norm)] = rewrite.apply(model, [site])
+        model, [rewritten] = rewrite.apply(model, [site])
+        norm = rewritten.norm
         if entry.get("calibrated") and isinstance(norm, BatchNorm) and isinstance(norm.weight, Tensor):
             norm.origin.converted("weight", norm.weight, norm.weight)  # type: ignore[union-attr]  # room for what the file holds
     return model
@@ -170,20 +171,20 @@ def remember(model: nn.Module, record: Mapping[str, Any]) -> None:
             origin.difference, origin.error = entry.get("difference"), entry.get("error")
 
 
-def _pass_and_sites(model: nn.Module, to: str, gain: Gain) -> tuple[Rewrite, dict[str, Site]]:
+def _pass_and_sites(walk: Walk, to: str, gain: Gain) -> tuple[Rewrite, dict[str, Site]]:
     rewrite = make(to, gain, SCOPES if measures(to) else ("batch",))
-    found = rewrite.look(model, sites.find(model, rewrite.wants))
-    return rewrite, {name: site for site in found for name in site.names}
+    seen = rewrite.look(walk.model, walk.find(rewrite.wants))
+    return rewrite, {name: site for site in seen for name in site.names}
 
 
 def _with_layer(model: nn.Module, site: Site, layer: object, where: str) -> Site:
     """The site with the layer that took it in: convert may have known it from example inputs, which no file holds."""
     if not layer or site.before is not None:
         return site
-    found = next((each for each in sites.find(model, is_layer) if layer in each.names), None)
-    if found is None:
+    before = next((each for each in sites.find(model, is_layer) if layer in each.names), None)
+    if before is None:
         raise NormRewriteError(
             f"{where}: its manifest folds {site.label} into {layer!r}, and the architecture has no such layer. "
             "Is --arch the one that the file was converted with?"
         )
-    return replace(site, before=found, alone="")
+    return replace(site, before=before, alone="")

@@ -1,12 +1,15 @@
-"""Sites: the places in a model where a norm works, by dotted name.
+"""Sites: the places in a model where a norm works, by dotted name, and what each norm computes.
 
 >>> [site.name for site in find(model)]
 ['bn1', 'layer1.0.bn1', 'layer1.0.bn2']
+>>> find(model)[0].norm
+Kind(cls=BatchNorm2d, eps=1e-05, tail=(), ranks=(4,), metric='l2', gain='exact', ours=False)
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,11 +17,17 @@ from torch.jit import ScriptModule
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from normrewrite.nn.batch import BatchNorm
+from normrewrite.nn.batch import BatchNorm, FrozenBatchNorm
 from normrewrite.nn.origin import Origin
 from normrewrite.nn.sample import RowNorm
 from normrewrite.nn.weights import WeightNorm, weight_norm_of
-from normrewrite.sites.hidden import Shelf, hidden
+from normrewrite.sites import kinds, sample_kinds
+from normrewrite.sites.hidden import Place, Shelf, hidden
+from normrewrite.sites.kinds import Kind
+from normrewrite.sites.refusal import Refusal
+from normrewrite.sites.sample_kinds import SampleKind
+
+Norm = Kind | SampleKind  # what a site's norm computes
 
 
 @dataclass(frozen=True)
@@ -29,6 +38,7 @@ class Site:
     inside: the modules that hold it, and those that hold them.
     before: the layer that feeds this norm alone, so that the norm can be folded into it; alone: why there is none. Both
     are known only where a rewrite has looked (normrewrite.sites.neighbours).
+    norm: what it computes, or why no rewrite can take it over; read when it is first asked for, and kept.
     """
 
     names: tuple[str, ...]
@@ -37,6 +47,27 @@ class Site:
     inside: tuple[nn.Module, ...] = ()
     before: "Site | None" = None
     alone: str = ""
+    _read: list[Norm | Refusal] = field(default_factory=list, compare=False, repr=False)  # one, or none yet
+
+    @property
+    def norm(self) -> Norm | Refusal:
+        if not self._read:
+            self._read.append(read(self.module))
+        return self._read[0]
+
+    def native(self, *, tracked: bool = False, frozen: bool = True) -> Kind | Refusal:
+        """`norm`, for rewrites that start from a batch norm that is not ours: with running statistics, or not frozen, if so
+        asked."""
+        norm = self.norm
+        if isinstance(norm, SampleKind):
+            return Refusal(f"is a norm within a sample: its scope is {norm.scope}")
+        if isinstance(norm, Kind) and norm.ours:
+            return Refusal(f"is {norm.metric} already: revert it first")
+        if isinstance(norm, Kind) and norm.cls is FrozenBatchNorm and not frozen:
+            return Refusal("is frozen: training never measures it")
+        if isinstance(norm, Kind) and tracked and not isinstance(self.module.running_mean, Tensor):
+            return Refusal("has no running statistics")
+        return norm
 
     @property
     def name(self) -> str:
@@ -82,6 +113,17 @@ def is_rewritten(module: nn.Module) -> bool:
     return origin_of(module) is not None
 
 
+def read(module: nn.Module) -> Norm | Refusal:
+    """What a norm computes: ours says so itself, another is recognised by its class or by watching it."""
+    if isinstance(module, BatchNorm):
+        return kinds.known(module)
+    if isinstance(module, RowNorm):
+        return sample_kinds.known(module)
+    if is_row_norm(module):
+        return sample_kinds.recognise_sample(module)
+    return kinds.recognise(module) if is_norm(module) else Refusal("is no norm")
+
+
 _ROW_NORMS = (RowNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _InstanceNorm)
 
 
@@ -95,74 +137,115 @@ def is_row_norm(module: nn.Module) -> bool:
     if isinstance(module, ScriptModule):
         return False
     tensors = {name: value for name, value in module._parameters.items() if value is not None}
-    held = [*module._modules.values(), *module._buffers.values()]
+    others = [*module._modules.values(), *module._buffers.values()]
     named = "norm" in type(module).__name__.lower() and tensors.keys() <= {"weight", "bias"} and "weight" in tensors
-    return named and not is_norm(module) and tensors["weight"].dim() == 1 and all(value is None for value in held)
+    return named and not is_norm(module) and tensors["weight"].dim() == 1 and all(value is None for value in others)
 
 
-def compiled(model: nn.Module) -> list[Site]:
-    """The TorchScript modules in which a batch norm is at work: nothing can be replaced there."""
-    found = find(model, lambda module: isinstance(module, ScriptModule) and _holds_statistics(module))
-    inner = {id(child) for site in found for child in site.module.modules() if child is not site.module}
-    return [site for site in found if id(site.module) not in inner]
+class Walk:
+    """One walk through a model, asked for all that is wanted of it. It is of the model as it stood when it was walked.
 
+    >>> walk = Walk(model); walk.find(is_norm); walk.by_name["layer1.0.bn1"]
+    """
 
-def _holds_statistics(module: nn.Module) -> bool:
-    held = {name.rpartition(".")[2] for name, _ in module.named_buffers()}
-    return {"running_mean", "running_var"} <= held
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.registrations = list(registrations(model))
+        self._sites: dict[int, Site] = {}
+
+    @cached_property
+    def by_name(self) -> dict[str, nn.Module]:
+        """Every module by each of its names, whatever characters they hold."""
+        return {name: module for name, module, _ in self.registrations}
+
+    @cached_property
+    def modules(self) -> dict[int, nn.Module]:
+        """Every registered module by id, in registration order."""
+        return {id(module): module for _, module, _ in self.registrations}
+
+    @cached_property
+    def _places(self) -> list[Place]:
+        return list(hidden(self.model))
+
+    @cached_property
+    def _names(self) -> dict[int, list[str]]:
+        names: dict[int, list[str]] = {}
+        for name, module, _ in self.registrations:
+            names.setdefault(id(module), []).append(name)
+        return names
+
+    @cached_property
+    def _registered(self) -> dict[int, list[tuple[nn.Module, str]]]:
+        homes: dict[int, list[tuple[nn.Module, str]]] = {}
+        for _, module, home in self.registrations:
+            homes.setdefault(id(module), []).extend(home)
+        return homes
+
+    @cached_property
+    def _shelved(self) -> dict[int, list[tuple[Shelf, Any]]]:
+        shelves: dict[int, list[tuple[Shelf, Any]]] = {}
+        for place in self._places:
+            if not place.fixed:
+                shelves.setdefault(id(place.module), []).append((place.shelf, place.key))
+        return shelves
+
+    def site(self, module: nn.Module) -> Site:
+        """The one site of a registered module."""
+        key = id(module)
+        if key not in self._sites:
+            homes = (*self._registered[key], *self._shelved.get(key, ()))
+            self._sites[key] = Site(tuple(self._names[key]), module, homes, self._above(key))
+        return self._sites[key]
+
+    def _above(self, module: int) -> tuple[nn.Module, ...]:
+        above: dict[int, nn.Module] = {}
+        queue = [module]
+        for key in queue:
+            parents = {id(parent): parent for parent, _ in self._registered[key] if id(parent) not in above}
+            above |= parents
+            queue += parents
+        return tuple(above.values())
+
+    def find(self, wanted: Callable[[nn.Module], bool] = is_norm) -> list[Site]:
+        """All wanted modules in registration order; one used at several places is one site."""
+        return [self.site(module) for module in self.modules.values() if wanted(module)]
+
+    def compiled(self) -> list[Site]:
+        """The TorchScript modules in which a batch norm is at work: nothing can be replaced there."""
+        scripts = self.find(lambda module: isinstance(module, ScriptModule) and _holds_statistics(module))
+        inner = {id(child) for site in scripts for child in site.module.modules() if child is not site.module}
+        return [site for site in scripts if id(site.module) not in inner]
+
+    def out_of_sight(self, wanted: Callable[[nn.Module], bool] = is_norm) -> list[Site]:
+        """Wanted modules that plain containers alone hold, under the name of the first place that leads to them."""
+        known = set(self.modules)
+        unseen = []
+        for place in self._places:
+            for site in find(place.module, wanted) if id(place.module) not in known else ():
+                if id(site.module) not in known:
+                    known.add(id(site.module))
+                    unseen.append(Site((f"{place.path}.{site.name}".removesuffix("."),), site.module, ()))
+        return unseen
+
+    def held_fast(self) -> dict[int, str]:
+        """By id, the place of every module that something holds too in which nothing can be replaced: a tuple, a bound method.
+        What copies share with the original, as closures and weak references, holds all below it."""
+        places = [place for place in self._places if place.fixed]
+        return {
+            id(module): place.path
+            for place in places
+            for module in ([place.module] if place.copied else place.module.modules())
+        }
 
 
 def find(model: nn.Module, wanted: Callable[[nn.Module], bool] = is_norm) -> list[Site]:
     """All wanted modules, batch norms by default, in registration order; one used at several places is one site."""
-    names: dict[int, list[str]] = {}
-    homes: dict[int, list[tuple[nn.Module | Shelf, Any]]] = {}
-    modules: dict[int, nn.Module] = {}
-    parents: dict[int, list[nn.Module]] = {}
-    for name, module, home in registrations(model):
-        parents.setdefault(id(module), []).extend(parent for parent, _ in home)
-        if wanted(module):
-            modules[id(module)] = module
-            names.setdefault(id(module), []).append(name)
-            homes.setdefault(id(module), []).extend(home)
-    for place in hidden(model):
-        if id(place.module) in modules and not place.fixed:
-            homes[id(place.module)].append((place.shelf, place.key))
-    return [
-        Site(tuple(names[key]), module, tuple(homes[key]), _ancestors(key, parents)) for key, module in modules.items()
-    ]
+    return Walk(model).find(wanted)
 
 
-def _ancestors(module: int, parents: dict[int, list[nn.Module]]) -> tuple[nn.Module, ...]:
-    found: dict[int, nn.Module] = {}
-    queue = [module]
-    for key in queue:
-        new = {id(parent): parent for parent in parents[key] if id(parent) not in found}
-        found |= new
-        queue += new
-    return tuple(found.values())
-
-
-def out_of_sight(model: nn.Module, wanted: Callable[[nn.Module], bool] = is_norm) -> list[Site]:
-    """Wanted modules that plain containers alone hold, under the name of the first place that leads to them."""
-    known = {id(module) for module in model.modules()}
-    found = []
-    for place in hidden(model):
-        for site in find(place.module, wanted) if id(place.module) not in known else ():
-            if id(site.module) not in known:
-                known.add(id(site.module))
-                found.append(Site((f"{place.path}.{site.name}".removesuffix("."),), site.module, ()))
-    return found
-
-
-def held_fast(model: nn.Module) -> dict[int, str]:
-    """By id, the place of every module that something holds too in which nothing can be replaced: a tuple, a bound method. What
-    copies share with the original, as closures and weak references, holds all below it."""
-    places = [place for place in hidden(model) if place.fixed]
-    return {
-        id(module): place.path
-        for place in places
-        for module in ([place.module] if place.copied else place.module.modules())
-    }
+def _holds_statistics(module: nn.Module) -> bool:
+    names = {name.rpartition(".")[2] for name, _ in module.named_buffers()}
+    return {"running_mean", "running_var"} <= names
 
 
 def registrations(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[tuple[nn.Module, str]]]]:
@@ -173,7 +256,7 @@ def registrations(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[tuple
 
 def by_name(model: nn.Module) -> dict[str, nn.Module]:
     """Every module by each of its names, whatever characters they hold."""
-    return {name: module for name, module, _ in registrations(model)}
+    return Walk(model).by_name
 
 
 def _below(

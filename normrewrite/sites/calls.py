@@ -32,9 +32,9 @@ def why_called_otherwise(module: nn.Module) -> str | None:
 
 def why_computed(module: nn.Module) -> str | None:
     """Why a module's tensors are not those that it holds, by its own word: hooks and properties put others in their place."""
-    held = module._parameters | module._buffers
+    tensors = module._parameters | module._buffers
     names = ("weight", "bias", "running_mean", "running_var")
-    computed = [name for name in names if getattr(module, name, None) is not held.get(name)]
+    computed = [name for name in names if getattr(module, name, None) is not tensors.get(name)]
     if not computed:
         return None
     return f"its {computed[0]} is computed anew (by pruning, weight_norm or code of its own); make it a parameter first"

@@ -63,7 +63,7 @@ def running(model: nn.Module) -> Running:
     every_class: set[Any] = {type(module) for module in modules}
     classes = {cls for cls in every_class if _methods(cls)}
     values = {(name, id(value)): value for module in modules for name, value in attributes(module).items()}
-    carried = {key: found for key, value in values.items() if (found := tuple(_carried(value)))}
+    carried = {key: parts for key, value in values.items() if (parts := tuple(_carried(value)))}
     names = ENTRIES
     while True:
         by_class = {cls: _reached(_methods(cls), names) for cls in classes}
@@ -78,11 +78,11 @@ def running(model: nn.Module) -> Running:
 def _by_module(
     modules: Iterable[nn.Module], held: Mapping[tuple[str, int], frozenset[Function]]
 ) -> dict[int, frozenset[Function]]:
-    found = {}
+    by_module = {}
     for module in modules if held else ():
         keys = [(name, id(value)) for name, value in attributes(module).items()]
-        found[id(module)] = frozenset().union(*(held[key] for key in keys if key in held))
-    return found
+        by_module[id(module)] = frozenset().union(*(held[key] for key in keys if key in held))
+    return by_module
 
 
 def hooks(module: nn.Module) -> Iterator[Function]:
@@ -127,15 +127,15 @@ def _called(carried: Iterable[tuple[str, Function]], names: frozenset[str]) -> s
 @lru_cache(maxsize=4096)
 def _methods(cls: Any) -> Mapping[str, tuple[Function, ...]]:
     """By name, every definition of a method that the class or a base of it has in code that is not known, the first first."""
-    found: dict[str, tuple[Function, ...]] = {}
+    methods: dict[str, tuple[Function, ...]] = {}
     for base in cls.__mro__:
         for name, value in vars(base).items():
             call = _function(value)
             if call is not None and not is_known(call):
-                given = call.__code__.co_varnames[: call.__code__.co_argcount]
-                receiver = "" if isinstance(value, staticmethod | classmethod) or not given else given[0]
-                found[name] = (*found.get(name, ()), Function(call, receiver))
-    return found
+                arguments = call.__code__.co_varnames[: call.__code__.co_argcount]
+                receiver = "" if isinstance(value, staticmethod | classmethod) or not arguments else arguments[0]
+                methods[name] = (*methods.get(name, ()), Function(call, receiver))
+    return methods
 
 
 def _function(value: Any) -> FunctionType | None:
@@ -158,14 +158,14 @@ def _reached(own: Mapping[str, tuple[Function, ...]], entries: frozenset[str]) -
 
 def _followed(start: set[Function], own: Mapping[str, tuple[Function, ...]]) -> frozenset[Function]:
     """These, and what they lead to: own methods, and helpers."""
-    todo, found = list(start), set(start)
+    todo, reached = list(start), set(start)
     while todo:
         function = todo.pop()
         called = [each for name in _names(function.call.__code__) - _APART for each in own.get(name, ())]
-        new = {*called, *_helpers(function.call)} - found
-        found |= new
+        new = {*called, *_helpers(function.call)} - reached
+        reached |= new
         todo += new
-    return frozenset(found)
+    return frozenset(reached)
 
 
 @lru_cache(maxsize=4096)
@@ -180,10 +180,10 @@ def _names(code: CodeType) -> frozenset[str]:
 def _helpers(call: FunctionType) -> frozenset[Function]:
     """The functions that the code names, alone or of a module that it names, and what of objects and tables that it names."""
     names = _names(call.__code__)
-    found = [named(call, name) for name in names] + [*defaults(call).values()]
-    others = [each for each in found if isinstance(each, ModuleType)]
-    found += [vars(other).get(name) for other in others for name in names]
-    return frozenset(function for each in found for function in _called(_carried(each), names))
+    candidates = [named(call, name) for name in names] + [*defaults(call).values()]
+    others = [each for each in candidates if isinstance(each, ModuleType)]
+    candidates += [vars(other).get(name) for other in others for name in names]
+    return frozenset(function for each in candidates for function in _called(_carried(each), names))
 
 
 NOTHING = object()
@@ -202,8 +202,8 @@ def named(call: FunctionType, name: str) -> Any:
 
 def defaults(call: FunctionType) -> dict[str, Any]:
     """What arguments stand for where they are not given."""
-    given, values = call.__code__.co_varnames[: call.__code__.co_argcount], call.__defaults__ or ()
-    return dict(zip(given[len(given) - len(values) :], values, strict=True)) | (call.__kwdefaults__ or {})
+    arguments, values = call.__code__.co_varnames[: call.__code__.co_argcount], call.__defaults__ or ()
+    return dict(zip(arguments[len(arguments) - len(values) :], values, strict=True)) | (call.__kwdefaults__ or {})
 
 
 def names(function: Function) -> frozenset[str]:
@@ -286,10 +286,10 @@ def _part_of_a_line(call: FunctionType) -> ast.Module | None:
         tree, first = _parsed("".join(inspect.findsource(call)[0])), call.__code__.co_firstlineno
     except (OSError, SyntaxError):
         return None
-    found = [node for node in ast.walk(tree) if isinstance(node, ast.Lambda) and node.lineno == first]
-    if len(found) != 1 or not _is_of(ast.unparse(found[0]), call.__code__):
+    lambdas = [node for node in ast.walk(tree) if isinstance(node, ast.Lambda) and node.lineno == first]
+    if len(lambdas) != 1 or not _is_of(ast.unparse(lambdas[0]), call.__code__):
         return None
-    alone = ast.Module([ast.Expr(copy.deepcopy(found[0]))], [])
+    alone = ast.Module([ast.Expr(copy.deepcopy(lambdas[0]))], [])
     ast.increment_lineno(alone, 1 - first)
     return alone
 

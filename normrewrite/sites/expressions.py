@@ -42,8 +42,8 @@ class Frame:
             case ast.Subscript(value=owner):
                 return _each(self._values(owner, open_), _elements)
             case ast.Tuple(elts=parts) | ast.List(elts=parts) | ast.Set(elts=parts):
-                found = _joined(self._values(part, open_) for part in parts)
-                return None if found is None else [found]
+                alternatives = _joined(self._values(part, open_) for part in parts)
+                return None if alternatives is None else [alternatives]
             case ast.BinOp(left=left, op=ast.BitOr() | ast.Add(), right=right):
                 return _joined((self._values(left, open_), self._values(right, open_)))
             case ast.IfExp(body=left, orelse=right):
@@ -79,12 +79,12 @@ def _each(owners: list[Any] | None, of: Any) -> list[Any] | None:
 
 
 def _joined(parts: Iterable[list[Any] | None]) -> list[Any] | None:
-    found: list[Any] = []
+    alternatives: list[Any] = []
     for part in parts:
         if part is None:
             return None
-        found += part
-    return found
+        alternatives += part
+    return alternatives
 
 
 def _held(owner: Any, name: str) -> list[Any] | None:
@@ -120,13 +120,13 @@ def _below(owner: Any, *, deep: bool) -> list[Any] | None:
 @lru_cache(maxsize=4096)
 def _bindings(call: FunctionType) -> dict[str, list[tuple[ast.expr | None, bool]]]:
     """By local variable, what it is set to, and whether it takes the elements of that."""
-    found: dict[str, list[tuple[ast.expr | None, bool]]] = {}
+    bindings: dict[str, list[tuple[ast.expr | None, bool]]] = {}
 
     def bind(target: ast.expr, value: ast.expr | None, within: bool) -> None:
         for part in ast.walk(target):
             if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
                 plain = target is part or within
-                found.setdefault(part.id, []).append((value if plain else None, within))
+                bindings.setdefault(part.id, []).append((value if plain else None, within))
 
     tree = source(call)
     for node in () if tree is None else ast.walk(tree):
@@ -142,4 +142,4 @@ def _bindings(call: FunctionType) -> dict[str, list[tuple[ast.expr | None, bool]
                 bind(target, None, within=False)
             case ast.withitem(optional_vars=ast.expr() as target):
                 bind(target, None, within=False)
-    return found
+    return bindings

@@ -1,7 +1,6 @@
 """The torch.fx graph of a model, where it has one."""
 
 import inspect
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from operator import attrgetter
 from types import MappingProxyType
@@ -149,12 +148,12 @@ def _traced(model: nn.Module, whole: Collection[int], fixed: Mapping[str, Any]) 
         raise Untraceable(f"torch.fx can't trace {type(model).__name__}: {first_line(error)}") from error
 
 
-def _told(node: Node) -> Mapping[str, Any]:
+def _arguments_of(node: Node) -> Mapping[str, Any]:
     return {"args": node.args, "kwargs": node.kwargs}
 
 
 def shape(
-    graph_module: GraphModule, fixed: Mapping[str, Any], arguments: Callable[[Node], Mapping[str, Any]] = _told
+    graph_module: GraphModule, fixed: Mapping[str, Any], arguments: Callable[[Node], Mapping[str, Any]] = _arguments_of
 ) -> list[tuple[Any, ...]]:
     """The graph as data: what each node is and is told. fixed: inputs that stand for these values, and are no nodes of it."""
     nodes = [node for node in graph_module.graph.nodes if node.target is not keeps and node.op != "placeholder"]
@@ -175,15 +174,6 @@ def module_of(graph_module: GraphModule, node: object) -> nn.Module | None:
     if isinstance(node, Node) and node.op == "call_module":
         return graph_module.get_submodule(str(node.target))
     return None
-
-
-def call_counts(graph_module: GraphModule) -> Counter[int]:
-    """How often each module (by id) is called in the graph: a shared one can't be altered for one caller."""
-    return Counter(
-        id(graph_module.get_submodule(str(node.target)))
-        for node in graph_module.graph.nodes
-        if node.op == "call_module"
-    )
 
 
 def read_past_modules(graph_module: GraphModule) -> set[int]:

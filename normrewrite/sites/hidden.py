@@ -125,8 +125,8 @@ def _is_plain_object(value: Any) -> bool:
     """Whether it is of a class of the user's own, or a mere namespace: what libraries make is theirs to look after."""
     if isinstance(value, type | ModuleType | FunctionType | MethodType):
         return False
-    kept = hasattr(value, "__dict__") or any(map(_slots, type(value).__mro__))
-    return kept and (isinstance(value, SimpleNamespace | Namespace) or not is_known_class(type(value)))
+    has_state = hasattr(value, "__dict__") or any(map(_slots, type(value).__mro__))
+    return has_state and (isinstance(value, SimpleNamespace | Namespace) or not is_known_class(type(value)))
 
 
 def _slots(cls: type) -> tuple[str, ...]:

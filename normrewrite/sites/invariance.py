@@ -22,16 +22,14 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from normrewrite import sites
 from normrewrite.backends.families import wide
-from normrewrite.nn import GroupNorm, InstanceNorm, LayerNorm, RMSNorm
-from normrewrite.nn.batch import BatchNorm, FrozenBatchNorm
+from normrewrite.nn.batch import FrozenBatchNorm
 from normrewrite.nn.parts import require_module
 from normrewrite.nn.renorm import BatchRenorm
-from normrewrite.nn.sample import RowNorm
-from normrewrite.sites import graph
-from normrewrite.sites.kinds import Kind, recognise
+from normrewrite.sites import graph, read
 from normrewrite.sites.modes import evaluating
 from normrewrite.sites.neighbours import has_hooks, is_layer
-from normrewrite.sites.sample_kinds import RowKind, recognise_row
+from normrewrite.sites.refusal import Refusal
+from normrewrite.sites.sample_kinds import SampleKind
 
 
 @dataclass(frozen=True)
@@ -95,14 +93,14 @@ def scale_invariant(model: nn.Module) -> Invariance:
     except graph.Untraceable as error:
         return Invariance(left={site.name: str(error) for site in layers}, untraceable=str(error))
     shared = sites.shared_parameters(model)
-    read = {key for way in ways for key in graph.read_past_modules(way)}
+    past = {key for way in ways for key in graph.read_past_modules(way)}
     weights, left = [], {}
     for site in layers:
-        known = "shares its weight" if id(site.module.weight) in shared else None
-        known = "its weight is read elsewhere too" if id(site.module.weight) in read else known
-        blocks = known or _agreed([_blocks_of_layer(way, site.module) for way in ways])
-        if isinstance(blocks, str):
-            left[site.name] = blocks
+        refusal = Refusal("shares its weight") if id(site.module.weight) in shared else None
+        refusal = Refusal("its weight is read elsewhere too") if id(site.module.weight) in past else refusal
+        blocks = refusal or _agreed([_blocks_of_layer(way, site.module) for way in ways])
+        if isinstance(blocks, Refusal):
+            left[site.name] = str(blocks)
         else:
             weights.append(InvariantWeight(f"{site.name}.weight" if site.name else "weight", site.module, blocks))
     return Invariance(tuple(weights), left)
@@ -132,53 +130,46 @@ def out_channels(layer: Any) -> int:
     return channels
 
 
-def _blocks_of_layer(graph_module: GraphModule, layer: nn.Module) -> int | str:
+def _blocks_of_layer(graph_module: GraphModule, layer: nn.Module) -> int | Refusal:
     """How many blocks of channels have a scale of their own, or why none has."""
     calls = [node for node in graph_module.graph.nodes if graph.module_of(graph_module, node) is layer]
     if not calls:
-        return "is not called in the graph"
+        return Refusal("is not called in the graph")
     if has_hooks(layer):
-        return "has hooks"
+        return Refusal("has hooks")
     readers = [reader for call in calls for reader in call.users]
     return _agreed([_blocks_of_reader(graph_module, layer, reader) for reader in readers])
 
 
-def _agreed(found: list[int | str]) -> int | str:
+def _agreed(answers: list[int | Refusal]) -> int | Refusal:
     """What is so whichever arguments forward is given."""
-    reasons = [blocks for blocks in found if isinstance(blocks, str)]
-    return reasons[0] if reasons else math.gcd(*(blocks for blocks in found if isinstance(blocks, int)))
+    refusals = [blocks for blocks in answers if isinstance(blocks, Refusal)]
+    return refusals[0] if refusals else math.gcd(*(blocks for blocks in answers if isinstance(blocks, int)))
 
 
-def _blocks_of_reader(graph_module: GraphModule, layer: nn.Module, reader: Node) -> int | str:
+def _blocks_of_reader(graph_module: GraphModule, layer: nn.Module, reader: Node) -> int | Refusal:
     norm = graph.module_of(graph_module, reader)
     if norm is None or not (sites.is_norm(norm) or sites.is_row_norm(norm)):
-        return f"goes into {reader.target if isinstance(reader.target, str) else reader.name}, no norm"
+        return Refusal(f"goes into {reader.target if isinstance(reader.target, str) else reader.name}, no norm")
     channels = out_channels(layer)
-    blocks = _batch_blocks(norm) if sites.is_norm(norm) else _row_blocks(norm, channels)
-    if isinstance(blocks, str):
-        return f"goes into {reader.target}, which {blocks}"
+    blocks = _blocks(norm, channels)
+    if isinstance(blocks, Refusal):
+        return Refusal(f"goes into {reader.target}, which {blocks}")
     if channels % blocks or (sites.is_norm(norm) and channels != blocks):
-        return f"goes into {reader.target}, whose channels are not its own"
+        return Refusal(f"goes into {reader.target}, whose channels are not its own")
     centred = blocks == channels and getattr(norm, "centred", True)
     if layer.bias is not None and not centred:
-        return f"has a bias, which {reader.target} doesn't subtract"
+        return Refusal(f"has a bias, which {reader.target} doesn't subtract")
     return blocks
 
 
-def _batch_blocks(norm: Any) -> int | str:
-    kind = Kind(type(norm), norm.eps) if isinstance(norm, BatchNorm) else recognise(norm)
-    if isinstance(kind, str):
+def _blocks(norm: Any, channels: int) -> int | Refusal:
+    """How many blocks of channels the norm measures apart."""
+    kind = read(norm)
+    if isinstance(kind, Refusal):
         return kind
+    if isinstance(kind, SampleKind):
+        return {"instance": channels, "group": kind.groups}.get(kind.scope, 1)
     if issubclass(kind.cls, FrozenBatchNorm | BatchRenorm):
-        return "measures by fixed statistics"
+        return Refusal("measures by fixed statistics")
     return len(norm.running_mean) if norm.running_mean is not None else int(norm.num_features)
-
-
-def _row_blocks(norm: Any, channels: int) -> int | str:
-    if isinstance(norm, RowNorm):
-        known = {LayerNorm: 1, RMSNorm: 1, InstanceNorm: channels, GroupNorm: getattr(norm, "num_groups", 1)}
-        return next((blocks for cls, blocks in known.items() if isinstance(norm, cls)), "is of unknown scope")
-    kind = recognise_row(norm)
-    if not isinstance(kind, RowKind):
-        return kind
-    return {"instance": channels, "group": kind.groups}.get(kind.scope, 1)

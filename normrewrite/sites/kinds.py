@@ -1,7 +1,7 @@
-"""What a norm module computes, found by its class where that is torch's own, else by watching it.
+"""What a batch norm computes, found by its class where that is torch's own, else by watching it.
 
 >>> recognise(torchvision_frozen_batch_norm)
-Kind(cls=FrozenBatchNorm, eps=1e-05, tail=(), ranks=(4,))
+Kind(cls=FrozenBatchNorm, eps=1e-05, tail=(), ranks=(4,), metric='l2', gain='exact', ours=False)
 
 A subclass that overrides forward may do more than normalise, and a class that is no subclass may do just that. Such a
 module is copied, given well-conditioned random tensors in float64, and run in eval and in training on what trials.py has. Only
@@ -11,7 +11,7 @@ if all agree with a batch norm, followed by the module's own children in their o
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,9 @@ from torch.nn.utils.parametrize import is_parametrized
 from normrewrite.nn import batch, parts
 from normrewrite.nn.batch import BatchNorm, FrozenBatchNorm
 from normrewrite.nn.native import AnyBatchNorm
+from normrewrite.norms import Gain
 from normrewrite.sites.calls import why_not_taken_over
+from normrewrite.sites.refusal import Refusal
 from normrewrite.sites.trials import layouts, outcome, same, subject_of, takes, trials
 from normrewrite.tolerances import SAME_FUNCTION
 
@@ -47,34 +49,43 @@ _SAME = 1e-9  # of the largest output, in float64: an eps of 1e-6 that is anothe
 @dataclass(frozen=True)
 class Kind:
     """The class of ours that takes the module's place, its eps, the children that it applies behind the norm, and the ranks of
-    input that it takes (None: all from 2)."""
+    input that it takes (None: all from 2). metric, gain, ours: a norm that is ours already has them."""
 
+    scope: ClassVar[Literal["batch"]] = "batch"
     cls: type[BatchNorm]
     eps: float
     tail: tuple[str, ...] = ()
     ranks: tuple[int, ...] | None = None
+    metric: str = "l2"
+    gain: Gain = "exact"
+    ours: bool = False
 
 
-def unreadable(module: nn.Module) -> str | None:
+def known(norm: BatchNorm) -> Kind:
+    """The kind of one of ours, which says itself what it is."""
+    return Kind(type(norm), norm.eps, norm.tail, norm.ranks, norm.metric, norm.gain, ours=True)
+
+
+def unreadable(module: nn.Module) -> Refusal | None:
     """Why no norm's tensors can be taken over as they are, or None."""
     if is_parametrized(module):
-        return "its parameters are parametrised; remove the parametrisation first"
-    refusal = why_not_taken_over(module)
-    if refusal is not None:
-        return refusal
+        return Refusal("its parameters are parametrised; remove the parametrisation first")
+    reason = why_not_taken_over(module)
+    if reason is not None:
+        return Refusal(reason)
     tensors = [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
     if any(is_lazy(tensor) for tensor in tensors):
-        return "is lazy and has no size yet; run the model on one batch first"
+        return Refusal("is lazy and has no size yet; run the model on one batch first")
     dtypes = {
         str(tensor.dtype).removeprefix("torch."): tensor.dtype for tensor in tensors if tensor.is_floating_point()
     }
     odd = [name for name, dtype in dtypes.items() if dtype not in SAME_FUNCTION]
     if isinstance(module, _BatchNorm) and len(dtypes) > 1:
         odd = [" and ".join(sorted(dtypes))]
-    return f"keeps {odd[0]}, which no norm can compute in" if odd else None
+    return Refusal(f"keeps {odd[0]}, which no norm can compute in") if odd else None
 
 
-def recognise(module: nn.Module) -> Kind | str:
+def recognise(module: nn.Module) -> Kind | Refusal:
     """The kind of a batch norm that is not ours, or the reason why it is none."""
     name = type(module).__name__
     refusal = unreadable(module)
@@ -84,13 +95,15 @@ def recognise(module: nn.Module) -> Kind | str:
         cls = _BY_RANK_CHECK[_rank_check(module)]
         return Kind(cls, module.eps, (), cls.ranks)  # type: ignore[arg-type]
     if module._forward_hooks or module._forward_pre_hooks:
-        return f"{name} overrides forward and has hooks, so it can't be watched"
+        return Refusal(f"{name} overrides forward and has hooks, so it can't be watched")
     if not isinstance(module._buffers.get("running_mean"), Tensor) or not isinstance(
         module._buffers.get("running_var"), Tensor
     ):
-        return f"{name} overrides forward and keeps no running statistics, so it can't be told what it computes"
+        return Refusal(
+            f"{name} overrides forward and keeps no running statistics, so it can't be told what it computes"
+        )
     kind = remembered(_SEEN, module, _watched)
-    return kind or f"{name} overrides forward, and does more than a batch norm followed by its own children"
+    return kind or Refusal(f"{name} overrides forward, and does more than a batch norm followed by its own children")
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -101,32 +114,22 @@ def _is_plain(module: nn.Module) -> bool:
     )
 
 
-def native(module: nn.Module, *, tracked: bool = False, frozen: bool = True) -> Kind | str:
-    """`recognise`, for rewrites that start from a norm that is not ours: with running statistics, or not frozen, if so asked."""
-    if isinstance(module, BatchNorm):
-        return f"is {module.metric} already: revert it first"
-    kind = recognise(module)
-    if isinstance(kind, Kind) and kind.cls is FrozenBatchNorm and not frozen:
-        return "is frozen: training never measures it"
-    if isinstance(kind, Kind) and tracked and not isinstance(module.running_mean, Tensor):
-        return "has no running statistics"
-    return kind
-
-
 _PLAIN = (bool, int, float, str, tuple, type(None))
 _TENSORS = frozenset(("weight", "bias", "running_mean", "running_var", "num_batches_tracked"))
 _SEEN: dict[tuple[Any, ...], "Kind | None"] = {}  # a network has dozens of norms that differ in their width alone
-Found = TypeVar("Found")
+Reading = TypeVar("Reading")
 
 
-def remembered(seen: dict[tuple[Any, ...], Found], module: nn.Module, watch: Callable[[nn.Module], Found]) -> Found:
+def remembered(
+    seen: dict[tuple[Any, ...], Reading], module: nn.Module, watch: Callable[[nn.Module], Reading]
+) -> Reading:
     """What watching the module finds, or found in one that behaves alike."""
     alike = _alike(module)
-    kind = seen[alike] if alike in seen else watch(module)
+    reading = seen[alike] if alike in seen else watch(module)
     plain = all(isinstance(value, _PLAIN) for value in parts.attributes(module).values())
     if plain and _TENSORS.issuperset(alike[2]):  # what other tensors hold may be a switch, too
-        seen[alike] = kind
-    return kind
+        seen[alike] = reading
+    return reading
 
 
 def _alike(module: nn.Module) -> tuple[Any, ...]:
@@ -206,9 +209,9 @@ def _agrees(
             y = getattr(subject, name).train(training)(y)
         return y
 
-    got, expected = outcome(watched, x), outcome(batch_norm, x)
+    output, expected = outcome(watched, x), outcome(batch_norm, x)
     return (
-        same(got, expected, _SAME, least=1.0)
+        same(output, expected, _SAME, least=1.0)
         and same(watched.running_mean, mean, _SAME)
         and same(watched.running_var, var, _SAME)
     )

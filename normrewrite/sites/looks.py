@@ -1,6 +1,6 @@
 """Looks: places in a network's code that ask what a norm is, and that a rewritten one would answer otherwise.
 
->>> print(found(model, sites, renewed)["block.norm"])
+>>> print(first_looks(model, sites, renewed)["block.norm"])
 Block.forward (net.py:12) asks isinstance(self.norm, nn.BatchNorm1d)
 
 Asked may be a class (isinstance, type, a match), the name of a class, or an attribute, there or not, read or written. What
@@ -31,7 +31,7 @@ class Renewed:
     exact: bool
 
 
-def found(
+def first_looks(
     model: nn.Module, sites: Sequence[Site], renewed: Callable[[Site, bool], Renewed], apart: Sequence[nn.Module] = ()
 ) -> dict[str, Look]:
     """By site, the first look at it whose answer the rewrite changes. renewed: what takes a site's place, or, where a class is
@@ -54,8 +54,8 @@ def found(
                 if changed:
                     first[site.name] = look
                     continue
-                had = known or look.kind not in ("attribute", "key") or hasattr(site.module, str(look.against))
-                if had and _differs(look, frame, site.module, renewed(site, look.by_class), known=known):
+                relevant = known or look.kind not in ("attribute", "key") or hasattr(site.module, str(look.against))
+                if relevant and _differs(look, frame, site.module, renewed(site, look.by_class), known=known):
                     first[site.name] = look
     return first
 
@@ -93,15 +93,17 @@ def _may_matter(look: Look, frame: Frame, known: bool) -> bool:
 
 def _classes(look: Look, frame: Frame) -> set[type]:
     """The classes that the function names, and those that its module holds under a name in it."""
-    held = vars(frame.module)
-    own = code.flat(held[name] for name in code.names(look.function) & held.keys() if not name.startswith("_"))
+    attributes = vars(frame.module)
+    own = code.flat(
+        attributes[name] for name in code.names(look.function) & attributes.keys() if not name.startswith("_")
+    )
     return {*code.classes(look.function), *own}
 
 
 def _asked(look: Look, frame: Frame) -> tuple[type, ...] | None:
     """The classes of an isinstance; None where they can't be told, or it is asked by `type`."""
-    given = frame.values(look.against) if isinstance(look.against, ast.expr) else None
-    return None if given is None else tuple(code.flat(given))
+    classes = frame.values(look.against) if isinstance(look.against, ast.expr) else None
+    return None if classes is None else tuple(code.flat(classes))
 
 
 def _differs(look: Look, frame: Frame, old: nn.Module, new: Renewed, *, known: bool) -> bool:

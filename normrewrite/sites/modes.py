@@ -55,11 +55,13 @@ def same_attributes(model: nn.Module) -> Iterator[None]:
     """Every module's plain attributes come back afterwards, and what its lists and dictionaries hold: a forward that runs
     on a trace's proxies may keep some of them."""
     before = [(module, attributes(module)) for module in model.modules()]
-    held = [(value, copy.copy(value)) for _, plain in before for value in plain.values() if type(value) in (dict, list)]
+    containers = [
+        (value, copy.copy(value)) for _, plain in before for value in plain.values() if type(value) in (dict, list)
+    ]
     try:
         yield
     finally:
-        for value, old in held:
+        for value, old in containers:
             _refill(value, old)
         for module, plain in before:
             for name in attributes(module).keys() - plain.keys():

@@ -139,12 +139,12 @@ class _Visitor(ast.NodeVisitor):
         self.function, self._tree = function, tree
         self._above = {below: node for node in ast.walk(tree) for below in ast.iter_child_nodes(node)}
         self._speaks = False
-        self._found: list[Look] = []
+        self._asked: list[Look] = []
         self._words: list[str] = []
         self._spells = bool(code.names(function) & _SPELT)
 
     def looks(self) -> Iterator[Look]:
-        for look in self._found:
+        for look in self._asked:
             yield replace(look, against=tuple(self._words)) if look.kind in ("name", "print") else look
 
     def _add(
@@ -158,7 +158,7 @@ class _Visitor(ast.NodeVisitor):
     ) -> None:
         text = " ".join(ast.unparse(node).split())
         text = text if len(text) <= 80 else f"{text[:77]}..."
-        self._found.append(Look(self.function, kind, subject, against, text, node.lineno, literal))
+        self._asked.append(Look(self.function, kind, subject, against, text, node.lineno, literal))
 
     def _add_class(self, subject: ast.expr | None, node: ast.expr) -> None:
         self._add("class", subject, None, node)
@@ -305,8 +305,8 @@ class _Visitor(ast.NodeVisitor):
             case ast.Name(id=name):
                 return code.named(call, name)
             case ast.Attribute(value=owner, attr=name):
-                held = self._static(owner)
-                return vars(held).get(name) if isinstance(held, ModuleType) else None
+                container = self._static(owner)
+                return vars(container).get(name) if isinstance(container, ModuleType) else None
         return None
 
     def visit_Attribute(self, node: ast.Attribute) -> None:

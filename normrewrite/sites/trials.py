@@ -92,12 +92,12 @@ def takes(call: Callable[[Tensor], Any], x: Tensor) -> bool:
     return isinstance(y, Tensor) and y.shape == x.shape
 
 
-def same(got: Any, expected: Any, tolerance: float, least: float = 0.0) -> bool:
+def same(output: Any, expected: Any, tolerance: float, least: float = 0.0) -> bool:
     """Whether two outcomes are equal, to tolerance of the largest number in the second, which counts as `least` at least."""
-    if got is None or expected is None:
-        return got is expected
-    if not isinstance(got, Tensor) or got.shape != expected.shape:
+    if output is None or expected is None:
+        return output is expected
+    if not isinstance(output, Tensor) or output.shape != expected.shape:
         return False
     largest = float(expected.nan_to_num().abs().max()) if expected.numel() else 0.0
     limit = tolerance * max(least, largest)
-    return torch.allclose(got.double(), expected.double(), rtol=0, atol=limit, equal_nan=True)
+    return torch.allclose(output.double(), expected.double(), rtol=0, atol=limit, equal_nan=True)

@@ -30,9 +30,9 @@ def undone_on_error(model: nn.Module) -> Iterator[None]:
     except BaseException:
         for module, cls in modules:
             module.__class__ = cls
-        for holder, held in holders:
+        for holder, contents in holders:
             holder.clear()
-            (holder.update if isinstance(holder, dict) else holder.extend)(held)
+            (holder.update if isinstance(holder, dict) else holder.extend)(contents)
         for tensor, data in tensors:
             tensor.data = data
         raise

@@ -13,6 +13,7 @@ import normrewrite as nr
 from normrewrite.nn.batch import FrozenBatchNorm
 from normrewrite.passes import FoldAffine
 from normrewrite.sites.kinds import Kind, recognise
+from normrewrite.sites.refusal import Refusal
 from tests.conftest import TARGETS, randomise
 
 
@@ -244,16 +245,14 @@ MORE += [AbsoluteGamma, RunningWhereFew, OtherOnceWarm, Splits]
 
 @pytest.mark.parametrize("cls", MORE, ids=lambda cls: cls.__name__)
 def test_one_that_does_more_is_refused_by_name(cls: Any) -> None:
-    assert (
-        recognise(cls(6))
-        == f"{cls.__name__} overrides forward, and does more than a batch norm followed by its own children"
-    )
+    more = "overrides forward, and does more than a batch norm followed by its own children"
+    assert recognise(cls(6)) == Refusal(f"{cls.__name__} {more}")
     with pytest.raises(nr.NormRewriteError, match=rf"1: {cls.__name__}"):
         nr.convert(nn.Sequential(nn.Conv2d(3, 6, 3), cls(6)))
 
 
 def test_a_momentum_that_stands_in_forward_alone_is_read_from_the_call() -> None:
-    assert isinstance(recognise(MomentumInForward(6)), str)
+    assert isinstance(recognise(MomentumInForward(6)), Refusal)
     twin: Any = nr.convert(nn.Sequential(MomentumInForward(6)))
     assert twin.get_submodule("0.batch_norm").momentum == 0.2
 
@@ -308,7 +307,7 @@ def test_what_other_tensors_hold_is_watched_in_each() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x).relu() if self.on else super().forward(x)
 
-    assert [type(recognise(Switched(on))) for on in (False, True, False)] == [Kind, str, Kind]
+    assert [type(recognise(Switched(on))) for on in (False, True, False)] == [Kind, Refusal, Kind]
 
 
 def test_frozen_stays_frozen_in_training() -> None:
@@ -341,7 +340,7 @@ def test_zero_gamma_hides_nothing() -> None:
     """Residual branches start with gamma = 0, where every function of the input looks the same."""
     norm = ReluInside(6)
     nn.init.zeros_(norm.weight)
-    assert isinstance(recognise(norm), str)
+    assert isinstance(recognise(norm), Refusal)
 
 
 @pytest.mark.parametrize("least", [1, 6, 32, 200])
@@ -351,4 +350,4 @@ def test_a_class_that_switches_by_the_size_of_planes_is_told(axis: int, least: i
         def forward(self, input: Tensor) -> Tensor:
             return super().forward(input) * (2 if input.shape[axis] > least else 1)
 
-    assert isinstance(recognise(Switching(5)), str)
+    assert isinstance(recognise(Switching(5)), Refusal)

@@ -8,7 +8,8 @@ from torch.nn.utils import prune
 
 import normrewrite as nr
 from normrewrite.sites import find, is_row_norm
-from normrewrite.sites.sample_kinds import RowKind, recognise_row
+from normrewrite.sites.refusal import Refusal
+from normrewrite.sites.sample_kinds import SampleKind, recognise_sample
 
 
 class LlamaRMSNorm(nn.Module):
@@ -149,28 +150,28 @@ class CalledNorm(LlamaRMSNorm):
         return 2 * super().__call__(x)
 
 
-TOLD: list[tuple[nn.Module, RowKind]] = [
-    (nn.LayerNorm((3, 4), eps=1e-3), RowKind("layer", 1e-3, (3, 4))),
-    (nn.RMSNorm(6), RowKind("rms", None, (6,))),
-    (nn.GroupNorm(2, 8), RowKind("group", 1e-5, (8,), 2)),
-    (nn.InstanceNorm3d(4), RowKind("instance", 1e-5, (4,), 4)),
-    (LlamaRMSNorm(16), RowKind("rms", 1e-6, (16,))),
-    (LlamaRMSNorm(5, 1e-5), RowKind("rms", 1e-5, (5,))),
-    (T5LayerNorm(16), RowKind("rms", 1e-6, (16,))),
-    (ConvNeXtLayerNorm(8), RowKind("layer", 1e-6, (8,), channels_first=True, ranks=(4,))),
-    (ConvNeXtLayerNorm(5, 1e-5), RowKind("layer", 1e-5, (5,), channels_first=True, ranks=(4,))),
-    (LayerNorm2d(8), RowKind("layer", 1e-5, (8,), channels_first=True, ranks=(4,))),
-    (GroupNorm1(8), RowKind("group", 1e-5, (8,))),
-    (HiddenEpsNorm(8), RowKind("layer", 1e-3, (8,))),
+TOLD: list[tuple[nn.Module, SampleKind]] = [
+    (nn.LayerNorm((3, 4), eps=1e-3), SampleKind("layer", 1e-3, (3, 4))),
+    (nn.RMSNorm(6), SampleKind("rms", None, (6,))),
+    (nn.GroupNorm(2, 8), SampleKind("group", 1e-5, (8,), 2)),
+    (nn.InstanceNorm3d(4), SampleKind("instance", 1e-5, (4,), 4)),
+    (LlamaRMSNorm(16), SampleKind("rms", 1e-6, (16,))),
+    (LlamaRMSNorm(5, 1e-5), SampleKind("rms", 1e-5, (5,))),
+    (T5LayerNorm(16), SampleKind("rms", 1e-6, (16,))),
+    (ConvNeXtLayerNorm(8), SampleKind("layer", 1e-6, (8,), channels_first=True, ranks=(4,))),
+    (ConvNeXtLayerNorm(5, 1e-5), SampleKind("layer", 1e-5, (5,), channels_first=True, ranks=(4,))),
+    (LayerNorm2d(8), SampleKind("layer", 1e-5, (8,), channels_first=True, ranks=(4,))),
+    (GroupNorm1(8), SampleKind("group", 1e-5, (8,))),
+    (HiddenEpsNorm(8), SampleKind("layer", 1e-3, (8,))),
 ]
 
 
 @pytest.mark.parametrize(("module", "kind"), TOLD, ids=lambda value: type(value).__name__)
-def test_told(module: nn.Module, kind: RowKind) -> None:
+def test_told(module: nn.Module, kind: SampleKind) -> None:
     state, before = torch.get_rng_state(), {name: value.clone() for name, value in module.state_dict().items()}
     assert is_row_norm(module)
-    assert recognise_row(module) == kind
-    assert recognise_row(module.half()) == kind
+    assert recognise_sample(module) == kind
+    assert recognise_sample(module.half()) == kind
     assert torch.equal(torch.get_rng_state(), state)
     for name, value in module.state_dict().items():
         assert torch.equal(value, before[name].half()), name
@@ -199,13 +200,13 @@ def test_told(module: nn.Module, kind: RowKind) -> None:
 )
 def test_refused_by_name(module: nn.Module, reason: str) -> None:
     with pytest.raises(AssertionError, match=reason):
-        raise AssertionError(recognise_row(module))
+        raise AssertionError(recognise_sample(module))
 
 
 def test_one_alike_of_another_width_is_told_its_own_shape() -> None:
-    assert [recognise_row(LlamaRMSNorm(width)) for width in (16, 32)] == [
-        RowKind("rms", 1e-6, (16,)),
-        RowKind("rms", 1e-6, (32,)),
+    assert [recognise_sample(LlamaRMSNorm(width)) for width in (16, 32)] == [
+        SampleKind("rms", 1e-6, (16,)),
+        SampleKind("rms", 1e-6, (32,)),
     ]
 
 
@@ -219,7 +220,7 @@ def test_ranks_that_broadcasting_makes_something_of_are_refused_when_they_come()
 def test_hooks_keep_it_from_being_watched() -> None:
     module = LlamaRMSNorm(8)
     module.register_forward_hook(lambda *_: None)
-    assert recognise_row(module) == "LlamaRMSNorm has its own forward and hooks, so it can't be watched"
+    assert recognise_sample(module) == Refusal("LlamaRMSNorm has its own forward and hooks, so it can't be watched")
 
 
 def test_sites_find_batch_norms_unless_told_otherwise() -> None:

@@ -10,6 +10,7 @@ from torch import nn
 import normrewrite as nr
 from normrewrite import sites
 from normrewrite.api import plan
+from normrewrite.api.plan import Choice
 from normrewrite.passes import FoldAffine, NormaliseWeights, RestoreNative, SwapMetric
 from normrewrite.passes.base import Rewrite
 from tests.conftest import randomise
@@ -57,11 +58,11 @@ def failing_at(count: int, function: Callable[..., Any]) -> Callable[..., Any]:
     [
         ("l1", SwapMetric, "rewrite"),
         ("none", FoldAffine, "rewrite"),
-        ("wn", NormaliseWeights, "rewrite_before"),
+        ("wn", NormaliseWeights, "rewrite"),
         ("bwn", Rewrite, "apply"),
         ("none", sites, "replace"),
-        ("l1", plan, "_measured"),
-        ("wn", plan, "_measured"),
+        ("l1", Choice, "outcome"),
+        ("wn", Choice, "outcome"),
     ],
 )
 def test_a_failure_at_any_site_changes_nothing(
