@@ -193,7 +193,6 @@ def test_what_accelerate_launch_says_gives_the_same_bits(folder: Path) -> None:
     assert _same("launched.pt", "plain.pt")
 
 
-
 # --- sharded ----------------------------------------------------------------------------------------------------------
 
 
