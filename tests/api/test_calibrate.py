@@ -35,7 +35,7 @@ def test_training_is_matched_on_a_real_network(resnet20: RealNetwork, tmp_path: 
         twin, calibration = nr.calibrate(nr.convert(model, to), unlabelled, batch_size=250)
         assert _far(in_training(twin, x), expected) <= most * own
         assert calibration.inputs == 500  # the last batch is smaller, and another size would read another scale
-        assert nr.verify(model, twin, x).max_abs <= 1e-4
+        assert nr.verify(model, twin, x[:100]).max_abs <= 1e-4
         nr.save(twin, tmp_path / "twin.pt", force=True)
         for again in (twin, nr.load(tmp_path / "twin.pt", arch=resnet20.arch)):
             for name, value in nr.revert(again).state_dict().items():
