@@ -1,11 +1,14 @@
-# Two commands: `make demo` and `make test`. Each sets up all that it needs on a bare machine with Python 3.11 or newer.
+# `make demo`, `make check` and `make test`: each sets up all that it needs on a bare machine with Python 3.11 or newer.
 # `make paper` tries the paper's claims, in minutes; BUDGET=cpu and BUDGET=gpu take longer (docs/paper.md).
 PYTHON ?= python3
 VENV ?= .venv
 BUDGET ?= smoke
 BIN := $(VENV)/bin
 
-.PHONY: demo test docs paper lint install clean
+# Bytecode is kept whatever the caller's shell says: each process would compile all tests and sources again.
+export PYTHONDONTWRITEBYTECODE :=
+
+.PHONY: demo check test docs paper lint install clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "normrewrite needs Python 3.11 or newer; name one: make PYTHON=python3.12")'
@@ -23,10 +26,13 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Fast tests first, side by side; then the few heavy ones.
-test: install lint
-	$(BIN)/pytest -q -n 2 -m 'not slow'
-	$(BIN)/pytest -q -n 2 -m slow
+# Under a minute: style, types, and quick tests of every room.
+check: lint
+	$(BIN)/pytest -q @tests/smoke.txt
+
+# Files side by side, those with slow tests first.
+test: lint
+	$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # The pages, to be opened as site/index.html; served (python -m http.server -d site) they can be searched, too.
 # A warning is an error; the variable keeps the theme from advertising.

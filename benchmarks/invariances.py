@@ -97,7 +97,8 @@ layer in front or its inputs change so? Where it does, the size of those weights
 
 {meanings}
 
-Each yes and each empty cell is measured by `tests/test_invariances.py`: a layer without bias, the norm alone, float64, maps.
+Each yes and each empty cell is measured by `tests/benchmarks/test_invariances.py`: a layer without bias, the norm
+alone, float64, maps.
 
 - The table of the paper is for vectors. There (one position) `layer` and `group` are also invariant to a shifted weight matrix;
   on feature maps the shift differs from position to position, and no statistic takes it out.

@@ -7,7 +7,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -35,15 +35,32 @@ TARGETS = ("l1", "linf", "topk:10", "topk:1%", "range")
 torch.set_num_threads(int(os.environ.get("NORMREWRITE_TEST_THREADS", "1")))  # tests run side by side
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, so that no process is left with one when the other is done."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def pytest_collection_finish() -> None:
-    """Two things that libraries do in every call are done once: torch.onnx reads the source of its 500 functions, and of what is
-    imported and collected by now a search for garbage finds out that it stays."""
+    """torch.onnx reads the source of its 500 functions in every call: once will do."""
     with suppress(ImportError):  # a private module, and not in every process that imports this file
         from torch.onnx._internal.exporter._registration import onnxscript_apis
 
         onnxscript_apis.get_torchlib_ops = cache(onnxscript_apis.get_torchlib_ops)
+    _freeze()
+
+
+def _freeze() -> None:
+    """What is imported and collected by now stays: searches for garbage, of which trainers make many, pass it by."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen_after() -> Iterator[None]:
+    """Compilers and launchers, imported where they are first used, and their caches stay too."""
+    yield
+    _freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -34,8 +34,8 @@ NOT_RUN = {
     "docs/migrate.md": ["shown as py", "shown as py"],  # Composer's and Opacus's own
     "docs/paper.md": ["installs, and its budgets take minutes and hours"],
     "docs/trust.md": [
-        "ten thousand inputs; tests/test_fuzz.py runs a hundred",
-        "mounts small disks and kills processes; tests/test_faults.py runs some",
+        "ten thousand inputs; tests/benchmarks/test_fuzz.py runs a hundred",
+        "mounts small disks and kills processes; tests/benchmarks/test_faults.py runs some",
     ],
     "docs/plugins.md": ["shown as py"],  # registers plugins where an engine runs, which needs a GPU
 }

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from torch import Tensor, nn
 
 import normrewrite as nr
@@ -157,20 +159,37 @@ def test_torchrun_ends_all_where_one_dies_and_resumes_to_the_same_bits(folder: P
     os.kill(int(children[-1]), signal.SIGKILL)
     said, _ = process.communicate(timeout=60)
     assert process.returncode != 0 and "Signal 9 (SIGKILL)" in said and not Path("killed.pt").exists()
-    process = _launched("torchrun --standalone --nproc-per-node 2", f"{LINE} -o killed.pt --resume", folder)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0 and said.count("wrote killed.pt") == 1, said  # one process tells, and writes
+    assert [rank.end() for rank in start_ranks(f"{LINE} -o killed.pt --resume", 2, folder)] == [0, 0]
     assert _same("killed.pt", "whole.pt") and _same("killed.last.pt", "whole.last.pt")
 
 
+def _options(how: str) -> str:
+    return f"{how} --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"
+
+
+SHARDING = "--use_fsdp --fsdp_version 2"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["--multi_gpu", "--use_fsdp --fsdp_version 2"])
-def test_accelerate_launch_gives_the_same_bits(how: str, folder: Path) -> None:
-    """--multi_gpu is how it starts several processes, on a CPU too."""
-    line = f"{how} --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"
-    process = _launched(f"accelerate launch {line}", f"{PLAIN} -o launched.pt", folder)
+def test_accelerate_launch_gives_the_same_bits(folder: Path) -> None:
+    process = _launched(f"accelerate launch {_options(SHARDING)}", f"{PLAIN} -o launched.pt", folder)
     said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0 and said.count("wrote launched.pt") == 1, said
+    assert process.returncode == 0 and said.count("wrote launched.pt") == 1, said  # one process tells, and writes
+    assert _same("launched.pt", "plain.pt")
+
+
+def _said_by_accelerate_launch(how: str) -> dict[str, str]:
+    """What it says to its processes, beside what torchrun says."""
+    asked, *_ = _validate_launch_command(launch_command_parser().parse_args([*_options(how).split(), "script.py"]))
+    names = ("ACCELERATE_", "FSDP_")
+    return {name: value for name, value in prepare_multi_gpu_env(asked).items() if name.startswith(names)}
+
+
+def test_what_accelerate_launch_says_gives_the_same_bits(folder: Path) -> None:
+    """--multi_gpu is how it starts several processes, on a CPU too."""
+    assert SHARDED.items() <= _said_by_accelerate_launch(SHARDING).items()
+    ranks = start_ranks(f"{PLAIN} -o launched.pt", 2, folder, **_said_by_accelerate_launch("--multi_gpu"))
+    assert [rank.end() for rank in ranks] == [0, 0], ranks[0].said
     assert _same("launched.pt", "plain.pt")
 
 

@@ -11,7 +11,7 @@ import normrewrite as nr
 from normrewrite import sites
 from normrewrite.backends import reference
 from normrewrite.norms import metric
-from tests.conftest import TARGETS, RealNetwork, real_images
+from tests.conftest import NETWORKS, TARGETS, RealNetwork, real_images
 from tests.forms import same_bits
 
 LOGITS = 1e-4  # largest absolute difference in fp32, as promised in README
@@ -57,7 +57,15 @@ def test_training_computes_the_float64_formula(network: RealNetwork, to: str) ->
             np.testing.assert_allclose(running.numpy(), follows, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("to", ["renorm", "wn:mean-bn", "bwn", "none"])
+@pytest.mark.parametrize(
+    ("network", "to"),
+    [
+        *((network, ("renorm", "wn:mean-bn", "bwn", "none")[place]) for place, network in enumerate(NETWORKS)),
+        *((network, ("bwn", "none", "renorm", "wn:mean-bn")[place]) for place, network in enumerate(NETWORKS)),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+    indirect=["network"],
+)
 def test_exact_targets(network: RealNetwork, to: str, tmp_path: Path) -> None:
     """benchmarks/targets.py does so for every target, on more inputs."""
     model = network.make()
@@ -90,7 +98,7 @@ def test_a_norm_of_each_sample_is_fitted_without_labels(resnet20: RealNetwork, t
 def test_top1_is_unchanged(network: RealNetwork) -> None:
     """benchmarks/convert.py does so for every network and target on all images."""
     model = network.make()
-    x, labels = network.inputs(500 if network.name.startswith("cifar10") else 40)
+    x, labels = network.inputs(500 if network.name == "cifar10_resnet20" else 40)
     comparison = nr.verify(model, nr.convert(model, "l1"), x, labels, tolerance=LOGITS)
     (output,) = comparison.outputs
     assert comparison.ok and output.agreeing == len(x) and output.right[0] == output.right[1]
@@ -100,6 +108,12 @@ def test_top1_is_unchanged(network: RealNetwork) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "network",
+    [network for network in NETWORKS if network.name != "cifar10_resnet56"],
+    ids=lambda n: n.name,
+    indirect=True,
+)  # of a kind with resnet20, and three times as deep
 def test_onnx_is_plain_and_agrees(network: RealNetwork, tmp_path: Path) -> None:
     model = network.make()
     x, _ = network.inputs(5)

@@ -1,5 +1,6 @@
 """ONNX files in every form and precision: what they hold, that they compute the same, and what is refused."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -238,3 +239,10 @@ def test_a_trained_network_keeps_its_top1(resnet20: RealNetwork, tmp_path: Path)
         nr.export(twin, x[:2], path, precision=kind, calibrate=calibrate, force=True)  # type: ignore[arg-type]
         compared = nr.verify(path, model, x, labels)
         assert compared.ok and compared.outputs[0].right[0] >= compared.outputs[0].right[1] - lost
+
+
+def test_opsets_that_the_exporter_does_not_give_are_refused(small: Callable[[], nn.Module], tmp_path: Path) -> None:
+    for opset in (-3, 7, 99):
+        with pytest.raises(nr.NormRewriteError, match=f"--opset {opset}"):
+            nr.export(small(), torch.randn(2, 3, 4, 4), tmp_path / "model.onnx", opset=opset)
+    assert not list(tmp_path.iterdir())

@@ -268,3 +268,12 @@ def test_limits_hold_for_trained_networks_and_not_between_them(resnet20: RealNet
         assert nr.verify(model, path, x).word == f"within {kind}'s tolerance"
         found = nr.verify(NETWORKS[1].make(), path, x)  # trained on the same images
         assert not found.ok and found.variation_db < found.limit.min_snr - 2
+
+
+def test_nothing_compared_is_no_agreement() -> None:
+    class Opaque(nn.Module):
+        def forward(self, x: Tensor) -> object:
+            return object()
+
+    with pytest.raises(nr.NormRewriteError, match="no tensor"):
+        nr.verify(Opaque(), Opaque(), torch.randn(2, 3))

@@ -1,6 +1,9 @@
 """Batch norms by torch's compiler, through the same checks as torch's own operators."""
 
 import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -30,32 +33,65 @@ def innermost(x: Tensor) -> Tensor:
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The compiler's own reading of the functions, run by torch's operators: its code takes seconds a kind."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    compiled._halves.cache_clear()
+    yield
+    compiled._halves.cache_clear()
+
+
+def check(spec: str, dtype: torch.dtype, shape: tuple[int, ...], laid_out: Callable[[Tensor], Tensor]) -> None:
+    row = metric(spec)
+    with kernels("compiled"):
+        weight, bias = affine_of(shape[1], dtype)
+        x = laid_out(samples("laplace", shape, dtype))
+        y = normalise(x, weight, bias, row, "exact", EPS)
+        check_forward(y, x, weight, bias, row)
+        assert y[0].stride() == x.stride()
+        x, weight, bias, g = backward_case(shape, dtype)
+        found = gradients(ours(row), g, laid_out(x), weight, bias)
+        check_backward(found, x, weight, bias, g, row)
+        with pytest.raises(AssertionError, match="off by"):
+            check_backward((1.01 * found[0].double(), *found[1:]), x, weight, bias, g, row)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry a call of a compiled function."""
+    called, calls = compiled._called, list[int]()
+    monkeypatch.setattr(compiled, "_called", lambda *args: calls.append(1) or called(*args))
+    return calls
+
+
+@pytest.mark.parametrize(("spec", "dtype"), [("l2", torch.float32), ("l1", torch.float16)], ids=str)
+def test_forward_and_backward_are_right(spec: str, dtype: torch.dtype, calls: list[int], traced: None) -> None:
+    for shape, laid_out in itertools.product(SHAPES, (torch.clone, innermost)):
+        check(spec, dtype, shape, laid_out)
+    assert len(calls) == 2 * 3 * len(SHAPES)
+
+
 @pytest.mark.slow  # a kind takes a compiler ten seconds
 @pytest.mark.parametrize(
-    ("spec", "dtype"), [("l1", torch.float32), ("l1", torch.bfloat16), ("l2", torch.float64)], ids=str
+    ("spec", "dtype", "shapes", "laid_out"),
+    [
+        ("l1", torch.float32, SHAPES[:2], torch.clone),
+        ("l1", torch.bfloat16, SHAPES[:2], innermost),
+        ("l2", torch.float64, SHAPES[2:], torch.clone),
+    ],
+    ids=["planes", "channels last", "one place"],
 )
-def test_forward_and_backward_are_right(spec: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    row, calls = metric(spec), []
-    shapes = SHAPES[:2] if dtype is torch.bfloat16 else SHAPES  # channels of one place are compiled once more
-    called = compiled._called
-    monkeypatch.setattr(compiled, "_called", lambda *args: calls.append(1) or called(*args))
-    with kernels("compiled"):
-        for shape, laid_out in itertools.product(shapes, (torch.clone, innermost)):
-            weight, bias = affine_of(shape[1], dtype)
-            x = laid_out(samples("laplace", shape, dtype))
-            y = normalise(x, weight, bias, row, "exact", EPS)
-            check_forward(y, x, weight, bias, row)
-            assert y[0].stride() == x.stride()
-            x, weight, bias, g = backward_case(shape, dtype)
-            found = gradients(ours(row), g, laid_out(x), weight, bias)
-            check_backward(found, x, weight, bias, g, row)
-            with pytest.raises(AssertionError, match="off by"):
-                check_backward((1.01 * found[0].double(), *found[1:]), x, weight, bias, g, row)
-    assert len(calls) == 2 * 3 * len(shapes)
+def test_its_code_is_right(
+    spec: str, dtype: torch.dtype, shapes: Any, laid_out: Callable[[Tensor], Tensor], calls: list[int]
+) -> None:
+    """Each power, width, layout, and channels of one place, in C++."""
+    for shape in shapes:
+        check(spec, dtype, shape, laid_out)
+    assert len(calls) == 3 * len(shapes)
 
 
-@pytest.mark.slow
-def test_second_derivatives_are_torchs() -> None:
+def test_second_derivatives_are_torchs(traced: None) -> None:
     x, g = samples("laplace", (5, 3, 7), torch.float32).requires_grad_(), torch.randn(5, 3, 7)
 
     def second() -> Tensor:
@@ -68,8 +104,7 @@ def test_second_derivatives_are_torchs() -> None:
     torch.testing.assert_close(found, second(), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.slow
-def test_a_dead_channel_stays_finite_in_half_and_nothing_else_is_needed() -> None:
+def test_a_dead_channel_stays_finite_in_half_and_nothing_else_is_needed(traced: None) -> None:
     x = torch.ones(4, 2, 8, dtype=torch.float16, requires_grad=True)
     with kernels("compiled"):
         y, _, _ = normalise(x, None, None, "l1", "exact", 1e-7)

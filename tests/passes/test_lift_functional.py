@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import normrewrite as nr
 from normrewrite import sites
-from normrewrite.passes import LiftFunctional, SwapMetric
+from normrewrite.passes import FoldAffine, LiftFunctional, SwapMetric
 from tests.conftest import TARGETS, randomise
 from tests.sites.test_kinds import NormAct
 
@@ -128,3 +128,20 @@ def test_a_norm_that_the_trace_does_not_reach_is_left_and_the_original_untouched
     twin, report = nr.plan(model, "l1").apply()
     assert [site.label for site in report.rewritten] == ["batch_norm"] and "does not use it" in str(report)
     assert type(model.unused) is nn.BatchNorm2d and not hasattr(twin, "unused")
+
+
+def test_a_call_that_always_measures_is_not_lifted_from_a_graph() -> None:
+    class Always(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(3))
+            self.register_buffer("var", torch.ones(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.batch_norm(x, self.mean, self.var, training=True, momentum=0.0)
+
+    model, x = Always().eval(), 3 + torch.randn(4, 3, 5, 5)
+    for rewrite in (SwapMetric("l1"), FoldAffine()):
+        torch.testing.assert_close(
+            rewrite(torch.fx.symbolic_trace(model)).graph_module(x), model(x), rtol=1e-5, atol=1e-5
+        )

@@ -132,3 +132,11 @@ def test_twins_trace_with_one_node_a_norm_and_a_live_training_flag(small: Callab
 def test_an_unknown_gain_is_told_before_training_meets_it() -> None:
     with pytest.raises(nr.NormRewriteError, match=r"unknown gain 'Exact'\. Known: exact, paper"):
         SwapMetric("l1", "Exact")  # type: ignore[arg-type]
+
+
+def test_modules_that_a_trace_takes_whole_are_copied_before_their_norms_change() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    layer.norm1 = randomise(nn.BatchNorm1d(5)).eval()  # type: ignore[assignment]
+    model = nn.Sequential(layer)
+    traced = SwapMetric("l1")(torch.fx.symbolic_trace(model)).graph_module
+    assert type(layer.norm1) is nn.BatchNorm1d and type(traced.get_submodule("0.norm1")) is nr.nn.BatchNorm1d

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from normrewrite.backends.dispatch import kernels
-from tests.backends.test_digits import SCOPES, affine, by_batch, by_sample, off
+from tests.backends.test_rounding import SCOPES, affine, by_batch, by_sample, off
 
 pytestmark = [
     pytest.mark.usefixtures("small_tiles", "by_kernels"),

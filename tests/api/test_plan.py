@@ -1,8 +1,6 @@
-"""Faults that a second reading found, one test each."""
+"""plan and convert: what is looked at and what is left alone, whatever a model does with its norms beside calling them."""
 
 import copy
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,35 +10,10 @@ from torch.nn import functional as F
 import normrewrite as nr
 from normrewrite import sites
 from normrewrite.data import Batch, Data
-from normrewrite.passes import FoldAffine, SwapMetric
-from normrewrite.passes.folding import fold
-from normrewrite.passes.reversion import reverted
 from tests.conftest import randomise
 from tests.passes.test_lift_functional import Block
-from tests.sites.test_kinds import NormAct
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
-
-
-def test_trained_then_calibrated_reverts_to_the_nearest_and_says_so(small: Callable[[], nn.Module]) -> None:
-    twin = nr.convert(small()).train()
-    for _ in range(10):
-        twin(5 * torch.randn(8, 3, 4, 4))
-    twin, _ = nr.calibrate(twin.eval(), torch.randn(16, 3, 4, 4))
-    x = torch.randn(4, 3, 4, 4)
-    expected = twin(x)
-    back, names, trained = reverted(copy.deepcopy(twin))
-    torch.testing.assert_close(back(x), expected, rtol=1e-4, atol=1e-4)
-    assert names == trained == ["1", "4"]
-
-
-def test_calibration_leaves_tied_weights_alone() -> None:
-    model = randomise(nn.Sequential(nn.BatchNorm1d(8), nn.Tanh(), nn.BatchNorm1d(8), nn.BatchNorm1d(8))).eval()
-    model[2].weight = model[0].weight
-    twin, calibration = nr.calibrate(nr.convert(model), torch.randn(64, 8) ** 3)
-    x = torch.randn(5, 8)
-    torch.testing.assert_close(twin(x), model(x), **CLOSE)
-    assert [bool(site.note) for site in calibration.sites] == [True, True, False]
 
 
 class _ReadsANorm(nn.Module):
@@ -69,31 +42,6 @@ def test_planning_touches_nothing() -> None:
     assert list(model.state_dict()) == list(before)
 
 
-class _NormTwice(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.norm = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), randomise(NormAct(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.b(self.norm(self.a(x))))
-
-
-class _ReadsAWeight(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.norm = nn.Conv2d(4, 4, 1), randomise(nn.BatchNorm2d(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(self.norm(self.a(x)), self.a.weight)
-
-
-@pytest.mark.parametrize("make", [_NormTwice, _ReadsAWeight])
-def test_folding_keeps_what_others_need(make: Callable[[], nn.Module]) -> None:
-    model, x = make().eval(), torch.randn(2, 4, 5, 5)
-    for network in (model, nr.convert(model)):
-        torch.testing.assert_close(fold(network)[0](x), model(x), **CLOSE)
-
-
 class _Private(nn.BatchNorm2d):
     def __init__(self, width: int, noise: float = 0.0) -> None:
         super().__init__(width)
@@ -110,39 +58,6 @@ def test_private_attributes_count_and_come_back() -> None:
     assert [choice.rewrite is not None for choice in plan.choices] == [True, False]
     back = nr.revert(plan.apply()[0])
     assert back[0]._noise == 0.0 and torch.equal(back(torch.ones(1, 4, 2, 2)), model(torch.ones(1, 4, 2, 2)))  # type: ignore[index]
-
-
-def test_a_call_that_always_measures_is_not_lifted_from_a_graph() -> None:
-    class Always(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.register_buffer("mean", torch.zeros(3))
-            self.register_buffer("var", torch.ones(3))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return F.batch_norm(x, self.mean, self.var, training=True, momentum=0.0)
-
-    model, x = Always().eval(), 3 + torch.randn(4, 3, 5, 5)
-    for rewrite in (SwapMetric("l1"), FoldAffine()):
-        torch.testing.assert_close(rewrite(torch.fx.symbolic_trace(model)).graph_module(x), model(x), **CLOSE)
-
-
-def test_modules_that_a_trace_takes_whole_are_copied_before_their_norms_change() -> None:
-    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
-    layer.norm1 = randomise(nn.BatchNorm1d(5)).eval()  # type: ignore[assignment]
-    model = nn.Sequential(layer)
-    traced = SwapMetric("l1")(torch.fx.symbolic_trace(model)).graph_module
-    assert type(layer.norm1) is nn.BatchNorm1d and type(traced.get_submodule("0.norm1")) is nr.nn.BatchNorm1d
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
-def test_an_affine_without_parameters_keeps_the_dtype(dtype: torch.dtype) -> None:
-    model = nn.Sequential(nn.ReLU(), randomise(nn.BatchNorm2d(4, affine=False)), nn.ReLU()).to(dtype).eval()
-    x = torch.randn(3, 4, 5, 5).to(dtype)
-    y = fold(model)[0](x)
-    assert y.dtype is dtype
-    tolerance = 1e-12 if dtype is torch.float64 else 5e-3
-    torch.testing.assert_close(y, model(x), rtol=tolerance, atol=tolerance)
 
 
 class _Optional(nn.Module):
@@ -168,22 +83,6 @@ def test_what_is_excluded_is_not_traced_either() -> None:
     model = nn.Sequential(Block(3), randomise(nn.BatchNorm2d(3))).eval()
     twin = nr.convert(model, exclude="0.*")
     assert type(twin[0]) is Block  # type: ignore[index]
-
-
-def test_nothing_compared_is_no_agreement() -> None:
-    class Opaque(nn.Module):
-        def forward(self, x: Tensor) -> object:
-            return object()
-
-    with pytest.raises(nr.NormRewriteError, match="no tensor"):
-        nr.verify(Opaque(), Opaque(), torch.randn(2, 3))
-
-
-def test_opsets_that_the_exporter_does_not_give_are_refused(small: Callable[[], nn.Module], tmp_path: Path) -> None:
-    for opset in (-3, 7, 99):
-        with pytest.raises(nr.NormRewriteError, match=f"--opset {opset}"):
-            nr.export(small(), torch.randn(2, 3, 4, 4), tmp_path / "model.onnx", opset=opset)
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_dtype_that_batch_norm_cannot_compute_in_is_refused() -> None:
