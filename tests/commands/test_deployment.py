@@ -77,11 +77,16 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_told_and_leaves_nothing(run: Command, case: str) -> None:
     line, said = BAD[case]
-    before = sorted(Path().rglob("*"))
+    before = _files()
     outcome = run(line)
     assert outcome.code == 2 and outcome.out == "", outcome
     assert said in " ".join(outcome.err.split()) and "Traceback" not in outcome.err
-    assert [path for path in sorted(Path().rglob("*")) if "__pycache__" not in str(path)] == before
+    assert _files() == before
+
+
+def _files() -> list[Path]:
+    """What lies here, but for the bytecode that Python keeps."""
+    return sorted(path for path in Path().rglob("*") if "__pycache__" not in str(path))
 
 
 def test_export_to_int8_and_verify_by_layers(run: Command) -> None:
