@@ -32,7 +32,10 @@ ROOT = Path(__file__).resolve().parent.parent
 REAL = Path(os.environ.get("NORMREWRITE_DATA", ROOT.parent / "shared" / "data"))
 TARGETS = ("l1", "linf", "topk:10", "topk:1%", "range")
 
-torch.set_num_threads(int(os.environ.get("NORMREWRITE_TEST_THREADS", "1")))  # tests run side by side
+# Tests run side by side: a thread each, those of the processes that they start, too.
+THREADS = os.environ.get("NORMREWRITE_TEST_THREADS", "1")
+torch.set_num_threads(int(THREADS))
+os.environ.setdefault("OMP_NUM_THREADS", THREADS)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

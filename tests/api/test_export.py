@@ -235,7 +235,7 @@ def test_a_trained_network_keeps_its_top1(resnet20: RealNetwork, tmp_path: Path)
     model, (x, labels) = resnet20.make(), resnet20.inputs(500)
     twin, path = nr.convert(model, "l1"), tmp_path / "model.onnx"
     for kind, lost in (("fp32", 0), ("fp16", 1), ("int8", 5)):  # of 500
-        calibrate = real_images("train", 512)[0] if kind == "int8" else None
+        calibrate = real_images("train", 200)[0] if kind == "int8" else None
         nr.export(twin, x[:2], path, precision=kind, calibrate=calibrate, force=True)  # type: ignore[arg-type]
         compared = nr.verify(path, model, x, labels)
         assert compared.ok and compared.outputs[0].right[0] >= compared.outputs[0].right[1] - lost

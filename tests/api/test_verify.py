@@ -261,7 +261,7 @@ def test_what_a_file_says_of_itself_widens_nothing(tmp_path: Path) -> None:
 def test_limits_hold_for_trained_networks_and_not_between_them(resnet20: RealNetwork, tmp_path: Path) -> None:
     from tests.conftest import NETWORKS
 
-    model, x = resnet20.make(), resnet20.inputs(200)[0]
+    model, x = resnet20.make(), resnet20.inputs(100)[0]
     for kind in ("fp16", "int8"):
         path = tmp_path / f"{kind}.onnx"
         nr.export(model, x[:2], path, precision=kind, calibrate=x if kind == "int8" else None)  # type: ignore[arg-type]

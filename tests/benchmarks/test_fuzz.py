@@ -12,7 +12,7 @@ import pytest
 from benchmarks.fuzz import judge, kinds
 from normrewrite import cli
 
-INPUTS = 100
+INPUTS = 60
 
 
 @pytest.mark.slow
