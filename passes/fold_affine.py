@@ -31,11 +31,12 @@ from normrewrite.nn.affine import ChannelAffine
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.mean_only import MeanOnlyBatchNorm
 from normrewrite.nn.parts import learns
+from normrewrite.nn.sample import InstanceNorm
 from normrewrite.nn.stand_in import StandIn
 from normrewrite.passes.base import Replacement, Rewrite, own_parents
 from normrewrite.passes.lift_functional import LiftFunctional, free_name
-from normrewrite.sites import Norm, Site, graph, neighbours
-from normrewrite.sites.kinds import Kind, recognise
+from normrewrite.sites import Norm, Site, graph, neighbours, read
+from normrewrite.sites.kinds import Kind
 from normrewrite.sites.refusal import Refusal
 
 Affine = tuple[Tensor, Tensor]
@@ -169,13 +170,13 @@ def tail_names(norm: nn.Module, kind: Norm | Refusal | None = None) -> tuple[str
     """The children that a norm applies to its own result (a fused activation), if any. kind: of a norm that was read."""
     if isinstance(norm, BatchNorm | MeanOnlyBatchNorm):
         return norm.tail
-    kind = recognise(norm) if kind is None else kind
+    kind = read(norm) if kind is None else kind
     return kind.tail if isinstance(kind, Kind) else ()
 
 
-def tail_of(norm: nn.Module) -> nn.Sequential | None:
+def tail_of(norm: nn.Module, kind: Norm | Refusal | None = None) -> nn.Sequential | None:
     """The same, as one module."""
-    tail = _tail(norm)
+    tail = _tail(norm, kind)
     return nn.Sequential(*tail.values()) if tail else None
 
 
@@ -207,18 +208,20 @@ def why_not_fixed(site: Site) -> Refusal | None:
 
 
 def scale_of(norm: Any, kind: Norm | Refusal | None = None) -> Tensor | None:
-    """What a batch norm divides by in eval, (C,) float64; None where it keeps no statistics, or is no batch norm.
+    """What a norm divides by in eval, (C,) float64; None where it keeps no statistics, or is not read.
 
     kind: of a norm that was read.
     """
     if getattr(norm, "running_mean", None) is None:
         return None
-    if isinstance(norm, BatchNorm):
+    if isinstance(norm, BatchNorm | InstanceNorm):
         return None if norm.running_scale is None else norm.running_scale.double() + norm.eps
     if getattr(norm, "running_var", None) is None:
         return None
-    kind = recognise(norm) if kind is None else kind
-    return (norm.running_var.double() + kind.eps).sqrt() if isinstance(kind, Kind) else None
+    kind = read(norm) if kind is None else kind
+    if isinstance(kind, Refusal) or kind.eps is None:
+        return None
+    return (norm.running_var.double() + kind.eps).sqrt()
 
 
 def into_previous(layer: nn.Module, affine: Affine, norm: nn.Module | None = None) -> nn.Module:

@@ -56,7 +56,7 @@ class Choice:
         if self.rewrite is None or done is None:
             return SiteResult.kept(self.site, self.reason or "the traced forward does not use it")
         site, inexact, halves = done.site, self.rewrite.inexact(done.site), self.rewrite.halves(*done)
-        difference, error = (None, None) if halves is None else measured(*halves, inexact, probe)
+        difference, error = (None, None) if halves is None else measured(*halves, inexact, probe, site.norm)
         origin = sites.origin_of(done.norm)
         if origin is not None:
             origin.difference, origin.error = difference, error

@@ -17,8 +17,10 @@ from normrewrite.nn.mean_only import MeanOnlyBatchNorm
 from normrewrite.nn.parts import deepcopy
 from normrewrite.passes.base import Pair
 from normrewrite.passes.fold_affine import affine_of, tail_of
+from normrewrite.sites import Norm
 from normrewrite.sites.modes import evaluating
 from normrewrite.sites.neighbours import is_layer
+from normrewrite.sites.refusal import Refusal
 from normrewrite.tolerances import SAME_FUNCTION, worst
 
 _RANKS = {nn.BatchNorm1d: 2, nn.BatchNorm3d: 5, nn.InstanceNorm1d: 3, nn.InstanceNorm3d: 5}
@@ -58,25 +60,30 @@ def _rank(norm: nn.Module) -> int:
     return next((rank for cls, rank in _RANKS.items() if isinstance(norm, cls)), 4)
 
 
-def measured(old: Pair, new: Pair, inexact: str, probe: Probe) -> tuple[float | None, float | None]:
-    """(difference, error) of one site; None where there is nothing to compare. inexact: why eval can't be the same, if so."""
+def measured(
+    old: Pair, new: Pair, inexact: str, probe: Probe, kind: Norm | Refusal | None = None
+) -> tuple[float | None, float | None]:
+    """(difference, error) of one site; None where there is nothing to compare.
+
+    inexact: why eval can't be the same, if so. kind: of the old norm, where it was read.
+    """
     if old[0] is not None and new[0] is not None:
         return _folded((old[0], old[1]), (new[0], new[1]))
     if inexact:
         return None, None
     if is_layer(old[1]):  # a layer that no norm stands behind
         return _folded((old[1], nn.Identity()), (new[1], nn.Identity()))
-    return difference(old[1], new[1], probe), error(old[1], new[1], probe)
+    return difference(old[1], new[1], probe), error(old[1], new[1], probe, kind)
 
 
 @torch.no_grad()
-def error(old: Any, new: nn.Module, probe: Probe) -> float | None:
+def error(old: Any, new: nn.Module, probe: Probe, kind: Norm | Refusal | None = None) -> float | None:
     """Largest |new(x) - (a*x + b)| in eval, a and b by channel from old's tensors in float64; units as `difference`'s."""
     if getattr(old, "running_mean", None) is None or old.running_mean.is_meta:
         return None
     x = probe.input(old)
-    a, b = (_by_channel(values, x.dim()) for values in affine_of(old))
-    expected, tail = a * x.double() + b, tail_of(old)
+    a, b = (_by_channel(values, x.dim()) for values in affine_of(old, kind))
+    expected, tail = a * x.double() + b, tail_of(old, kind)
     if tail is not None:
         expected = in_eval(deepcopy(tail).double(), expected)
     after = in_eval(new, x)

@@ -136,6 +136,17 @@ def test_an_instance_norm_with_running_statistics_is_exact_in_eval() -> None:
         assert worst(back.eval()(x), twin.eval()(x)) <= SAME_FUNCTION[torch.float32]
 
 
+def test_a_network_with_running_statistics_of_samples_is_converted() -> None:
+    norm = trained(nn.InstanceNorm2d(4, affine=True, track_running_stats=True))
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), norm).eval(), torch.randn(2, 3, 8, 8)
+    twin, report = nr.plan(model, "l1", scope="instance").apply()
+    (site,) = report.sites
+    assert site.difference is not None and site.difference <= SAME_FUNCTION[torch.float32]
+    assert site.error is not None and site.error <= SAME_FUNCTION[torch.float32]
+    assert nr.verify(model, twin, x).ok
+    assert torch.equal(nr.revert(twin)(x), model(x))
+
+
 def test_files_keep_the_way_back() -> None:
     old = trained(nn.GroupNorm(2, 4))
     file = io.BytesIO()
