@@ -6,7 +6,7 @@
 ['l2', 'l1', 'linf', 'topk:10', 'range']
 
 A metric measures the spread S of the deviations d = x - mean of the n elements that share statistics;
-a norm divides by scale = C(n) * S(d) + eps. Every lowering (float64 reference, torch, ONNX, kernels) is a function of
+a norm divides by scale = C(n) * S(d) + eps. Every backend (float64 reference, torch, ONNX, kernels) is a function of
 a row's `family` and its numbers, never of its name:
 
     family   S(d)                                 w = dS/dd

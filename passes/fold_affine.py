@@ -215,13 +215,12 @@ def scale_of(norm: Any, kind: Norm | Refusal | None = None) -> Tensor | None:
     if getattr(norm, "running_mean", None) is None:
         return None
     if isinstance(norm, BatchNorm | InstanceNorm):
-        return None if norm.running_scale is None else norm.running_scale.double() + norm.eps
+        return None if norm.running_scale is None or norm.eps is None else norm.running_scale.double() + norm.eps
     if getattr(norm, "running_var", None) is None:
         return None
     kind = read(norm) if kind is None else kind
-    if isinstance(kind, Refusal) or kind.eps is None:
-        return None
-    return (norm.running_var.double() + kind.eps).sqrt()
+    eps = None if isinstance(kind, Refusal) else kind.eps
+    return None if eps is None else (norm.running_var.double() + eps).sqrt()
 
 
 def into_previous(layer: nn.Module, affine: Affine, norm: nn.Module | None = None) -> nn.Module:

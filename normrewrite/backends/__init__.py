@@ -1,1 +1,1 @@
-"""Lowerings: what turns the rows of `normrewrite.norms` into one target's form. One file a target."""
+"""Backends: what computes a row of `normrewrite.norms` in one form. One file a form; `dispatch` is the table of who computes."""

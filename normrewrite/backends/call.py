@@ -1,4 +1,4 @@
-"""What is to be computed: one norm of one tensor, as each lowering is asked whether it can, and then to.
+"""What is to be computed: one norm of one tensor, as each backend is asked whether it can, and then to.
 
 >>> call = Call(x, "l1", "exact", 1e-5)                    # x: (N, C, *), statistics by channel
 >>> call = Call(x, "l1", "exact", 1e-5, sample=True)       # x: (B, G, K, S), statistics by (B, G)

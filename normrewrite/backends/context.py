@@ -1,4 +1,4 @@
-"""All ambient state of the lowerings: what a block of code around a call has chosen.
+"""All ambient state of the backends: what a block of code around a call has chosen.
 
 >>> with setting(kernels="torch"):
 ...     here.now.kernels

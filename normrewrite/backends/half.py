@@ -13,7 +13,7 @@ torch_batch.py and torch_sample.py compute statistics in fp32, as torch's half k
 
 with gh = weight * g. The constants C, eps, 1/n and 1/k are fp32 numbers; what they are applied to is rounded after. eps below
 2^-24, half's smallest number, counts as that. A batch norm is a norm by lines of its input with channels first,
-(1, C, 1, N * positions), in that order. C, w and the backward are those of the other lowerings:
+(1, C, 1, N * positions), in that order. C, w and the backward are those of the other backends:
 
     dx = (t - mean t) / scale       t = gh - C * mean(gh*d/scale) * n * dS/dd          without mean t where not centred
 

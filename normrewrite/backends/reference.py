@@ -1,4 +1,4 @@
-"""Float64 numpy: the plainest form of each family, sorted and summed. Slow, and the oracle of every other lowering.
+"""Float64 numpy: the plainest form of each family, sorted and summed. Slow, and the oracle of every other backend.
 
 >>> y, mean, spread = batch_norm(x, metric("l1"))          # x: (N, C, *)
 """

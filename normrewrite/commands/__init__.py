@@ -1,1 +1,1 @@
-"""The verbs from file to file, as normrewrite.cli calls them: what they return prints itself and has `as_dict()`."""
+"""The commands from file to file, one file each: a job takes the model file, its options and a callback, and returns a result."""

@@ -13,7 +13,7 @@ from torch import nn
 
 import normrewrite as nr
 from normrewrite import nn as norms
-from normrewrite.backends import onnx as lowering
+from normrewrite.backends import onnx as backend
 from normrewrite.backends import reference
 from normrewrite.errors import NormRewriteError
 from normrewrite.norms import METRICS, metric
@@ -21,15 +21,15 @@ from normrewrite.norms import METRICS, metric
 SPECS = ("l2", "l1", "linf", "topk:10", "topk:5%", "range")
 # Of max(1, largest value): fp32 inside, some twenty roundings; fp16 rounds the input's copy once and the result once.
 TOLERANCE = {np.float32: 5e-6, np.float16: 2e-3}
-FIT = {"mean": 1e-9, "top": 5e-4, "span": 5e-4}  # relative error of the fitted 1/C(n), see lowering.reads
+FIT = {"mean": 1e-9, "top": 5e-4, "span": 5e-4}  # relative error of the fitted 1/C(n), see backend.reads
 
 
 def node_model(spec: str, shape: tuple[int, ...], dtype: Any, n: int | None, **changed: Any) -> onnx.ModelProto:
     """One node of its own and its body; B, and K * S where n is None, are open."""
     row, kind = metric(spec), onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-    given = lowering.attributes(row, n, eps=1e-5) | changed
+    given = backend.attributes(row, n, eps=1e-5) | changed
     node = onnx.helper.make_node(
-        lowering.operator(row), ["x", "weight", "bias"], ["y"], "norm", domain=lowering.DOMAIN, **given
+        backend.operator(row), ["x", "weight", "bias"], ["y"], "norm", domain=backend.DOMAIN, **given
     )
     opened = ["b", *shape[1:3], shape[3] if n else "s"]
     inputs = [
@@ -37,9 +37,9 @@ def node_model(spec: str, shape: tuple[int, ...], dtype: Any, n: int | None, **c
         *(onnx.helper.make_tensor_value_info(name, kind, [*shape[1:3], 1]) for name in ("weight", "bias")),
     ]
     graph = onnx.helper.make_graph([node], "g", inputs, [onnx.helper.make_tensor_value_info("y", kind, opened)])
-    opsets = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid(lowering.DOMAIN, 1)]
+    opsets = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid(backend.DOMAIN, 1)]
     proto = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    lowering.add_bodies(proto)
+    backend.add_bodies(proto)
     onnx.checker.check_model(proto, full_check=True)
     return proto
 
@@ -90,17 +90,17 @@ def test_an_open_n_is_fitted(spec: str, n: int) -> None:
 @pytest.mark.parametrize("spec", [spec for spec in SPECS if "%" not in spec])
 def test_the_fit_of_the_gain(spec: str, gain: Any) -> None:
     row = metric(spec)
-    coefficients = lowering.reads(row, None, gain)
+    coefficients = backend.reads(row, None, gain)
     least = max(20, 4 * (row.count or 0))
     for n in (least, 3 * least, 1000, 12_345, 10**6, 4 * 10**6):
-        t = lowering.variable(row, n)
+        t = backend.variable(row, n)
         read = sum(value * t**power for power, value in enumerate(coefficients))
         assert abs(read * row.gain(n, gain) - 1) <= (2e-2 if gain == "paper" else FIT[row.family])
 
 
 def test_every_row_has_an_operator() -> None:
     for row in METRICS.values():
-        assert lowering.body(lowering.operator(row), 18).name == lowering.operator(row)
+        assert backend.body(backend.operator(row), 18).name == backend.operator(row)
 
 
 def test_not_centred() -> None:
@@ -135,21 +135,21 @@ def test_every_scope_is_one_node_or_plain_operators(kind: str, spec: str, tmp_pa
     nn.init.uniform_(norm.weight, 0.5, 2)
     model, x = nn.Sequential(norm).eval(), 2 * torch.randn(shape) + 1
     expected = model(x).detach().double().numpy()
-    name = lowering.operator(metric(spec))
+    name = backend.operator(metric(spec))
     for deploy, count in (("op", 1), ("fold", 0)):
         path = tmp_path / f"{deploy}.onnx"
         written = nr.export(model, x, path, deploy=deploy, live_stats=kind == "batch", dynamic_batch=False)  # type: ignore[arg-type]
         proto = onnx.load(path)
         assert written.live == ["0"] and [node.op_type for node in proto.graph.node].count(name) == count
         assert len(proto.functions) == count
-        assert {entry.domain for entry in proto.opset_import} == ({"", lowering.DOMAIN} if count else {""})
+        assert {entry.domain for entry in proto.opset_import} == ({"", backend.DOMAIN} if count else {""})
         assert off(run(proto, **{proto.graph.input[0].name: x.numpy()}), expected) <= TOLERANCE[np.float32]
 
 
 def test_all_attributes_are_explicit() -> None:
     for spec in SPECS:
-        given = lowering.attributes(metric(spec), 100, eps=1e-5)
-        declared = {a.name for a in lowering.body(lowering.operator(metric(spec)), 20).attribute_proto}
+        given = backend.attributes(metric(spec), 100, eps=1e-5)
+        declared = {a.name for a in backend.body(backend.operator(metric(spec)), 20).attribute_proto}
         assert set(given) == declared and given["plugin_namespace"] == "normrewrite" and given["plugin_version"] == "1"
 
 
@@ -160,8 +160,8 @@ def test_all_attributes_are_explicit() -> None:
 def test_attributes_out_of_range_are_refused(name: str, value: Any) -> None:
     proto = node_model("topk:10", (1, 1, 64, 1), np.float32, 64, **{name: value})
     with pytest.raises(NormRewriteError, match=f"node norm: attribute {name} is .*out of range"):
-        lowering.check(proto)
-    lowering.check(node_model("topk:10", (1, 1, 64, 1), np.float32, 64))
+        backend.check(proto)
+    backend.check(node_model("topk:10", (1, 1, 64, 1), np.float32, 64))
 
 
 @pytest.mark.parametrize("value", [10.3, 1000.1])

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import normrewrite as nr
-from normrewrite.backends import ranks as lowering
+from normrewrite.backends import ranks as backend
 from normrewrite.backends.ranks import largest_of_all
 from normrewrite.errors import NormRewriteError
 from normrewrite.nn import BatchNorm, BatchRenorm, MeanOnlyBatchNorm
@@ -204,11 +204,11 @@ def under_autocast(model: nn.Module, part: slice = slice(None)) -> Result:
 
 
 def test_what_is_beyond_first_derivatives_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lowering, "summed", lambda values, group: values.double())  # a rank that is alone
+    monkeypatch.setattr(backend, "summed", lambda values, group: values.double())  # a rank that is alone
     x = torch.randn(6, 3, requires_grad=True)
     for norm in (
-        lambda x: lowering.normalise(x, None, None, "l1", "exact", 1e-5, None)[0],
-        lambda x: x - lowering.mean(x, None),
+        lambda x: backend.normalise(x, None, None, "l1", "exact", 1e-5, None)[0],
+        lambda x: x - backend.mean(x, None),
     ):
         with pytest.raises(NormRewriteError, match=r"a synchronised norm is neither for torch\.func nor"):
             torch.func.grad(lambda x, norm=norm: norm(x).sum())(x)

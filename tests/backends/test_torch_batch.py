@@ -1,4 +1,4 @@
-"""The torch lowering: every row of the table through one suite, against float64."""
+"""The torch backend: every row of the table through one suite, against float64."""
 
 import itertools
 import math

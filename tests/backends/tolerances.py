@@ -1,4 +1,4 @@
-"""The one table of tolerances of the torch lowering against float64, and the one comparison."""
+"""The one table of tolerances of the torch backend against float64, and the one comparison."""
 
 from typing import Any, NamedTuple
 
@@ -16,8 +16,8 @@ class Tolerance(NamedTuple):
     sums: float  # dweight and dbias, in units of the sum of the absolute terms
 
 
-# Wanted values come from float64 on the very x, weight and upstream gradient that the lowering sees, so only the
-# lowering's own roundings count, never those of its inputs. All figures stay below 1e-2: a factor of 1.01 shows.
+# Wanted values come from float64 on the very x, weight and upstream gradient that the backend sees, so only the
+# backend's own roundings count, never those of its inputs. All figures stay below 1e-2: a factor of 1.01 shows.
 TOLERANCES: dict[torch.dtype, Tolerance] = {
     # eps = 2.2e-16; d = x - mean loses a digit where the mean is ten times the spread, sums of thousands another one.
     torch.float64: Tolerance(y=1e-14, statistics=1e-14, dx=1e-14, sums=1e-14),

@@ -1,6 +1,6 @@
 """The kernels through Triton's interpreter: every row, scope, memory format and dtype through one suite, against float64.
 
-What they are compared with, and how closely, is what the torch lowering is: tests/backends/tolerances.py.
+What they are compared with, and how closely, is what the torch backend is: tests/backends/tolerances.py.
 """
 
 import math
@@ -242,7 +242,7 @@ def test_what_is_kept_is_what_torch_keeps(spec: str) -> None:
 @pytest.mark.parametrize("first", ["torch", "triton"])
 @pytest.mark.parametrize("second", ["torch", "triton"])
 def test_a_gradient_sums_to_zero_where_deviations_are_zero(first: str, second: str) -> None:
-    """As it must, whatever subgradient is taken there, whichever lowering computed the forward and which the backward."""
+    """As it must, whatever subgradient is taken there, whichever backend computed the forward and which the backward."""
     x = AT_THE_MEAN.clone().requires_grad_()
     with kernels(first):
         y, *_ = operators.batch_norm(x, None, None, "l1", "exact", EPS)
