@@ -141,6 +141,18 @@ def test_accumulated_batches_are_one_large_batch(examples: tuple[Tensor, Tensor]
     assert not torch.allclose(next(large.parameters()), next(model.parameters()), atol=1e-3)
 
 
+def test_a_gradient_is_clipped_to_its_largest_norm(tiny: nn.Module, labelled: Data) -> None:
+    """A step of plain SGD moves the parameters by no more than lr * clip, and by just that where the gradient is larger."""
+    once: dict[str, Any] = {"labels": True, "steps": 1, "optimizer": "sgd", "lr": 1.0, "momentum": 0.0}
+    free, clipped = (_moved(tiny, finetune(tiny, labelled, **once, clip=clip)[0]) for clip in (None, 0.25))
+    assert free > 0.3 and clipped == pytest.approx(0.25, rel=1e-4)
+
+
+def _moved(before: nn.Module, after: nn.Module) -> float:
+    pairs = zip(before.parameters(), after.parameters(), strict=True)
+    return float(torch.cat([(a - b).detach().flatten() for a, b in pairs]).norm())
+
+
 def test_it_stops_early_and_gives_the_best_weights(tiny: nn.Module, labelled: Data) -> None:
     trained, result = finetune(
         tiny, labelled, labels=True, epochs=30, lr=0.5, schedule="constant", val_split=0.3, patience=2

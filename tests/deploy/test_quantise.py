@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import onnx.parser
 import pytest
+import torch
+from torch import nn
 
 import normrewrite as nr
 from normrewrite.deploy import precision
@@ -50,3 +52,20 @@ def test_int8_leaves_norms_alone(tmp_path: Path, deploy: Any) -> None:
     assert ("NormRewriteMean" in operators(path)) == (deploy == "op")
     assert operators(path).count("QuantizeLinear") == 1  # the input of its one convolution
     assert nr.verify(path, model, x, tolerance=2 * INT8).ok
+
+
+def test_the_ranges_that_are_asked_for_are_those_of_the_file(tmp_path: Path) -> None:
+    """One input reaches a thousand times as far as all others: minmax takes it in, percentile leaves it out."""
+    model, x = nn.Sequential(nn.Linear(4, 3)).eval(), torch.randn(20_000, 4)
+    x[0, 0] = reach = 1000.0
+    steps = {}
+    for ranges in ("minmax", "percentile"):
+        nr.export(model, x[:2], tmp_path / "int8.onnx", precision="int8", calibrate=x, ranges=ranges, force=True)  # type: ignore[arg-type]
+        values = {
+            each.name: onnx.numpy_helper.to_array(each) for each in onnx.load(tmp_path / "int8.onnx").graph.initializer
+        }
+        steps[ranges] = max(
+            float(value) for name, value in values.items() if value.ndim == 0 and value.dtype == np.float32
+        )
+    assert steps["minmax"] == pytest.approx(reach / 127, rel=1e-5)
+    assert steps["percentile"] < reach / 127 / 50
