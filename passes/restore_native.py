@@ -145,13 +145,13 @@ def _norm(old: Any) -> tuple[nn.Module, bool]:
     if apart and origin.unchanged(norm._parameters | norm._buffers):
         return origin.module(), True
     if isinstance(norm, RowNorm | nn.GroupNorm):
-        return _nearest_row_norm(old), False
+        return _nearest_sample_norm(old), False
     if apart and isinstance(old, MeanOnlyBatchNorm) and old.layer:
         return _with_its_scale(old), False
     return _nearest_batch_norm(old), False
 
 
-def _nearest_row_norm(old: Any) -> Any:
+def _nearest_sample_norm(old: Any) -> Any:
     """A norm within a sample that was a batch norm has no way back once it was trained: it stays as it is."""
     new: nn.Module = shallow(old)
     new._modules.pop("origin", None)

@@ -23,7 +23,7 @@ from normrewrite.nn.parts import assemble, attributes, shallow
 from normrewrite.norms import Gain, metric, require_gain
 from normrewrite.passes import swap_sample
 from normrewrite.passes.base import Rewrite
-from normrewrite.sites import Site, is_norm, is_row_norm
+from normrewrite.sites import Site, is_norm, is_sample_norm
 from normrewrite.sites.kinds import Kind
 from normrewrite.sites.refusal import Refusal
 from normrewrite.sites.sample_kinds import SAMPLE_SCOPES, SampleKind
@@ -53,11 +53,11 @@ class SwapMetric(Rewrite):
             )
 
     def wants(self, module: nn.Module) -> bool:
-        return ("batch" in self.scopes and is_norm(module)) or (self.scopes != ("batch",) and is_row_norm(module))
+        return ("batch" in self.scopes and is_norm(module)) or (self.scopes != ("batch",) and is_sample_norm(module))
 
     def inexact(self, site: Site) -> str:
         tracked = getattr(site.module, "running_mean", None) is not None
-        return "" if tracked or not is_row_norm(site.module) else "another metric on statistics of each sample"
+        return "" if tracked or not is_sample_norm(site.module) else "another metric on statistics of each sample"
 
     def why_not(self, site: Site) -> Refusal | None:
         if self.to.native:

@@ -96,12 +96,12 @@ def inspect(model: nn.Module) -> Inspection:
 
 def _is_site(module: nn.Module) -> bool:
     origin = sites.origin_of(module)
-    return sites.is_norm(module) or sites.is_row_norm(module) or (origin is not None and origin.target != "")
+    return sites.is_norm(module) or sites.is_sample_norm(module) or (origin is not None and origin.target != "")
 
 
 def _facts(site: Site) -> SiteFacts:
     module: Any = site.module
-    norm = site.norm if sites.is_norm(module) or sites.is_row_norm(module) else None
+    norm = site.norm if sites.is_norm(module) or sites.is_sample_norm(module) else None
     origin = sites.origin_of(module)
     scope = "" if norm is None else _scope(site)
     became = "" if origin is None else origin.target

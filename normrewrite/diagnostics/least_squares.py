@@ -89,10 +89,10 @@ class _Moments:
 
 def fittable(twin: nn.Module) -> list[Site]:
     """The sites that measure each sample, and so compute another function than the original."""
-    return sites.find(twin, lambda module: sites.is_rewritten(module) and isinstance(_norm(module), _ROW_NORMS))
+    return sites.find(twin, lambda module: sites.is_rewritten(module) and isinstance(_norm(module), _SAMPLE_NORMS))
 
 
-_ROW_NORMS = (nn.GroupNorm, RowNorm)
+_SAMPLE_NORMS = (nn.GroupNorm, RowNorm)
 
 
 def _norm(module: nn.Module) -> Any:

@@ -55,11 +55,11 @@ class WeightNorm(nn.Module):
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
         """(v, g) that give this weight back, to rounding."""
-        rows = self._by_channel(weight.double())  # squares of the smallest fp32 numbers are still there
-        norms = self._norms(rows)
+        vectors = self._by_channel(weight.double())  # squares of the smallest fp32 numbers are still there
+        norms = self._norms(vectors)
         zero = norms == 0
-        rows = torch.where(zero, torch.ones_like(rows), rows)
-        v: Tensor = (rows / self._norms(rows)).flatten(0, 1)
+        vectors = torch.where(zero, torch.ones_like(vectors), vectors)
+        v: Tensor = (vectors / self._norms(vectors)).flatten(0, 1)
         return v.to(weight.dtype), self.gains(norms.flatten()).to(weight.dtype)
 
     def norms(self, g: Tensor) -> Tensor:
@@ -71,20 +71,20 @@ class WeightNorm(nn.Module):
         return norms
 
     def _scaled(self, v: Tensor, norms: Tensor) -> Tensor:
-        rows = self._by_channel(wide(v))
-        lengths = self._norms(rows)
-        weight: Tensor = (rows * (norms.view_as(lengths) / lengths)).flatten(0, 1)
+        vectors = self._by_channel(wide(v))
+        lengths = self._norms(vectors)
+        weight: Tensor = (vectors * (norms.view_as(lengths) / lengths)).flatten(0, 1)
         return weight.to(v.dtype)
 
     def _by_channel(self, weight: Tensor) -> Tensor:
         """(groups, out/groups, in/groups, *kernel); transposed: (groups, in/groups, out/groups, *kernel)."""
-        rows: Tensor = weight.unflatten(0, (self.groups, -1))
-        return rows
+        vectors: Tensor = weight.unflatten(0, (self.groups, -1))
+        return vectors
 
-    def _norms(self, rows: Tensor) -> Tensor:
+    def _norms(self, vectors: Tensor) -> Tensor:
         """By channel, in group-major order as channels are: (groups, out/groups, 1, ...), transposed (groups, 1, ...)."""
-        dims = [1 if self.transposed else 2, *range(3, rows.dim())]
-        norms: Tensor = torch.linalg.vector_norm(rows, self.p, dims, keepdim=True)
+        dims = [1 if self.transposed else 2, *range(3, vectors.dim())]
+        norms: Tensor = torch.linalg.vector_norm(vectors, self.p, dims, keepdim=True)
         return norms
 
     def extra_repr(self) -> str:

@@ -135,11 +135,11 @@ def _step(value: object) -> bool:
 
 def _report(value: object) -> bool:
     """What normrewrite.provenance.report.Report.as_dict gives; its names are a tuple or, out of JSON, a list."""
-    rows = value.get("sites") if isinstance(value, dict) else None
-    return isinstance(rows, list) and all(map(_row, rows))
+    lines = value.get("sites") if isinstance(value, dict) else None
+    return isinstance(lines, list) and all(map(_line, lines))
 
 
-def _row(value: object) -> bool:
+def _line(value: object) -> bool:
     names = value.get("names") if isinstance(value, dict) else None
     return isinstance(names, list | tuple) and bool(names) and all(map(_text, names))
 

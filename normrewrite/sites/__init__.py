@@ -119,20 +119,20 @@ def read(module: nn.Module) -> Norm | Refusal:
         return kinds.known(module)
     if isinstance(module, RowNorm):
         return sample_kinds.known(module)
-    if is_row_norm(module):
+    if is_sample_norm(module):
         return sample_kinds.recognise_sample(module)
     return kinds.recognise(module) if is_norm(module) else Refusal("is no norm")
 
 
-_ROW_NORMS = (RowNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _InstanceNorm)
+_SAMPLE_NORMS = (RowNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _InstanceNorm)
 
 
-def is_row_norm(module: nn.Module) -> bool:
+def is_sample_norm(module: nn.Module) -> bool:
     """A norm within a sample: torch's, ours, or what is called a norm and holds a weight by channel and little else.
 
     A pass may refuse it by name.
     """
-    if isinstance(module, _ROW_NORMS):
+    if isinstance(module, _SAMPLE_NORMS):
         return True
     if isinstance(module, ScriptModule):
         return False

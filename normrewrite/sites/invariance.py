@@ -48,10 +48,10 @@ class InvariantWeight:
     @torch.no_grad()
     def norms(self) -> Tensor:
         """The 2-norm of each block, (blocks,), fp32 at least."""
-        rows = wide(self.parameter.detach())
+        vectors = wide(self.parameter.detach())
         if isinstance(self.layer, _ConvTransposeNd):  # (in, out/groups, *): channels first
-            rows = rows.unflatten(0, (self.layer.groups, -1)).transpose(1, 2).flatten(0, 1)
-        norms: Tensor = torch.linalg.vector_norm(rows.reshape(self.blocks, -1), dim=1)
+            vectors = vectors.unflatten(0, (self.layer.groups, -1)).transpose(1, 2).flatten(0, 1)
+        norms: Tensor = torch.linalg.vector_norm(vectors.reshape(self.blocks, -1), dim=1)
         return norms
 
     def expanded(self, values: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ def _agreed(answers: list[int | Refusal]) -> int | Refusal:
 
 def _blocks_of_reader(graph_module: GraphModule, layer: nn.Module, reader: Node) -> int | Refusal:
     norm = graph.module_of(graph_module, reader)
-    if norm is None or not (sites.is_norm(norm) or sites.is_row_norm(norm)):
+    if norm is None or not (sites.is_norm(norm) or sites.is_sample_norm(norm)):
         return Refusal(f"goes into {reader.target if isinstance(reader.target, str) else reader.name}, no norm")
     channels = out_channels(layer)
     blocks = _blocks(norm, channels)

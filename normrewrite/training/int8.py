@@ -113,7 +113,7 @@ class Int8(TorchFunctionMode):
         self.amax = {name: torch.tensor(value) for name, value in ranges.amax.items()} if ranges else {}
         self.descent = Descent() if by == "gradient" else None
         aside = sites.find(
-            model, lambda m: sites.is_norm(m) or sites.is_row_norm(m) or isinstance(m, ParametrizationList)
+            model, lambda m: sites.is_norm(m) or sites.is_sample_norm(m) or isinstance(m, ParametrizationList)
         )
         self.aside = {name for site in aside for name in site.names} | set(kept)
         self.calls: list[_Call] = []

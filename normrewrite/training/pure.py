@@ -176,7 +176,7 @@ def _cast_inputs(model: nn.Module, arguments: Any, options: Any) -> Any:
 
 def _noted(model: nn.Module, elsewhere: dict[str, None]) -> Iterator[Any]:
     """Hooks that write down the norms which run in training and tell nothing of what they measure."""
-    for site in sites.find(model, lambda module: sites.is_norm(module) or sites.is_row_norm(module)):
+    for site in sites.find(model, lambda module: sites.is_norm(module) or sites.is_sample_norm(module)):
         before: list[int] = []
 
         def start(module: nn.Module, _: object, before: list[int] = before) -> None:

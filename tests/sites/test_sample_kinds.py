@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 
 import normrewrite as nr
-from normrewrite.sites import find, is_row_norm
+from normrewrite.sites import find, is_sample_norm
 from normrewrite.sites.refusal import Refusal
 from normrewrite.sites.sample_kinds import SampleKind, recognise_sample
 
@@ -169,7 +169,7 @@ TOLD: list[tuple[nn.Module, SampleKind]] = [
 @pytest.mark.parametrize(("module", "kind"), TOLD, ids=lambda value: type(value).__name__)
 def test_told(module: nn.Module, kind: SampleKind) -> None:
     state, before = torch.get_rng_state(), {name: value.clone() for name, value in module.state_dict().items()}
-    assert is_row_norm(module)
+    assert is_sample_norm(module)
     assert recognise_sample(module) == kind
     assert recognise_sample(module.half()) == kind
     assert torch.equal(torch.get_rng_state(), state)
@@ -228,4 +228,4 @@ def test_sites_find_batch_norms_unless_told_otherwise() -> None:
         nn.BatchNorm1d(4), nn.LayerNorm(4), LlamaRMSNorm(4), nn.PReLU(4), nn.LocalResponseNorm(2), GemmaRMSNorm(4)
     )
     assert [site.name for site in find(model)] == ["0"]
-    assert [site.name for site in find(model, is_row_norm)] == ["1", "2", "5"]
+    assert [site.name for site in find(model, is_sample_norm)] == ["1", "2", "5"]
