@@ -90,11 +90,10 @@ class Rewrite(ABC):
 
     def replacement(self, site: Site) -> Replacement:
         """What `rewrite` gives, in one form: a bare module takes the norm's place alone."""
+        before = getattr(self, "rewrite_before", None)  # of passes from before Replacement
+        layer = None if before is None else before(site)
         new = self.rewrite(site)
-        if isinstance(new, Replacement):
-            return new
-        before = getattr(self, "rewrite_before", None)  # what a pass had before there was Replacement
-        return Replacement(new, None if before is None else before(site))
+        return new if isinstance(new, Replacement) else Replacement(new, layer)
 
     def settle(self, model: nn.Module, done: Sequence[Rewritten]) -> None:
         """What there is to do around the sites once they are rewritten: torch's fused layers read norms past their forward."""

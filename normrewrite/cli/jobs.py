@@ -1,4 +1,4 @@
-"""The commands, one row each: its options, its job, and what is said on a terminal while it works.
+"""The commands, one line each: its options, its job, and what is said on a terminal while it works.
 
 A job is imported when it is asked for: --help does not wait for torch.
 """

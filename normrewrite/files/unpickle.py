@@ -2,8 +2,8 @@
 
 Everything goes through torch's weights_only unpickler, which builds nothing but tensors and plain containers. A pickled
 module also names classes; one is let through only if it is what it claims to be: a class, a subclass of nn.Module, defined
-in exactly the module and under exactly the name that the file asks for, in a package of this list (of transformers, a model's
-configuration too).
+in exactly the module and under exactly the name that the file asks for (or where that module's classes have moved), in a package
+of this list (of transformers, a model's configuration too).
 
 None of them is ever called: what a pickle would do is read off it before (normrewrite.files.pickled), and a module is made
 as torch.save writes it, an empty object that is given its attributes. A class that does more than nn.Module when it is made or
@@ -33,6 +33,7 @@ from normrewrite.files.pickled import PACKAGES
 
 _OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # torch's magic number, pickled
 _PROTOCOL = re.compile(r"pickle protocol (\d)")
+_MOVED = {"normrewrite.nn.rows": "normrewrite.nn.sample"}  # where classes are that older files know by another module
 # Plain functions that layers of torch.nn keep as attributes; a file may name them, and not call them.
 FUNCTIONS = {
     "torch.nn.functional.relu": torch.nn.functional.relu,
@@ -107,7 +108,8 @@ def _allowed(name: str, allow: Sequence[str]) -> Any:
         if by_user:
             raise NormRewriteError(f"--allow {module_name}:{class_name}: {error}") from error
         return None
-    genuine = isinstance(cls, type) and (cls.__module__, cls.__qualname__) == (module_name, class_name)
+    home = _MOVED.get(module_name, module_name)
+    genuine = isinstance(cls, type) and (cls.__module__, cls.__qualname__) == (home, class_name)
     return cls if genuine and (by_user or _is_made_plainly(cls)) else None
 
 

@@ -27,7 +27,7 @@ class Found:
 
 @options
 class Code(Found):
-    """How a model file is read. A history words it as normrewrite.commands.words.source has it."""
+    """How a model file is read. A history words it as normrewrite.commands.words has it."""
 
     arch: str | None = option(
         "Code of a state_dict: PATH.py:factory, module:factory, timm:NAME or torchvision:NAME.",

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from normrewrite import NormRewriteError, convert
+from normrewrite import nn as nr_nn
 from normrewrite.files import unpickle
 from tests.conftest import TARGETS
 
@@ -267,6 +268,23 @@ def test_twins_come_back(userland: Userland, to: str) -> None:
     back = unpickle.load(userland.save(twin))
     assert str(back) == str(twin)
     torch.testing.assert_close(back.state_dict(), twin.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_norms_of_a_sample_come_back_by_the_module_they_were_in(
+    userland: Userland, monkeypatch: pytest.MonkeyPatch, trust: bool
+) -> None:
+    """Files made before normrewrite.nn.rows became normrewrite.nn.sample."""
+    norms = [nr_nn.LayerNorm(4), nr_nn.RMSNorm(4), nr_nn.GroupNorm(1, 3), nr_nn.InstanceNorm1d(3, affine=True)]
+    with monkeypatch.context() as then:
+        for norm in norms:
+            then.setattr(type(norm), "__module__", "normrewrite.nn.rows")
+        path = userland.save(nn.Sequential(*norms))
+    assert b"normrewrite.nn.rows" in path.read_bytes()
+    back = unpickle.load(path, trust=trust)
+    assert [type(norm) for norm in back] == [type(norm) for norm in norms]
+    x = torch.randn(2, 3, 4)
+    torch.testing.assert_close(back(x), nn.Sequential(*norms)(x), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,23 @@ def test_norm_and_layer_are_replaced_together(cls: type[FoldAffine]) -> None:
     assert [site.name for site, _, _ in done] == ["1", "4"]
 
 
+def test_a_pass_with_a_method_for_the_layer_is_asked_for_it_first() -> None:
+    """As before there was Replacement: what it finds out there may be of use to its norm."""
+    asked: list[str] = []
+
+    class Noting(Old):
+        def rewrite_before(self, site: Site) -> nn.Module | None:
+            asked.append("layer")
+            return super().rewrite_before(site)
+
+        def rewrite(self, site: Site) -> Any:
+            asked.append("norm")
+            return super().rewrite(site)
+
+    Noting().apply(network())
+    assert asked == ["layer", "norm"] * 2
+
+
 def test_settle_is_called_once_with_all_that_was_rewritten() -> None:
     calls: list[tuple[nn.Module, list[str]]] = []
 
