@@ -25,6 +25,10 @@ Result = TypeVar("Result")
 Needs = tuple[tuple[str, Callable[[float], bool]], ...]
 
 
+class UnknownOption(NormRewriteError, TypeError):
+    """A keyword that a function has not: Python's own error for that, too."""
+
+
 @dataclass(frozen=True)
 class Mark:
     """What an option is beside its name, its type and its default.
@@ -124,7 +128,7 @@ def require_known(names: Iterable[str], known: Iterable[str]) -> None:
     known = list(known)
     for name in names:
         if name not in known:
-            raise NormRewriteError(f"there is no option {name!r}.{nearest(name, known)} Options: {', '.join(known)}.")
+            raise UnknownOption(f"there is no option {name!r}.{nearest(name, known)} Options: {', '.join(known)}.")
 
 
 def takes(kind: Callable[P, Options]) -> Callable[[Callable[[Options], Result]], Callable[P, Result]]:

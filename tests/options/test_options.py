@@ -216,3 +216,10 @@ def test_options_are_frozen(net: nn.Module) -> None:
     given = ExportCall(net, Tensor(), "x.onnx")
     with pytest.raises(AttributeError):
         given.opset = 21  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("function", [nr.convert, nr.plan, nr.finetune, nr.calibrate])
+def test_a_keyword_that_there_is_not_is_python_s_error_and_ours(function: Any, net: nn.Module) -> None:
+    for kind in (nr.NormRewriteError, TypeError):
+        with pytest.raises(kind, match="there is no option 'includ'"):
+            function(net, "l1", includ="x")
