@@ -130,6 +130,7 @@ class _Pair:
     name: str
     module: Any
     target: nn.Module
+    kinds: dict[nn.Module, Kind]  # of the two, where that is a norm which applies an activation itself
 
 
 def _pairs(model: nn.Module, original: nn.Module) -> tuple[list[_Pair], dict[str, str]]:
@@ -154,8 +155,14 @@ def _pairs(model: nn.Module, original: nn.Module) -> tuple[list[_Pair], dict[str
         elif target is None:
             left[name] = "the original has no module of that name"
         else:
-            pairs.append(_Pair(name, module, target))
+            pairs.append(_Pair(name, module, target, _tailed(module) | _tailed(target)))
     return pairs, left
+
+
+def _tailed(module: Any) -> dict[nn.Module, Kind]:
+    """Read before anything watches the module: reading may run it."""
+    kind = sites.read(module) if sites.is_norm(module) and module.running_mean is not None else None
+    return {module: kind} if isinstance(kind, Kind) and kind.tail else {}
 
 
 def _adds_a_bias(module: nn.Module) -> bool:
@@ -182,7 +189,7 @@ def _reader(pair: _Pair, means: dict[str, tuple[Tensor, Tensor]]) -> Hook:
 
     def read(target: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
         if pair.name not in means:
-            means[pair.name] = _moments(pair, _without_tail(target, arguments, named, output))
+            means[pair.name] = _moments(pair, _without_tail(pair, target, arguments, named, output))
 
     return read
 
@@ -194,14 +201,14 @@ def _corrector(pair: _Pair, means: dict[str, tuple[Tensor, Tensor]], corrected: 
         if pair.name in corrected or pair.name not in means:
             return None
         wanted, variance = means[pair.name]
-        mean, _ = _moments(pair, _without_tail(module, arguments, named, output))
+        mean, _ = _moments(pair, _without_tail(pair, module, arguments, named, output))
         if mean.shape != wanted.shape:
             raise NormRewriteError(f"{pair.name}: {len(mean)} channels, and the original has {len(wanted)} there.")
         bias = module.bias
         bias.data = (bias.double() + (wanted - mean).view_as(bias)).to(bias.dtype)
         _mark(module)
         now: Tensor = module.forward(*arguments, **named)
-        left = wanted - _moments(pair, _without_tail(module, arguments, named, now))[0]
+        left = wanted - _moments(pair, _without_tail(pair, module, arguments, named, now))[0]
         unit = float(variance.mean().sqrt()) or 1.0
         worst = [float(each.abs().max()) / unit for each in (wanted - mean, left)]
         corrected[pair.name] = CorrectedBias(pair.name, len(mean), *worst)
@@ -232,12 +239,14 @@ def _sharing(module: Any, rank: int) -> list[int]:
     return [dim for dim in range(rank) if dim != channels]
 
 
-def _without_tail(module: Any, arguments: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor:
+def _without_tail(
+    pair: _Pair, module: Any, arguments: tuple[Any, ...], named: dict[str, Any], output: Tensor
+) -> Tensor:
     """The output, before the activation that some norms apply themselves: a bias doesn't move what is behind it by as much."""
-    if getattr(module, "tail", ()):
-        bare = shallow(module)
-        bare.tail = ()
-        return bare.forward(*arguments, **named)  # type: ignore[no-any-return]
-    kind = sites.read(module) if sites.is_norm(module) else None
-    tailed = isinstance(kind, Kind) and kind.tail and module.running_mean is not None
-    return as_affine(module, kind)(*arguments, **named) if tailed else output
+    if module in pair.kinds:
+        return as_affine(module, pair.kinds[module])(*arguments, **named)  # type: ignore[no-any-return]
+    if not isinstance(module, StandIn | ChannelAffine | MeanOnlyBatchNorm) or not module.tail:
+        return output
+    bare = shallow(module)
+    bare.tail = ()
+    return bare.forward(*arguments, **named)  # type: ignore[no-any-return]

@@ -23,7 +23,7 @@ from normrewrite.options.fields import takes
 from normrewrite.results import Result, Summary, Table
 from normrewrite.sites import Site
 
-_UNLABELLED = "labels were not used: whether the network is the better for it tells an accuracy, on inputs of the same kind with labels"
+_UNLABELLED = "labels were not used: whether the network is the better for it, an accuracy on labelled inputs tells"
 _ANOTHER_METRIC = (
     "was not calibrated: its scale was the original's standard deviation and is its own metric's reading now, which is another "
     "where inputs aren't Gaussian. Calibrate first, on inputs as the original's."

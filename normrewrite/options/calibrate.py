@@ -13,7 +13,8 @@ class Calibrate(Pixels, BatchSize, Overwrite, Source):
 
     Training comes nearer to the original's eval, with eval as it was, and how far it is from the original's training is told
     beside; norms that can't be exact are fitted to the original. Or, for any network, measure running statistics anew
-    (--statistics), or take back what changed weights have shifted (--biases).
+    (--statistics), or take back what changed weights have shifted (--biases): what it computes changes, and the way back gives
+    the nearest.
     """
 
     data: str = option(DATA, metavar="DATA", file=True)

@@ -39,14 +39,7 @@ def means(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
         return keep
 
-    handles = [
-        module.register_forward_hook(hook(name))
-        for name, module in model.named_modules()
-        if not list(module.children())
-    ]
-    handles += [
-        module.register_forward_hook(hook(name)) for name, module in model.named_modules() if hasattr(module, "act")
-    ]
+    handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules()]
     with torch.no_grad():
         model(x)
     for handle in handles:
@@ -88,6 +81,7 @@ def test_twins_are_compared_where_their_norms_were(to: str) -> None:
         assert now is not None and float((now - wanted[name]).abs().max()) <= SAME * 5, name
 
 
+@torch.no_grad()
 def test_report_tells_shifts_outputs_and_what_is_left() -> None:
     original, x = start("l1", "chain"), inputs("chain")
     model = rounded(original)
@@ -104,6 +98,7 @@ def test_report_tells_shifts_outputs_and_what_is_left() -> None:
     assert "conv, depthwise: without a bias" in str(report) and report.as_dict()["inputs"] == len(x)
 
 
+@torch.no_grad()
 def test_norms_over_last_dimensions_and_linear_layers() -> None:
     torch.manual_seed(0)
     original = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 3)).eval()
@@ -126,6 +121,7 @@ def test_a_twin_no_longer_passes_for_its_original() -> None:
 
 
 @pytest.mark.parametrize("batch_size", [5, 250])
+@torch.no_grad()
 def test_the_first_inputs_are_used(batch_size: int) -> None:
     original, x = start("l1", "chain"), inputs("chain")
     model = rounded(original)

@@ -55,7 +55,7 @@ def test_statistics_and_report_are_those_of_float64(model: nn.Sequential) -> Non
         middle = (len(shift) - 1) // 2  # as torch's median
         np.testing.assert_allclose(site.mean, (shift[middle], shift[-1]), rtol=1e-4)
         np.testing.assert_allclose(site.scale, (ratio[middle], ratio[0], ratio[-1]), rtol=1e-4)
-    a, b = model(IMAGES[:10]), old(IMAGES[:10])
+    a, b = model(IMAGES[:10]).detach(), old(IMAGES[:10]).detach()
     assert report.moved == pytest.approx(float((a - b).norm() / b.norm()), rel=1e-4)
     assert "2 sites measured anew on 20 inputs" in str(report) and "labels were not used" in str(report)
 
@@ -82,6 +82,11 @@ def test_where_it_fails_nothing_has_changed(model: nn.Sequential, data: list[Ten
     with pytest.raises(nr.NormRewriteError, match=words):
         nr.reestimate_(model, data)
     assert same_bits(model, before)
+
+
+def test_a_network_without_such_norms_is_told_so() -> None:
+    with pytest.raises(nr.NormRewriteError, match="holds no batch norm that measures"):
+        nr.reestimate_(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), torch.randn(5, 4))
 
 
 @pytest.mark.parametrize("to", ["l1", "topk:10", "renorm", "wn:mean-bn"])
