@@ -20,13 +20,13 @@ from normrewrite.errors import NormRewriteError
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.mean_only import MeanOnlyBatchNorm
 from normrewrite.options.fields import takes
-from normrewrite.results import Result, Summary, Table
+from normrewrite.results import Result, Summary, Table, shortened
 from normrewrite.sites import Site
 
 _UNLABELLED = "labels were not used: whether the network is the better for it, an accuracy on labelled inputs tells"
 _ANOTHER_METRIC = (
-    "was not calibrated: its scale was the original's standard deviation and is its own metric's reading now, which is another "
-    "where inputs aren't Gaussian. Calibrate first, on inputs as the original's."
+    "Their scales were the original's standard deviations, and are now what their own metrics read: another number where inputs "
+    "aren't Gaussian. Calibrate first, on inputs as the original's."
 )
 
 
@@ -89,14 +89,14 @@ def reestimate_(options: UpdateCall) -> Reestimation:
     model, feed = options.model, _Feed(as_data(options.data, argument_names(options.model)), options.batch_size)
     norms = sites.find(model, _tracks)
     before = {site.name: _statistics(site.module) for site in norms}
+    uncalibrated = [site for site in norms if _is_as_converted(site.module)]
     first = list(islice(feed, 1))
     eval_before = outputs(model, first)
     reached = set(map(id, measure_anew(model, feed, options.progress, alone=True)))
     moved = relative_difference(outputs(model, first), eval_before)
     results = [_moved(site, before[site.name], id(site.module) in reached) for site in norms]
-    strangers = [site.label for site in norms if id(site.module) in reached and _reads_otherwise(site.module)]
-    names = ", ".join(strangers[:8]) + (f" and {len(strangers) - 8} more" if len(strangers) > 8 else "")
-    notes = [_UNLABELLED, *([f"{names}: {_ANOTHER_METRIC}"] if strangers else [])]
+    strangers = [site.label for site in uncalibrated if id(site.module) in reached]
+    notes = [_UNLABELLED, *([f"not calibrated: {shortened(strangers)}. {_ANOTHER_METRIC}"] if strangers else [])]
     return Reestimation(results, feed.inputs, moved, feed.skipped, notes)
 
 
@@ -155,9 +155,9 @@ def _moved(site: Site, before: tuple[Tensor, Tensor | None], reached: bool) -> S
     )
 
 
-def _reads_otherwise(norm: nn.Module) -> bool:
-    """Whether its scale came from a norm of another metric, and not from what it reads itself."""
+def _is_as_converted(norm: nn.Module) -> bool:
+    """Whether its scale came from a norm of another metric, and neither from a calibration nor from training."""
     origin = sites.origin_of(norm)
-    if origin is None or not isinstance(norm, BatchNorm) or norm.metric == "l2":
+    if origin is None or not isinstance(norm, BatchNorm) or norm.metric == "l2" or hasattr(origin, "weight"):
         return False
-    return not hasattr(origin, "weight") and not issubclass(origin.kind, BatchNorm)
+    return not issubclass(origin.kind, BatchNorm) and origin.unchanged({"running_var": norm.running_scale})

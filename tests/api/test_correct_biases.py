@@ -120,6 +120,18 @@ def test_a_twin_no_longer_passes_for_its_original() -> None:
         nr.passes.reversion.untrained(twin, "")  # type: ignore[attr-defined]
 
 
+@torch.no_grad()
+def test_a_channel_that_is_not_finite_is_left_alone() -> None:
+    original, x = start("l1", "chain"), inputs("chain")
+    original.head.weight[2, 0] = torch.inf
+    model = rounded(original)
+    model.head.weight.copy_(original.head.weight)
+    before = model.head.bias.clone()
+    nr.correct_biases_(model, original, x)
+    assert model.head.bias.isfinite().all() and torch.equal(model.head.bias[2], before[2])
+    assert not torch.equal(model.head.bias[:2], before[:2])
+
+
 @pytest.mark.parametrize("batch_size", [5, 250])
 @torch.no_grad()
 def test_the_first_inputs_are_used(batch_size: int) -> None:
