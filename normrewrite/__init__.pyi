@@ -12,11 +12,13 @@ from .api.calibrate import calibrate_ as calibrate_
 from .api.convert import convert as convert
 from .api.convert import convert_ as convert_
 from .api.convert import plan as plan
+from .api.correct_biases import correct_biases_ as correct_biases_
 from .api.export import export as export
 from .api.finetune import finetune as finetune
 from .api.finetune import finetune_ as finetune_
 from .api.initialise import initialise_ as initialise_
 from .api.plan import Plan as Plan
+from .api.reestimate import reestimate_ as reestimate_
 from .api.revert import revert as revert
 from .api.revert import revert_ as revert_
 from .api.update_norms import update_norms as update_norms

@@ -75,6 +75,12 @@ def apart(summaries: Sequence[Summary]) -> Summary:
     return [part for i, summary in enumerate(summaries) for part in (*([""] if i else []), *summary)]
 
 
+def shortened(names: Sequence[str]) -> str:
+    """The first eight, and how many more there are."""
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return f"{', '.join(names[:8])}{more}"
+
+
 def text(summary: Summary) -> str:
     """A summary for pipes, and for `str`."""
     return "\n".join(map(_plain, summary))

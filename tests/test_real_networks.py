@@ -94,6 +94,40 @@ def test_a_norm_of_each_sample_is_fitted_without_labels(resnet20: RealNetwork, t
     assert same_bits(nr.revert(twin), model)
 
 
+def _right(model: torch.nn.Module, x: torch.Tensor, labels: torch.Tensor) -> float:
+    with torch.inference_mode():
+        return float((model(x).argmax(1) == labels).float().mean())
+
+
+@pytest.mark.slow
+def test_statistics_measured_anew_help_on_darker_images_and_not_on_negatives(resnet20: RealNetwork) -> None:
+    x, labels = real_images("test", 500)
+    others, _ = real_images("train", 250)
+    shares = {}
+    for name, seen in {"dark": lambda x: 0.3 * x - 1, "negative": lambda x: -x}.items():
+        model = resnet20.make()
+        before = _right(model, seen(x), labels)
+        report = nr.reestimate_(model, seen(others))
+        shares[name] = before, _right(model, seen(x), labels)
+    assert shares["dark"][1] > 0.9 > 0.85 > shares["dark"][0]
+    assert abs(shares["negative"][1] - shares["negative"][0]) < 0.1 and shares["negative"][1] < 0.7
+    assert "labels were not used" in str(report)  # which is why it can't tell one from the other
+
+
+@pytest.mark.slow
+def test_biases_make_up_for_weights_in_four_bits(resnet20: RealNetwork) -> None:
+    original, model = resnet20.make(), resnet20.make()
+    with torch.no_grad():
+        for weight in (value for value in model.parameters() if value.dim() > 1):
+            step = weight.abs().max() / 7
+            weight.copy_((weight / step).round() * step)
+    x, labels = real_images("test", 500)
+    before, correction = _right(model, x, labels), nr.correct_biases_(model, original, real_images("train", 250)[0])
+    assert len(correction.corrected) == 20 and max(each.after for each in correction.corrected) < 1e-5
+    assert correction.outputs[1] < 0.7 * correction.outputs[0]
+    assert _right(model, x, labels) > before + 0.03
+
+
 @pytest.mark.slow
 def test_top1_is_unchanged(network: RealNetwork) -> None:
     """benchmarks/convert.py does so for every network and target on all images."""

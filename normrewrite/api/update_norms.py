@@ -51,6 +51,14 @@ def update_norms(options: UpdateCall) -> nn.Module:
     Raises NormRewriteError where no norm has statistics to measure, or the model can't run on the data; nothing is changed then.
     """
     model = options.model
+    measure_anew(model, _batches(options.data, argument_names(model), options.batch_size), options.progress)
+    return model
+
+
+def measure_anew(
+    model: nn.Module, batches: Iterable[Batch], progress: Callable[[int], object], *, alone: bool = False
+) -> list[nn.Module]:
+    """What `update_norms` does; the norms that the batches reached. alone: whatever is no such norm runs as in eval."""
     names, device = argument_names(model), device_of(model)
     with same_flags(model):
         model.train()
@@ -60,15 +68,20 @@ def update_norms(options: UpdateCall) -> nn.Module:
                 f"{type(model).__name__} holds no batch norm that measures running statistics in training, so there is nothing "
                 "to update."
             )
+        if alone:
+            for module in model.modules():
+                module.training = False
+            for norm in norms:
+                norm.training = True
         done = 0
-        with torch.no_grad(), _from_nothing(norms):
-            for batch in _batches(options.data, names, options.batch_size):
+        with torch.no_grad(), _from_nothing(norms) as reached:
+            for batch in batches:
                 call(model, batch.to(device), names)
                 done += len(batch)
-                options.progress(len(batch))
+                progress(len(batch))
             if not done:
                 raise NormRewriteError(NO_BATCH)
-    return model
+    return reached
 
 
 def _batches(data: Tensor | Data | Iterable[Any], names: list[str], size: int) -> Iterator[Batch]:
@@ -89,8 +102,12 @@ def _measures(module: nn.Module) -> bool:
 
 
 @contextmanager
-def _from_nothing(norms: list[Any]) -> Iterator[None]:
-    """Norms that average from their next batch on. What no batch has reached comes back, and all does where the pass fails."""
+def _from_nothing(norms: list[Any]) -> Iterator[list[nn.Module]]:
+    """Norms that average from their next batch on. What no batch has reached comes back, and all does where the pass fails.
+
+    Gives a list that holds those that were reached, in the end.
+    """
+    moved: list[nn.Module] = []
     before = [_state(norm) for norm in norms]
     settings = [
         (norm, name, vars(norm)[name]) for norm in norms for name in ("momentum", "schedule") if name in vars(norm)
@@ -98,7 +115,7 @@ def _from_nothing(norms: list[Any]) -> Iterator[None]:
     try:
         for norm in norms:
             _reset(norm)
-        yield
+        yield moved
     except BaseException:
         for state in before:
             _put_back(state)
@@ -106,6 +123,7 @@ def _from_nothing(norms: list[Any]) -> Iterator[None]:
     else:
         for norm, state in zip(norms, before, strict=True):
             reached = bool(norm.num_batches_tracked)
+            moved += [norm] if reached else []
             _put_back([pair for pair in state if not reached or _is_kept(norm, pair[0])])
     finally:
         for norm, name, value in settings:

@@ -191,7 +191,6 @@ def _bits(before: nn.Module, original: nn.Module, trained: list[str], record: Ma
     wrong = [f for f in _tensors(digests.of_tensors(original.state_dict()), before.state_dict()) if not f.ok]
     if not wrong:
         return [Finding("original", "tensors", True, "the twin gives back the same bits")]
-    commands = {step["command"][0] for step in record.get("steps", ()) if step["command"]}
-    if trained or not commands or commands - history.BIT_EXACT:
+    if trained or not record.get("steps") or history.is_changed(record):
         return [Finding("original", "tensors", True, f"{len(wrong)} tensors were trained since")]
     return [Finding("original", f.name, False, f"{f.told} from what the twin gives back") for f in wrong]

@@ -55,8 +55,7 @@ def _beside(source: Source) -> Path | None:
     """The original of a trained twin: the file that its manifest names, where it lies beside it and has those very bytes."""
     record = files.look(source.path, key=source.key, allow=source.allow, trust=source.trust).manifest
     named = (record or {}).get("original")
-    commands = {step["command"][0] for step in (record or {}).get("steps", ()) if step["command"]}
-    if not named or not commands - history.BIT_EXACT:  # the twin itself gives it back
+    if not named or not history.is_changed(record or {}):  # the twin itself gives it back
         return None
     path = source.path.with_name(Path(named["file"]).name)
     same = path.is_file() and path.stat().st_size == named.get("bytes") and digests.of_file(path) == named

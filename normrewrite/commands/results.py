@@ -5,9 +5,11 @@ from typing import Any
 
 from normrewrite.api.advise import Advice
 from normrewrite.api.calibrate import Calibration
+from normrewrite.api.correct_biases import BiasCorrection
 from normrewrite.api.initialise import Initialisation
 from normrewrite.api.inspect import Inspection
 from normrewrite.api.plan import Plan
+from normrewrite.api.reestimate import Reestimation
 from normrewrite.backends.onnx import DOMAIN
 from normrewrite.diagnostics.comparison import Comparison
 from normrewrite.diagnostics.layers import Layers
@@ -74,7 +76,7 @@ class Advised(Result):
 class Calibrated(Result):
     """What `calibrate` did."""
 
-    calibration: Calibration
+    calibration: Calibration | Reestimation | BiasCorrection
     output: str
 
     def as_dict(self) -> dict[str, Any]:

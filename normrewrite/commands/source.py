@@ -15,6 +15,7 @@ from normrewrite.errors import NormRewriteError
 from normrewrite.execution import Network
 from normrewrite.files.arch import parse_arguments
 from normrewrite.options.groups import Code, Inputs, Pixels
+from normrewrite.results import shortened
 
 File = TypeVar("File")
 
@@ -81,9 +82,9 @@ class Source:
         written = files.save(model, output, form=file.form, layout=layout, **options)
         beside = [*layout.left, *(layout.beside if written == "safetensors" else ())]
         if beside:
-            more = f" and {len(beside) - 8} more" if len(beside) > 8 else ""
-            names = f"{', '.join(beside[:8])}{more}"
-            self.notes.append(f"left out of {output.name}: {names} (only small, plain data is carried along)")
+            self.notes.append(
+                f"left out of {output.name}: {shortened(beside)} (only small, plain data is carried along)"
+            )
         return written
 
 

@@ -60,21 +60,23 @@ class TrainingMode:
 
     def __init__(self, batches: Sequence[Batch], twin: nn.Module, original: nn.Module | None) -> None:
         self.batches = batches
-        self.eval = _outputs(twin if original is None else original, batches, evaluating)
-        self.training = None if original is None else _outputs(original, batches, measuring)
+        self.eval = outputs(twin if original is None else original, batches)
+        self.training = None if original is None else outputs(original, batches, measuring)
 
     def apart(self, twin: nn.Module) -> tuple[float, float | None]:
         """The relative differences of the twin in training to eval, and to training."""
-        outputs = _outputs(twin, self.batches, measuring)
-        return _apart(outputs, self.eval), None if self.training is None else _apart(outputs, self.training)
+        now = outputs(twin, self.batches, measuring)
+        training = None if self.training is None else relative_difference(now, self.training)
+        return relative_difference(now, self.eval), training
 
     def distance(self, before: tuple[float, float | None], after: tuple[float, float | None]) -> TrainingDistance:
         training = None if before[1] is None or after[1] is None else (before[1], after[1])
-        original = None if self.training is None else _apart(self.training, self.eval)
+        original = None if self.training is None else relative_difference(self.training, self.eval)
         return TrainingDistance(sum(map(len, self.batches)), (before[0], after[0]), training, original)
 
 
-def _outputs(model: nn.Module, batches: Sequence[Batch], mode: Mode) -> list[Tensor]:
+def outputs(model: nn.Module, batches: Sequence[Batch], mode: Mode = evaluating) -> list[Tensor]:
+    """All floating outputs, float64, on the CPU."""
     names, device = argument_names(model), device_of(model)
     with mode(model), torch.no_grad():
         return [value for batch in batches for value in _floats(call(model, batch.to(device), names))]
@@ -100,10 +102,10 @@ def measuring(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(value)
 
 
-def _apart(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """NaN where they have other shapes."""
-    if [value.shape for value in outputs] != [value.shape for value in expected]:
+def relative_difference(values: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The norm of all differences over that of all that was expected. NaN where they have other shapes."""
+    if [value.shape for value in values] != [value.shape for value in expected]:
         return float("nan")
-    gap = sum(float((a - b).square().sum()) for a, b in zip(outputs, expected, strict=True))
+    gap = sum(float((a - b).square().sum()) for a, b in zip(values, expected, strict=True))
     size = sum(float(b.square().sum()) for b in expected)
     return (gap / size) ** 0.5 if size else float("nan")

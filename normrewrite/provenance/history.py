@@ -20,7 +20,8 @@ import torch
 from normrewrite._version import __version__
 from normrewrite.errors import NormRewriteError
 
-BIT_EXACT = {"convert", "calibrate", "revert"}  # commands after which the original can be had back to the bit
+_BIT_EXACT = {"convert", "calibrate", "revert"}  # commands after which the original can be had back to the bit,
+_BUT_FOR = {"--statistics", "--biases"}  # unless one of these is in them
 SEED = 0  # of every random input that a command draws itself
 
 
@@ -78,6 +79,12 @@ def step(
     normrewrite.provenance.digests.of_file gives them, by the option that named them."""
     done = {"command": list(command), "seed": seed, "versions": versions()}
     return done | ({"files": dict(files)} if files else {})
+
+
+def is_changed(record: Mapping[str, Any]) -> bool:
+    """Whether a command has changed what the network computes, so that the original can't be had back to the bit."""
+    commands = [done["command"] for done in record.get("steps", ()) if done["command"]]
+    return any(command[0] not in _BIT_EXACT or not _BUT_FOR.isdisjoint(command) for command in commands)
 
 
 def versions() -> dict[str, str]:

@@ -357,6 +357,16 @@ BAD: dict[str, tuple[str, str]] = {
     "advise, no norm": ("inspect no_norm.pt --advise digits.npz", "holds no batch norm"),
     "advise, batch size": (f"inspect digits.pt {DIGITS} --advise digits.npz --batch-size 0", "0 is not in the range"),
     "advise, mean": (f"inspect digits.pt {DIGITS} --advise digits.npz --mean a,b", "--mean 'a,b': write numbers"),
+    "calibrate, both": (
+        f"calibrate digits.pt {DIGITS} --data digits.npz --statistics --biases digits.pt",
+        "--statistics or --biases: one at a time",
+    ),
+    "statistics, not finite": (
+        f"calibrate digits.pt {DIGITS} --data nan.npz --statistics",
+        "1 batches were not finite",
+    ),
+    "biases, missing original": (f"calibrate digits.pt {DIGITS} --data digits.npz --biases nosuch.pt", "nosuch.pt"),
+    "biases, not finite": (f"calibrate digits.pt {DIGITS} --data nan.npz --biases digits.pt", "NaN or infinity"),
     "calibrate, no batch": (f"{CONVERT} {TO} --calibrate zoo.py:nothing", "held no batch"),
     "unknown option": (f"{CONVERT} {TO} --ouput x.pt", "--ouput"),
     "unknown command": ("covnert digits.pt", "covnert"),
@@ -797,6 +807,65 @@ def test_calibration_on_nothing_but_zeros_is_still_json(run: Command, folder: Pa
     outcome = run(f"{CONVERT} {TO} --calibrate zeros.npz --json")
     assert outcome.code == 0, outcome.err
     assert outcome.json["rewritten"] == 9
+
+
+def _right(path: Path, folder: Path, shift: Any) -> float:
+    labels = np.load(folder / "digits.npz")["labels"]
+    model = nr.load(path, arch=f"{folder / 'digits.py'}:digits_resnet").eval()
+    with torch.inference_mode():
+        return float((model(shift(images())).argmax(1).numpy() == labels).mean())
+
+
+@pytest.mark.parametrize("twin", [False, True])
+def test_statistics_measured_anew_through_a_file(run: Command, folder: Path, twin: bool) -> None:
+    """On inputs of another brightness: labels tell that it helps; the file says what was done, and what revert gives back."""
+    shift = lambda x: 0.25 * x  # noqa: E731
+    np.savez(folder / "shifted.npz", images=shift(images()).numpy())
+    source = "digits.pt"
+    if twin:
+        source = "twin.pt"
+        assert run(f"{CONVERT} --to l1 --calibrate digits.npz -o twin.pt").code == 0
+    command = f"calibrate {source} {DIGITS} --data shifted.npz --statistics --batch-size 100 -o anew.pt"
+    outcome = run(f"{command} --json")
+    assert (outcome.code, outcome.err) == (0, "")
+    report = outcome.json
+    assert len(report["sites"]) == 9 and report["inputs"] == 500 and report["sites"][0]["scale"][0] < 0.5
+    assert _right(folder / "anew.pt", folder, shift) > _right(folder / source, folder, shift) + 0.1
+    steps = torch.load(folder / "anew.pt", weights_only=True)["normrewrite"]["steps"]
+    assert "--statistics" in steps[-1]["command"]
+    audit = run(f"verify --manifest anew.pt --original digits.pt {DIGITS}")
+    assert audit.code == 0 and "nothing that the manifest covers has changed" in audit.out
+    if twin:
+        outcome = run(f"revert anew.pt {DIGITS} -o back.pt")
+        assert outcome.code == 0 and "0 of them to the bit" in outcome.out and "the nearest was taken" in outcome.out
+        assert run(f"verify anew.pt back.pt {DIGITS} --data shifted.npz").code == 0
+        assert run(f"verify digits.pt back.pt {DIGITS} --data shifted.npz").code == 1
+
+
+@pytest.mark.parametrize("twin", [False, True])
+def test_biases_corrected_through_a_file(run: Command, folder: Path, twin: bool) -> None:
+    """Weights in 3 bits: the outputs come nearer to the original's, and a twin says that it is no longer the original's."""
+    state = torch.load(folder / "digits.pt", weights_only=True)
+    coarse = {name: _coarse(value) if value.dim() > 1 else value for name, value in state.items()}
+    torch.save(coarse, folder / "coarse.pt")
+    source = "coarse.pt"
+    if twin:
+        source = "twin.pt"
+        assert run(f"convert coarse.pt {DIGITS} --to none -o twin.pt").code == 0
+    outcome = run(f"calibrate {source} {DIGITS} --data digits.npz --biases digits.pt -o better.pt --json")
+    assert (outcome.code, outcome.err) == (0, "")
+    before, after = outcome.json["outputs"]
+    assert after < 0.8 * before and max(each["after"] for each in outcome.json["corrected"]) < 1e-5
+    step = torch.load(folder / "better.pt", weights_only=True)["normrewrite"]["steps"][-1]
+    assert "--biases" in step["command"] and step["files"]["biases"]["file"] == "digits.pt"
+    assert run(f"verify --manifest better.pt --original coarse.pt {DIGITS}").code == 0
+    text = run(f"calibrate {source} {DIGITS} --data digits.npz --biases digits.pt -o again.pt").out
+    assert "10 biases corrected on 250 inputs" in text and "outputs, relative difference" in text
+
+
+def _coarse(weight: Tensor) -> Tensor:
+    step = weight.abs().max() / 3
+    return (weight / step).round() * step
 
 
 # --- folded -----------------------------------------------------------------------------------------------------------

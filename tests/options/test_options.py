@@ -36,12 +36,15 @@ from tests.conftest import ROOT
 PRINTED = {"as_json", "quiet", "help"}
 PYTHON: dict[str, Callable[..., Any]] = {
     **{name: getattr(nr, name) for name in ("convert", "convert_", "plan", "export", "finetune", "finetune_")},
-    **{name: getattr(nr, name) for name in ("calibrate", "calibrate_", "verify", "update_norms")},
+    **{
+        name: getattr(nr, name)
+        for name in ("calibrate", "calibrate_", "verify", "update_norms", "reestimate_", "correct_biases_")
+    },
     "advise": advise,
     "bench": bench,
     "build": build,
 }
-CALLED = sorted(PYTHON.keys() - {"convert", "convert_", "plan", "export"})
+CALLED = sorted(PYTHON.keys() - {"convert", "convert_", "plan", "export", "correct_biases_"})
 
 
 @pytest.fixture
@@ -129,6 +132,7 @@ def test_python_s_positions_are_as_ever() -> None:
     assert places["export"] == ["model", "example_inputs", "path"] and places["build"] == ["model", "output"]
     assert places["verify"] == ["a", "b", "inputs", "labels"] and places["bench"] == ["a", "b", "inputs"]
     assert places["calibrate"] == places["calibrate_"] == ["twin", "data"]
+    assert places["reestimate_"] == ["model", "data"] and places["correct_biases_"] == ["model", "original", "data"]
     assert places["finetune"] == places["finetune_"] == places["advise"] == places["update_norms"] == ["model", "data"]
 
 
