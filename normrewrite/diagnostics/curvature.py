@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +101,7 @@ def curvature(
 def _check_loss(loss: Tensor, model: nn.Module) -> None:
     if not loss.requires_grad or not torch.isfinite(loss):
         raise NormRewriteError(
-            f"the loss of {type(model).__name__} is {float(loss):g}, {'with' if loss.requires_grad else 'without'} a gradient, "
+            f"the loss of {type(model).__name__} is {loss.item():g}, {'with' if loss.requires_grad else 'without'} a gradient, "
             "so it has no curvature. Give one that is finite and follows from parameters that require a gradient."
         )
 
@@ -121,6 +122,7 @@ def _hessian(gradients: Sequence[Tensor], parameters: Sequence[Tensor]) -> Produ
     """What multiplies a vector of all parameters by the Hessian."""
     sizes = [each.numel() for each in parameters]
     varied = [i for i, gradient in enumerate(gradients) if gradient.requires_grad]
+    variables = [*parameters, *_leaves(gradients)]
 
     def product(vector: Tensor) -> Tensor:
         if not varied:
@@ -128,10 +130,23 @@ def _hessian(gradients: Sequence[Tensor], parameters: Sequence[Tensor]) -> Produ
         parts = vector.split(sizes)
         outputs = [gradients[i] for i in varied]
         cotangents = [parts[i].view(gradients[i].shape).to(gradients[i]) for i in varied]
-        slopes = torch.autograd.grad(outputs, parameters, cotangents, retain_graph=True, materialize_grads=True)
-        return torch.cat([slope.flatten().to(vector) for slope in slopes])
+        slopes = torch.autograd.grad(outputs, variables, cotangents, retain_graph=True, materialize_grads=True)
+        return torch.cat([slope.flatten().to(vector) for slope in slopes[: len(sizes)]])
 
     return product
+
+
+def _leaves(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """All that the gradients follow from. What can be differentiated once alone raises on the way to a leaf that torch makes up,
+    and counts as constant where that isn't asked for."""
+    ahead: list[Any] = [gradient.grad_fn for gradient in gradients]
+    nodes: dict[Any, None] = {}
+    while ahead:
+        node = ahead.pop()
+        if node is not None and node not in nodes:
+            nodes[node] = None
+            ahead += [before for before, _ in node.next_functions]
+    return [node.variable for node in nodes if hasattr(node, "variable")]
 
 
 def _lanczos(product: Product, start: Tensor, iterations: int, settled: float) -> tuple[float, float, int]:
