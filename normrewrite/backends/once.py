@@ -33,7 +33,7 @@ def once(what: str, remedy: str) -> Callable[[Backward], Backward]:
             if not torch.is_grad_enabled() or not variables:
                 return gradients
             message = f"{what} has first derivatives alone, and a second was asked for. {remedy}"
-            return tuple(None if value is None else _Refusal.apply(message, value, *variables) for value in gradients)
+            return tuple(None if value is None else _refused(message, value, *variables) for value in gradients)
 
         return apply
 
@@ -44,6 +44,10 @@ def refuse_transforms(what: str, remedy: str) -> None:
     """Raises under torch.func and in forward mode."""
     if transformed():
         raise NormRewriteError(f"{what} is neither for torch.func nor for forward-mode differentiation. {remedy}")
+
+
+def _refused(message: str, value: Tensor, *variables: Tensor) -> Tensor:
+    return _Refusal.apply(message, value, *variables)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Refusal(Function):

@@ -5,7 +5,7 @@
 
 An iteration is one product of Hessian and vector, by a second backward pass, as in power iteration. Of the same products
 Lanczos' recurrence gives the largest eigenvalue over all vectors so far: sooner, and λ itself where one below zero is larger in
-size. From a random vector five iterations do on trained networks.
+size. From a random vector that takes five iterations where one direction stands out, and a dozen where none does.
 """
 
 import math
@@ -24,7 +24,7 @@ from normrewrite.sites.modes import same_buffers
 
 Product = Callable[[Tensor], Tensor]
 INPUTS = 64  # that the loss is averaged over
-ITERATIONS = 8
+ITERATIONS = 16  # at most
 SETTLED = 5e-3  # a relative change that ends the iterations
 _SPANNED = 1e-6  # what is left of a product, of the largest so far, where the vectors hold all that there is
 _BACKWARD = 3  # a product takes as long as so many gradients

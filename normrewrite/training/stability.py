@@ -29,7 +29,8 @@ from normrewrite.training.losses import Objective
 from normrewrite.training.recipe import Recipe
 
 _BATCH = 64  # inputs at most
-_SECONDS = 15.0  # with all iterations, of which half are needed as a rule
+_ITERATIONS = 8
+_SECONDS = 15.0  # with all iterations
 _STILL_MOVING = 0.01
 
 
@@ -78,9 +79,7 @@ def at_start(
         return None, [f"the largest stable learning rate was not measured: {first_line(error)}"]
     if recipe.lr <= float(rate):
         return rate, []
-    return rate, [
-        f"--lr {recipe.lr:g} is above it: the loss is likely to rise, at first at least. Lower --lr, or give --warmup."
-    ]
+    return rate, [f"--lr {recipe.lr:g} is above it: the loss may rise instead of falling. Lower --lr, or give --warmup"]
 
 
 def measured(model: nn.Module, recipe: Recipe, teacher: nn.Module | None, data: Data) -> StableLearningRate:
@@ -96,6 +95,7 @@ def measured(model: nn.Module, recipe: Recipe, teacher: nn.Module | None, data: 
             model,
             lambda batch: objective(model, batch.to(device_of(model))).loss,
             drawn(data, min(recipe.batch_size, _BATCH)),
+            iterations=_ITERATIONS,
             seconds=_SECONDS,
         )
     return StableLearningRate(found, recipe.momentum, recipe.nesterov)
