@@ -26,8 +26,8 @@ Product = Callable[[Tensor], Tensor]
 INPUTS = 64  # that the loss is averaged over
 ITERATIONS = 16  # at most
 SETTLED = 5e-3  # a relative change that ends the iterations
+_FEW = 4  # iterations that tell something, where there is no time for more
 _SPANNED = 1e-6  # what is left of a product, of the largest so far, where the vectors hold all that there is
-_BACKWARD = 3  # a product takes as long as so many gradients
 
 
 @dataclass(frozen=True)
@@ -74,22 +74,19 @@ def curvature(
 
     It runs in the mode that each module is in; gradients and buffers, running statistics among them, are as before afterwards.
     Random numbers are drawn as they come, once, so that all products are of one function. iterations: at most.
-    Raises NormRewriteError where the loss can't be differentiated twice or is not finite, and where it would take longer than
-    `seconds`.
+    Raises NormRewriteError where the loss can't be differentiated twice or is not finite, and where `seconds` are over before
+    enough iterations are done to tell anything.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with (
-        same_buffers(model),
-        torch.enable_grad(),
-        sdpa_kernel(SDPBackend.MATH),
-    ):  # its attention is differentiable twice
-        started = time.perf_counter()
+    started = time.perf_counter()
+    # of torch's attentions the one that is differentiable twice
+    with same_buffers(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         mean = torch.stack([loss(batch) for batch in batches]).mean()
         _check_loss(mean, model)
         try:
             gradients = torch.autograd.grad(mean, parameters, create_graph=True, materialize_grads=True)
-            _check_time(_BACKWARD * iterations * (time.perf_counter() - started), seconds)
-            eigenvalue = _lanczos(_hessian(gradients, parameters), _random(parameters), iterations, settled)
+            product, start = _hessian(gradients, parameters), _random(parameters)
+            eigenvalue = _lanczos(product, start, iterations, settled, started + seconds)
         except RuntimeError as error:  # an operation without a second derivative, or too little memory
             raise NormRewriteError(
                 f"{type(model).__name__}: its second derivatives can't be had: {first_line(error)}. Find a learning rate by "
@@ -104,11 +101,6 @@ def _check_loss(loss: Tensor, model: nn.Module) -> None:
             f"the loss of {type(model).__name__} is {loss.item():g}, {'with' if loss.requires_grad else 'without'} a gradient, "
             "so it has no curvature. Give one that is finite and follows from parameters that require a gradient."
         )
-
-
-def _check_time(estimate: float, seconds: float) -> None:
-    if estimate > seconds:
-        raise NormRewriteError(f"it may take {estimate:.0f} s. nr.stable_lr takes its time, or fewer inputs.")
 
 
 def _random(parameters: Sequence[Tensor]) -> Tensor:
@@ -149,7 +141,9 @@ def _leaves(gradients: Sequence[Tensor]) -> list[Tensor]:
     return [node.variable for node in nodes if hasattr(node, "variable")]
 
 
-def _lanczos(product: Product, start: Tensor, iterations: int, settled: float) -> tuple[float, float, int]:
+def _lanczos(
+    product: Product, start: Tensor, iterations: int, settled: float, deadline: float
+) -> tuple[float, float, int]:
     """The largest eigenvalue of the tridiagonal matrix that an operator is in the basis of its products from `start` on; its last
     relative change; the size of the matrix."""
     vector, before, residue = start / start.norm(), torch.zeros_like(start), 0.0
@@ -164,8 +158,11 @@ def _lanczos(product: Product, start: Tensor, iterations: int, settled: float) -
         residue = float(image.norm())
         spanned = residue <= _SPANNED * max(map(abs, [*diagonal, *beside]))
         change = 0.0 if spanned or value == last else (value - last) / abs(value or last)
-        if len(diagonal) == iterations or change <= settled:
+        late = time.perf_counter() > deadline
+        if len(diagonal) == iterations or change <= settled or (late and len(diagonal) >= _FEW):
             return value, change, len(diagonal)
+        if late:
+            raise NormRewriteError("it takes too long. nr.stable_lr takes its time, or fewer inputs.")
         beside.append(residue)
         vector, before = image / residue, vector
 

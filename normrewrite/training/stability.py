@@ -12,16 +12,17 @@ as the roots of z² - (1 + m - h)z + m and z² - (1 + m)(1 - h)z + m(1 - h), wit
 """
 
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
 
-from normrewrite.data import Data
+from normrewrite.data import Batch, Data
 from normrewrite.diagnostics.curvature import Curvature, curvature, drawn
 from normrewrite.errors import NormRewriteError, first_line
-from normrewrite.execution import device_of
+from normrewrite.execution import device_of, runner
 from normrewrite.results import Result, Summary
 from normrewrite.sites.modes import same_flags, train
 from normrewrite.training import randomness
@@ -30,7 +31,8 @@ from normrewrite.training.recipe import Recipe
 
 _BATCH = 64  # inputs at most
 _ITERATIONS = 8
-_SECONDS = 15.0  # with all iterations
+_SECONDS = 10.0
+_LONG = 1.0  # seconds of eval for as many inputs, as a few tell: a first gradient alone would take too long, and much memory
 _STILL_MOVING = 0.01
 
 
@@ -90,12 +92,24 @@ def measured(model: nn.Module, recipe: Recipe, teacher: nn.Module | None, data: 
     objective = Objective(recipe, model, None if teacher is None else teacher.to(device_of(model)))
     with same_flags(model), randomness.kept():
         randomness.seed(recipe.seed)
+        batches = drawn(data, min(recipe.batch_size, _BATCH))
+        _check_size(model, batches)
         train(model, statistics=not recipe.freeze_statistics, dropout=recipe.drops)
         found = curvature(
             model,
             lambda batch: objective(model, batch.to(device_of(model))).loss,
-            drawn(data, min(recipe.batch_size, _BATCH)),
+            batches,
             iterations=_ITERATIONS,
             seconds=_SECONDS,
         )
     return StableLearningRate(found, recipe.momentum, recipe.nesterov)
+
+
+def _check_size(model: nn.Module, batches: Sequence[Batch]) -> None:
+    """Raises for networks that a few inputs tell to be large, before a first gradient of all takes its time and memory."""
+    run, few = runner(model), batches[0].rows(slice(4))
+    started = time.perf_counter()
+    run(few)
+    seconds = (time.perf_counter() - started) / len(few) * sum(map(len, batches))
+    if seconds > _LONG:
+        raise NormRewriteError("it takes too long. nr.stable_lr takes its time, or fewer inputs.")

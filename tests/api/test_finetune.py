@@ -326,7 +326,7 @@ def test_what_can_not_be_measured_is_told_and_no_error(
     )
     monkeypatch.setattr(stability, "_SECONDS", 0.0)
     (note,) = finetune(tiny, labelled, **sgd)[1].notes
-    assert "it may take" in note and "nr.stable_lr" in note
+    assert "it takes too long" in note and "nr.stable_lr" in note
     monkeypatch.setattr(stability, "drawn", lambda *_: 1 / 0)
     (note,) = finetune(tiny, labelled, **sgd)[1].notes
     assert note.endswith("not measured: ZeroDivisionError: division by zero")
