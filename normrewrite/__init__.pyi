@@ -21,6 +21,7 @@ from .api.plan import Plan as Plan
 from .api.reestimate import reestimate_ as reestimate_
 from .api.revert import revert as revert
 from .api.revert import revert_ as revert_
+from .api.stable_lr import stable_lr as stable_lr
 from .api.update_norms import update_norms as update_norms
 from .api.verify import verify as verify
 from .arithmetic import half_arithmetic as half_arithmetic

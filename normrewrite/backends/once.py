@@ -8,7 +8,7 @@
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -28,11 +28,12 @@ def once(what: str, remedy: str) -> Callable[[Backward], Backward]:
         def apply(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
             with torch.no_grad():
                 gradients = backward(ctx, *cotangents)
-            read = [value for value in (*cotangents, *ctx.saved_tensors) if isinstance(value, Tensor)]
-            if not torch.is_grad_enabled() or not any(value.requires_grad for value in read):
+            values = [value for value in (*cotangents, *ctx.saved_tensors) if isinstance(value, Tensor)]
+            variables = [value for value in values if value.requires_grad]
+            if not torch.is_grad_enabled() or not variables:
                 return gradients
             message = f"{what} has first derivatives alone, and a second was asked for. {remedy}"
-            return tuple(None if value is None else _refused(value, message) for value in gradients)
+            return tuple(None if value is None else _refused(message, value, *variables) for value in gradients)
 
         return apply
 
@@ -45,16 +46,18 @@ def refuse_transforms(what: str, remedy: str) -> None:
         raise NormRewriteError(f"{what} is neither for torch.func nor for forward-mode differentiation. {remedy}")
 
 
-def _refused(value: Tensor, message: str) -> Tensor:
-    return _Refusal.apply(value.detach().requires_grad_(), message)  # type: ignore[no-any-return, no-untyped-call]
+def _refused(message: str, value: Tensor, *variables: Tensor) -> Tensor:
+    return _Refusal.apply(message, value, *variables)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Refusal(Function):
+    """The value itself, and a way back to what it follows from: autograd.grad goes no other ways than those to its inputs."""
+
     @staticmethod
-    def forward(ctx: Any, value: Tensor, message: str) -> Tensor:
+    def forward(ctx: Any, message: str, value: Tensor, *variables: Tensor) -> Tensor:
         ctx.message = message
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[None, None]:
+    def backward(ctx: Any, g: Tensor) -> NoReturn:
         raise NormRewriteError(ctx.message)

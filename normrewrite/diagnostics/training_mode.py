@@ -18,7 +18,7 @@ from normrewrite import sites
 from normrewrite.data import Batch, argument_names
 from normrewrite.execution import call, device_of, flat
 from normrewrite.results import Printable, Summary, Verdict
-from normrewrite.sites.modes import evaluating
+from normrewrite.sites.modes import evaluating, same_buffers
 
 Mode = Callable[[nn.Module], AbstractContextManager[object]]
 
@@ -89,17 +89,11 @@ def _floats(outputs: object) -> list[Tensor]:
 @contextmanager
 def measuring(model: nn.Module) -> Iterator[None]:
     """The norms in training and all else in eval; flags and running statistics come back afterwards."""
-    with evaluating(model):
-        before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    with evaluating(model), same_buffers(model):
         for site in sites.find(model):
             for module in site.module.modules():
                 module.training = True
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for buffer, value in before:
-                    buffer.copy_(value)
+        yield
 
 
 def relative_difference(values: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -31,6 +32,15 @@ def freeze_statistics(model: nn.Module) -> None:
         site.module.training = False
 
 
+def train(model: nn.Module, *, statistics: bool, dropout: bool) -> None:
+    """Training mode; with batch norms, or dropout, as in eval where these are not to be at work."""
+    model.train()
+    if not statistics:
+        freeze_statistics(model)
+    if not dropout:
+        without_dropout(model)
+
+
 def without_dropout(model: nn.Module) -> None:
     """Let dropout in a model that trains run as in eval: torch's, and what timm and torchvision call so."""
     for module in model.modules():
@@ -48,6 +58,18 @@ def same_flags(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in flags:
             module.training = training
+
+
+@contextmanager
+def same_buffers(model: nn.Module) -> Iterator[None]:
+    """What the buffers held, running statistics among them, comes back afterwards."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from normrewrite.data import Batch, Data, check_finite
 from normrewrite.errors import NormRewriteError
-from normrewrite.sites.modes import evaluating, freeze_statistics, without_dropout
+from normrewrite.sites.modes import evaluating, train
 from normrewrite.training import optimise, randomness
 from normrewrite.training.augment import augmentation
 from normrewrite.training.checkpoints import Checkpoints
@@ -94,10 +94,7 @@ class Loop:
         """From where the progress is to the end, with a checkpoint every `save_every` steps, or every epoch, and at the end."""
         progress, every = self.progress, self.recipe.save_every or self.feed.steps
         self.network.train()
-        if self.recipe.freeze_statistics:
-            freeze_statistics(self.model)
-        if not self.recipe.drops:
-            without_dropout(self.model)
+        train(self.model, statistics=not self.recipe.freeze_statistics, dropout=self.recipe.drops)
         while progress.step < self.total and not progress.stopped:
             epoch, done = divmod(progress.step, self.feed.steps)
             for batches in self._steps(epoch, done):

@@ -32,8 +32,7 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
         )
     if recipe.optimizer == "adamw":
         return AdamW(groups, recipe.lr, weight_decay=recipe.weight_decay)
-    nesterov = recipe.momentum > 0 and recipe.weight_decay_as == "decay"  # the schedule is a theorem on plain momentum
-    return SGD(groups, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, nesterov=nesterov)
+    return SGD(groups, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, nesterov=recipe.nesterov)
 
 
 def _undecayed(recipe: Recipe, model: nn.Module) -> list[dict[str, Any]]:

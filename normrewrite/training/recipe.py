@@ -81,6 +81,11 @@ class Recipe(RecipeOptions):
         return self.labels if self.dropout is None else self.dropout
 
     @property
+    def nesterov(self) -> bool:
+        """Of sgd; the learning rate that stands for a weight decay is a theorem on plain momentum."""
+        return self.momentum > 0 and self.weight_decay_as == "decay"
+
+    @property
     def taught(self) -> bool:
         """Whether a teacher is needed for what the names of losses mean; a function of the user's may do with labels."""
         return not self.labels or self.distill > 0 or bool(self.features)

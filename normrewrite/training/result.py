@@ -12,6 +12,7 @@ from torch import Tensor
 from normrewrite.provenance.ranges import LearnedRanges
 from normrewrite.results import Result, Summary, Table
 from normrewrite.training.progress import Epoch
+from normrewrite.training.stability import StableLearningRate
 
 
 @dataclass
@@ -19,7 +20,8 @@ class Finetuned(Result):
     """What a fine-tuning came to. best: the epoch whose weights the model has, where there was validation; last: the
     weights at the end, where they are others. accumulator: what norms summed by, in fp16-pure. nonfinite_batches: how many gave
     norm statistics that were not finite; their steps count as skipped only where loss or gradient were not finite either.
-    ranges: what int8 learned beside the weights, and beside `last`."""
+    ranges: what int8 learned beside the weights, and beside `last`. stable_lr: the largest stable learning rate as it began, of
+    sgd on one process, where it could be measured."""
 
     precision: str
     labels: bool
@@ -36,10 +38,12 @@ class Finetuned(Result):
     nonfinite_batches: int = 0
     ranges: LearnedRanges | None = None
     last_ranges: LearnedRanges | None = None
+    stable_lr: StableLearningRate | None = None
 
     def as_dict(self) -> dict[str, Any]:
         without_last = replace(self, last=None, last_ranges=None)  # asdict copies, and these are a network's weights
-        return {name: value for name, value in asdict(without_last).items() if not name.startswith("last")}
+        values = {name: value for name, value in asdict(without_last).items() if not name.startswith("last")}
+        return values | {"stable_lr": None if self.stable_lr is None else self.stable_lr.as_dict()}
 
     @property
     def inputs_per_second(self) -> float:
@@ -55,7 +59,8 @@ class Finetuned(Result):
         validated = any(epoch.val_loss is not None for epoch in self.epochs)
         heads = ("epoch", "step", "loss", share, *(("validation loss", share) if validated else ()))
         lines = [_cells(epoch)[: len(heads)] for epoch in self.epochs]
-        return [total, Table(heads, lines), *self._remarks(), *self.notes]
+        limit = [] if self.stable_lr is None else self.stable_lr.summary()
+        return [total, Table(heads, lines), *self._remarks(), *limit, *self.notes]
 
     def _remarks(self) -> Iterator[str]:
         if self.accumulator is not None:

@@ -5,6 +5,7 @@
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from normrewrite.nn.parts import deepcopy
 from normrewrite.passes.reversion import untrained
 from normrewrite.provenance.ranges import LearnedRanges
 from normrewrite.sites.modes import same_flags
-from normrewrite.training import feed, machine, pure, randomness
+from normrewrite.training import feed, machine, pure, randomness, stability
 from normrewrite.training.checkpoints import Checkpoints
-from normrewrite.training.int8 import Int8, int8, notes
+from normrewrite.training.int8 import Int8, aside, int8, notes
 from normrewrite.training.loop import Loop, Step
 from normrewrite.training.progress import Progress
 from normrewrite.training.recipe import Recipe
@@ -51,6 +52,9 @@ def run(
         same_flags(model),
         _on_8_bits(model, plan) as quantised,
     ):
+        alone = accelerator.num_processes == 1
+        with aside(quantised):
+            rate, remarks = stability.at_start(model, plan, teacher, examples) if alone else (None, [])
         network = deepcopy(model) if machine.sharded(accelerator) else model  # sharding changes a module for good
         with pure.weights(network, plan, accelerator) as weights:
             loop = Loop(accelerator, plan, weights, teacher, examples, held_out, progress, quantised)
@@ -67,7 +71,8 @@ def run(
                 "data, lower --lr, give --warmup, or another --precision.",
                 exit_code=1,
             )
-        return model, _result(loop, course, examples, model)
+        result = _result(loop, course, examples, model)
+        return model, replace(result, stable_lr=rate, notes=[*remarks, *result.notes])
 
 
 def _on_8_bits(model: nn.Module, plan: Recipe) -> AbstractContextManager[Int8 | None]:

@@ -1,6 +1,7 @@
 """finetune: label-free repair, labels, what is left as it was, and runs that are broken off."""
 
 import copy
+import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -11,11 +12,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 import normrewrite as nr
 from normrewrite import NormRewriteError
 from normrewrite.api.finetune import finetune, finetune_
 from normrewrite.data import Batch, Data
+from normrewrite.training import stability
 from normrewrite.training.loop import Step
 from normrewrite.training.result import Finetuned
 from tests.conftest import ROOT
@@ -274,6 +278,69 @@ def test_many_in_a_row_are_an_error(tiny: nn.Module, labelled: Data) -> None:
     with pytest.raises(NormRewriteError, match=r"20 times in a row. Lower --lr") as error:
         finetune(tiny, labelled, labels=True, epochs=100)
     assert error.value.exit_code == 1
+
+
+# --- the largest stable learning rate ---------------------------------------------------------------------------------
+
+
+def test_sgd_is_told_its_largest_stable_learning_rate(tiny: nn.Module, labelled: Data) -> None:
+    sgd: dict[str, Any] = {"labels": True, "steps": 1, "optimizer": "sgd", "dropout": False, "batch_size": 32}
+    result = finetune(tiny, labelled, **sgd, lr=1e-3)[1]
+    without = nn.Sequential(*(layer for layer in tiny if not isinstance(layer, nn.Dropout)))
+    expected = nr.stable_lr(without, nn.functional.cross_entropy, labelled, nesterov=True, batch_size=32, iterations=8)
+    assert result.stable_lr == expected and result.stable_lr.curvature.inputs == 64 and result.notes == []
+    assert f"Nesterov momentum 0.9: {float(expected):.3g}" in str(result)
+    assert json.loads(json.dumps(result.as_dict()))["stable_lr"]["limit"] == float(expected)
+    above, plain = 1.01 * float(expected), finetune(tiny, labelled, **sgd, momentum=0.0)[1].stable_lr
+    assert plain is not None and float(plain) == pytest.approx(2 / plain.curvature.value) and not plain.nesterov
+    assert finetune(tiny, labelled, **sgd, lr=above)[1].notes == [
+        f"--lr {above:g} is above it: the loss may rise instead of falling. Lower --lr, or give --warmup"
+    ]
+    assert finetune(tiny, labelled, labels=True, steps=1)[1].stable_lr is None
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16-pure", "int8"])
+def test_the_measuring_changes_no_bit_of_the_training(
+    precision: str, tiny: nn.Module, labelled: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sgd: dict[str, Any] = SETTINGS | {"epochs": 1, "optimizer": "sgd", "precision": precision}
+    trained, result = finetune(tiny, labelled, **sgd)
+    wide = finetune(tiny, labelled, **sgd | {"precision": "fp32"})[1].stable_lr
+    assert result.stable_lr is not None and result.stable_lr == wide  # in the model's own precision
+    monkeypatch.setattr(stability, "at_start", lambda *_: (None, []))
+    unmeasured, other = finetune(tiny, labelled, **sgd)
+    assert _same(trained, unmeasured) and other.epochs == result.epochs and other.ranges == result.ranges
+
+
+def test_what_can_not_be_measured_is_told_and_no_error(
+    tiny: nn.Module, labelled: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Once(nn.Sequential):
+        def forward(self, input: Tensor) -> Tensor:
+            return Doubled.apply(super().forward(input))  # type: ignore[no-any-return, no-untyped-call]
+
+    sgd: dict[str, Any] = {"labels": True, "steps": 1, "optimizer": "sgd"}
+    (note,) = finetune(Once(*tiny), labelled, **sgd)[1].notes
+    assert note.startswith(
+        "the largest stable learning rate was not measured: Once: its second derivatives can't be had"
+    )
+    monkeypatch.setattr(stability, "_SECONDS", 0.0)
+    (note,) = finetune(tiny, labelled, **sgd)[1].notes
+    assert "it takes too long" in note and "nr.stable_lr" in note
+    monkeypatch.setattr(stability, "drawn", lambda *_: 1 / 0)
+    (note,) = finetune(tiny, labelled, **sgd)[1].notes
+    assert note.endswith("not measured: ZeroDivisionError: division by zero")
+
+
+class Doubled(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 2 * g
 
 
 # --- broken off and resumed -------------------------------------------------------------------------------------------
