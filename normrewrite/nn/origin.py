@@ -73,10 +73,17 @@ class Origin(nn.Module):
         converted: Tensor = getattr(self, f"{name}_converted")
         return live.detach() == converted.to(live.dtype)
 
+    @property
+    def forgotten(self) -> bool:
+        """Whether nothing but its name is left of what it was: `forget`."""
+        return "trained" not in self.tensors
+
     def unchanged(self, live: Mapping[str, Any]) -> bool:
         """Whether each live tensor that stands for a kept one still has the bits that a rewrite gave it."""
         converted = {name: value for name, value in live.items() if f"{name}_converted" in self.tensors}
-        return not self.trained and all(bool(self._same(name, value).all()) for name, value in converted.items())
+        return not (self.forgotten or self.trained) and all(
+            bool(self._same(name, value).all()) for name, value in converted.items()
+        )
 
     def module(self) -> Any:
         """The original, put together from what was kept of it; its children are the caller's to add."""
@@ -107,11 +114,11 @@ class Origin(nn.Module):
 
     def _save_to_state_dict(self, *arguments: Any) -> None:
         with self._as_buffers():
-            super()._save_to_state_dict(*arguments)  # type: ignore[no-untyped-call]
+            super()._save_to_state_dict(*arguments)
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         with self._as_buffers():
-            super()._load_from_state_dict(*arguments)  # type: ignore[no-untyped-call]
+            super()._load_from_state_dict(*arguments)
 
     def __getattr__(self, name: str) -> Any:
         tensors = vars(self).get("tensors", {})  # none yet while it is made or unpickled
@@ -124,5 +131,5 @@ class Origin(nn.Module):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.tensors, self._buffers = self._buffers, {}
