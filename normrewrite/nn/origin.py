@@ -17,8 +17,8 @@ class Origin(nn.Module):
 
     Each pair is (original, converted), of one shape; (None, converted) where the original has no such tensor. `restore` gives
     the original back wherever the live tensor still has the converted bits. `tensors` travel through state_dict, deepcopy,
-    `.to` and files under a buffer's name, and are no buffers: what trains a network has nothing to do with them, and Opacus
-    takes no trainable module with any. It is never called.
+    `.to` and files under a buffer's name, and are no buffers of the modules above: what trains a network has nothing to do
+    with them, and Opacus takes no trainable module with any. It is never called.
     """
 
     tensors: dict[str, Tensor | None]
@@ -119,6 +119,11 @@ class Origin(nn.Module):
     def _load_from_state_dict(self, *arguments: Any) -> None:
         with self._as_buffers():
             super()._load_from_state_dict(*arguments)
+
+    def named_buffers(self, *arguments: Any, **options: Any) -> Iterator[tuple[str, Tensor]]:
+        """torch's distributed checkpoints, and FSDP, ask each module for its own; above it nobody sees them."""
+        with self._as_buffers():
+            return iter(list(super().named_buffers(*arguments, **options)))
 
     def __getattr__(self, name: str) -> Any:
         tensors = vars(self).get("tensors", {})  # none yet while it is made or unpickled
