@@ -46,7 +46,7 @@ def untrained(twin: nn.Module, remedy: str) -> nn.Module:
 
 
 def forget_(twin: nn.Module) -> None:
-    """Nothing stays of what the modules were but their names; a weight norm needs no checksum then."""
+    """No tensor stays of what the modules were, only class and settings; a weight norm needs no checksum then."""
     for module in twin.modules():
         if isinstance(module, Origin):
             module.tensors.clear()

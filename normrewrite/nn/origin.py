@@ -75,7 +75,7 @@ class Origin(nn.Module):
 
     @property
     def forgotten(self) -> bool:
-        """Whether nothing but its name is left of what it was: `forget`."""
+        """Whether no tensor is left of what it was: `forget`."""
         return "trained" not in self.tensors
 
     def unchanged(self, live: Mapping[str, Any]) -> bool:
