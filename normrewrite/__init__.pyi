@@ -16,6 +16,8 @@ from .api.correct_biases import correct_biases_ as correct_biases_
 from .api.export import export as export
 from .api.finetune import finetune as finetune
 from .api.finetune import finetune_ as finetune_
+from .api.forget import forget as forget
+from .api.forget import forget_ as forget_
 from .api.initialise import initialise_ as initialise_
 from .api.plan import Plan as Plan
 from .api.reestimate import reestimate_ as reestimate_

@@ -58,7 +58,7 @@ class RestoreNative(Rewrite):
     def gives_back(self, module: nn.Module) -> bool:
         """Whether the module stands for another, or is a norm within a sample that torch has too."""
         own = isinstance(module, RowNorm) and restore_sample.why_not(module) is None
-        return sites.is_rewritten(module) or own
+        return sites.gives_back(module) or own
 
     def why_not(self, site: Site) -> Refusal | None:
         old = site.module

@@ -79,7 +79,7 @@ def _parameters(old: RowNorm, originals: dict[str, Tensor]) -> dict[str, nn.Para
         old._parameters if old.origin is None else old.origin.slots[0]
     )
     for name, parameter in old._parameters.items():
-        if parameter is not None and (old.origin is None or name in old.origin._buffers):
+        if parameter is not None and (old.origin is None or old.origin.forgotten or name in old.origin.tensors):
             parameter.data = originals[name]
             parameters[name] = parameter
     return parameters

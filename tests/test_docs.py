@@ -32,6 +32,7 @@ NOT_RUN = {
     "docs/kernels.md": ["train.py is yours"],
     "docs/machines.md": ["several processes; tests/test_launch.py runs such", "several machines"],
     "docs/migrate.md": ["shown as py", "shown as py"],  # Composer's and Opacus's own
+    "docs/private.md": ["installs"],
     "docs/paper.md": ["installs, and its budgets take minutes and hours"],
     "docs/trust.md": [
         "ten thousand inputs; tests/benchmarks/test_fuzz.py runs a hundred",
@@ -73,7 +74,7 @@ class Reader:
         self.told = ""
 
     def follow(self, block: Block) -> None:
-        if block.language == "python":
+        if block.language == "python" and not _lacks_opacus(block):
             block.run(self.namespace)
         elif block.language == "sh":
             self.told = "".join(self.command(words, code, block) for words, code in block.commands)
@@ -95,6 +96,10 @@ class Reader:
         said = self.captured.readouterr()
         assert code == expected, f"{where}\n{said.out}{said.err}"
         return said.out
+
+
+def _lacks_opacus(block: Block) -> bool:
+    return "import PrivacyEngine" in block.text and importlib.util.find_spec("opacus") is None
 
 
 RUNNING = [page for page in PAGES if any(block.language in ("python", "sh") for block in blocks(page))]

@@ -273,7 +273,7 @@ def _remember(norm: BatchNorm, scale: Tensor, weight: Tensor) -> None:
     norm.running_scale.copy_(scale)
     norm.weight.copy_(weight)
     origin = norm.origin
-    if origin is None or issubclass(origin.kind, BatchNorm):  # ours from the start: it stays as calibrated
+    if origin is None or origin.forgotten or issubclass(origin.kind, BatchNorm):  # the last: it was ours before
         return
     nearest = before | {"running_var": ((before["running_var"] + norm.eps) ** 2 - norm.eps).clamp_min(0)}
     originals, exact = origin.restore(before, nearest)

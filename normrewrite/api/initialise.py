@@ -17,7 +17,6 @@ from torch.nn.modules.conv import _ConvNd
 
 from normrewrite.backends.families import wide
 from normrewrite.errors import NormRewriteError, first_line
-from normrewrite.nn.origin import Origin
 from normrewrite.nn.weights import WeightNorm, gain_of, weight_norm_of
 from normrewrite.results import Result, Summary, Table
 
@@ -121,7 +120,7 @@ def _channel_axis(layer: nn.Module, output: Tensor) -> int:
 @contextmanager
 def _nothing_else_moves(model: nn.Module) -> Iterator[None]:
     """Random state and buffers come back, but for those of weight norms; statistics may live on any other module."""
-    others = [module for module in model.modules() if not isinstance(module, WeightNorm | Origin)]
+    others = [module for module in model.modules() if not isinstance(module, WeightNorm)]
     buffers = [
         (module, name, buffer, buffer.clone())
         for module in others

@@ -20,7 +20,8 @@ from normrewrite.sites import Walk
 def rewritten_again(model: nn.Module, record: Mapping[str, Any], where: str) -> tuple[nn.Module, Report]:
     """A copy of `model`, rewritten site by site as the record says, and each site measured against the norm that it was.
 
-    Calibration is of the other checkpoint's tensors, so it is not carried over. where: for messages, whose record it is.
+    Calibration is of the other checkpoint's tensors, so it is not carried over, and nothing is forgotten. where: for messages,
+    whose record it is.
     Raises NormRewriteError, by name, where a site is missing, is of another class or width, or is not in the record.
     """
     if not record["sites"]:
@@ -32,7 +33,7 @@ def rewritten_again(model: nn.Module, record: Mapping[str, Any], where: str) -> 
             f"{where}: its sites are not this model's: {'; '.join(wrong[:4])}{more}. Replay is for another checkpoint of the "
             "same architecture; others are rewritten with --to."
         )
-    fresh = [{**entry, "calibrated": False} for entry in record["sites"]]
+    fresh = [{**entry, "calibrated": False, "forgotten": False} for entry in record["sites"]]
     twin = manifest.replay(deepcopy(model), {**record, "sites": fresh}, where)
     report = measure(twin, model)
     manifest.remember(twin, report.as_dict())

@@ -84,6 +84,8 @@ def audit(source: Source, record_file: Path | None, original: Path | None) -> Au
         unchecked.append("the original's file: give it as --original")
     else:
         findings.append(_original(record, original))
+    if any(entry.get("forgotten") for entry in record["sites"]):
+        unchecked.append("the way back and the sites' figures: the original was forgotten")
     if not (isinstance(content.found, nn.Module) or source.arch or (source.trust and "arch" in record)):
         return Audit(source.path.name, findings, [*unchecked, "the sites: name the code they belong to with --arch"])
     twin, *originals = (file.model for file in source.read_all(source.path, *others))

@@ -27,6 +27,7 @@ from normrewrite.nn.weights import gain_of
 from normrewrite.options.convert import Convert, PlanOptions
 from normrewrite.options.fields import asked, flag_of, part
 from normrewrite.passes.folding import fold, plain_state
+from normrewrite.passes.reversion import forget_
 from normrewrite.provenance.report import Report
 from normrewrite.rules import parse_rule
 from normrewrite.targets import rewrite
@@ -158,6 +159,8 @@ def _write(
     progress: Progress,
 ) -> Converted:
     calibration, notes = ready
+    if job.options.forget:
+        forget_(twin)
     progress(f"writing {job.output.name}")
     form = job.save(file, twin, job.came(file), report, job.options.manifest)
     if file.form == "module" and form != "module":

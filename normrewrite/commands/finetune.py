@@ -91,5 +91,5 @@ def _written(
             outputs.append(f"{record['last']} (the weights at the end)")
         checkpoints.finish(folder_of(output), record)
     nearest = "revert gives the nearest of torch's norms now, no longer the original's bits"
-    way_back = [nearest] if any(map(sites.is_rewritten, model.modules())) else []
+    way_back = [nearest] if any(map(sites.gives_back, model.modules())) else []
     return Written(record, [*result.summary(), *way_back, *map(Wrote, outputs)])

@@ -185,7 +185,7 @@ def _remember(pair: _Pair) -> None:
     """The fitted tensors are what a rewrite gave: revert still finds the original behind them."""
     origin: Any = pair.site.module.origin
     for name in ("weight", "bias"):
-        if f"{name}_converted" in origin._buffers:
+        if f"{name}_converted" in origin.tensors:
             origin.converted(name, getattr(pair.norm, name), getattr(origin, name, None))
 
 

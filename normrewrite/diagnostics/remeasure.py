@@ -21,7 +21,7 @@ from normrewrite.sites import Site
 
 def had_back(twin: nn.Module) -> tuple[nn.Module | None, list[str]]:
     """What the twin was made from, out of itself, and the sites trained since; None where nothing of it is left."""
-    if not any(map(sites.is_rewritten, twin.modules())):
+    if not any(map(sites.gives_back, twin.modules())):
         return None, []
     model, _, trained = reverted(deepcopy(twin))
     return model, trained
@@ -43,7 +43,7 @@ def measure(twin: nn.Module, original: nn.Module | None = None) -> Report:
         since = "trained since the rewrite" if name in trained else ""
         old = first.get(name) or (None if since else nearest.get(name))
         if old is None:
-            note = since or "folded away for good"
+            note = since or ("the original was forgotten" if entry.get("forgotten") else "folded away for good")
             results.append(SiteResult(site.names, entry["was"], site.channels, entry["to"], None, None, None, note))
             continue
         layers = (None, None) if layer is None else (first.get(layer) or nearest.get(layer), now.get(layer))

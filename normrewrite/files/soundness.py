@@ -9,6 +9,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor, nn
 
+from normrewrite.nn.origin import Origin
 from normrewrite.outside import CODE, endless, is_name
 
 _TABLES = {"_parameters": Tensor, "_buffers": Tensor, "_modules": nn.Module}
@@ -43,12 +44,13 @@ def check(model: nn.Module) -> str | None:
 def fault(module: nn.Module) -> str | None:
     """What is wrong with one module, its parts aside; None where it is sound."""
     attributes = vars(module)
-    for table, kind in _TABLES.items():
+    tables = _TABLES | ({"tensors": Tensor} if isinstance(module, Origin) else {})
+    for table, kind in tables.items():
         if not _holds(attributes.get(table), kind):
             return f"has no {table} as modules have"
         if shadowed := attributes.keys() & attributes[table].keys():
             return f"has two things called {min(shadowed)}"
-    names = [*attributes, *(name for table in _TABLES for name in attributes[table])]
+    names = [*attributes, *(name for table in tables for name in attributes[table])]
     if unfit := [name for name in names if not is_name(name)]:
         return f"has a part called {unfit[0]!r}: {CODE}"
     if "" in names:

@@ -114,16 +114,16 @@ def _allowed(name: str, allow: Sequence[str]) -> Any:
 
 
 def _is_made_plainly(cls: type) -> bool:
-    """A layer, or a record of settings, that runs no code but torch's when it is made empty and given its attributes."""
-    of_torch = all(map(partial(_is_of_torch, cls), ("__new__", "__setstate__")))
-    return of_torch and (issubclass(cls, nn.Module) or _is_config(cls))
+    """A layer, or a record of settings, that runs no code but torch's and ours when it is made empty and given its attributes."""
+    known = all(map(partial(_is_known, cls), ("__new__", "__setstate__")))
+    return known and (issubclass(cls, nn.Module) or _is_config(cls))
 
 
-def _is_of_torch(cls: type, step: str) -> bool:
+def _is_known(cls: type, step: str) -> bool:
     """torch.compile, once it was used, puts a `__setstate__` of its own into nn.Module."""
     method = getattr(cls, step, None)
     module = getattr(method, "__module__", None) or "torch.nn."
-    return method is getattr(nn.Module, step, None) or module.startswith("torch.nn.")
+    return method is getattr(nn.Module, step, None) or module.startswith(("torch.nn.", "normrewrite.nn."))
 
 
 def _is_config(cls: type) -> bool:

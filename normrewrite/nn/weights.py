@@ -183,7 +183,7 @@ def remember(layer: nn.Module) -> Origin:
     """What `original` needs: the layer's class, attributes and copies of its parameters (None for a bias it has not)."""
     origin = Origin(layer, {})
     for name, parameter in layer._parameters.items():
-        origin.register_buffer(name, None if parameter is None else parameter.detach().clone())
+        origin.tensors[name] = None if parameter is None else parameter.detach().clone()
     return origin
 
 
@@ -199,7 +199,7 @@ def original(layer: nn.Module) -> nn.Module | None:
     learning = any(parameter.requires_grad for parameter in layer.parameters())
     parameters = {
         name: None if value is None else nn.Parameter(value.clone(), learning and name not in norm.origin.fixed)
-        for name, value in norm.origin._buffers.items()
+        for name, value in norm.origin.tensors.items()
         if name != "trained"
     }
     old: nn.Module = assemble(norm.origin.kind, norm.origin.attributes, parameters, {})

@@ -69,6 +69,7 @@ class Convert(PlanOptions, Pixels, BatchSize, Overwrite, Source):
     _pixels: ClassVar[Any] = Pixels
     _batch: ClassVar[Any] = BatchSize
     folded: bool = option("Write a plain state_dict of the network with its norms folded away.", default=False)
+    forget: bool = option("Keep nothing of the original: a smaller file, without a way back.", default=False)
     output: Path | None = option(
         "Output file.  [default: MODEL.TARGET.pt beside the input]", default=None, short="-o", silent=True
     )

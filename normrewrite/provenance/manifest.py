@@ -5,9 +5,9 @@
  "report": {...}, "original": {"file": ..., "bytes": ..., "sha256": ...}, "arch": "zoo.py:resnet20", "steps": [...],
  "tensors": {"bn1.weight": "<sha256>", ...}, "sha256": "<of all this>"}
 
-A norm that a layer took in has the `layer`. difference, error: normrewrite.diagnostics.exactness; original, arch, steps:
-normrewrite.provenance.history; tensors, sha256: normrewrite.provenance.digests; what an int8 training learned is in "int8":
-normrewrite.provenance.ranges.
+A norm that a layer took in has the `layer`; one whose original was forgotten is `forgotten`. difference, error:
+normrewrite.diagnostics.exactness; original, arch, steps: normrewrite.provenance.history; tensors, sha256:
+normrewrite.provenance.digests; what an int8 training learned is in "int8": normrewrite.provenance.ranges.
 Older files have no `versions`, and nothing that stands behind `report`.
 """
 
@@ -30,6 +30,7 @@ from normrewrite.norms import GAINS, Gain
 from normrewrite.outside import CODE, endless, is_name
 from normrewrite.passes import Rewrite
 from normrewrite.passes.lift_functional import lift_
+from normrewrite.passes.reversion import forget_
 from normrewrite.passes.swap_metric import SCOPES
 from normrewrite.provenance import digests, history, ranges
 from normrewrite.provenance.history import History
@@ -43,7 +44,7 @@ from normrewrite.targets import rewrite as make
 
 KEY = "normrewrite"
 FORMAT = 1
-TOLD = ("was", "to", "gain", "calibrated", "layer")  # what a twin tells of a site, beside figures
+TOLD = ("was", "to", "gain", "calibrated", "forgotten", "layer")  # what a twin tells of a site, beside figures
 
 
 def describe(model: nn.Module, report: Report | None = None, learned: LearnedRanges | None = None) -> dict[str, Any]:
@@ -81,6 +82,7 @@ def entry_of(module: nn.Module) -> dict[str, Any]:
             "difference": origin.difference,
             "error": origin.error,
             "calibrated": hasattr(origin, "weight"),
+            **({"forgotten": True} if origin.forgotten else {}),
         }
     was = module.folded if isinstance(module, StandIn | ChannelAffine) else ""
     return {"was": was, "to": "none", "gain": "exact"} if was else {}
@@ -157,6 +159,8 @@ def replay(model: nn.Module, record: dict[str, Any], where: str) -> nn.Module:
             raise NormRewriteError(f"{where}: {site.label} can't be rewritten as its manifest says: {refusal}")
         model, [rewritten] = rewrite.apply(model, [site])
         norm = rewritten.norm
+        for module in (norm, *getattr(norm, "layer", ())) if entry.get("forgotten") else ():
+            forget_(module)
         if entry.get("calibrated") and isinstance(norm, BatchNorm) and isinstance(norm.weight, Tensor):
             norm.origin.converted("weight", norm.weight, norm.weight)  # type: ignore[union-attr]  # room for what the file holds
     return model

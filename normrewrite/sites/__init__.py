@@ -91,7 +91,7 @@ def is_norm(module: nn.Module) -> bool:
     """A batch norm of torch's, of ours, or anything else that keeps running statistics (a pass may refuse it by name)."""
     if isinstance(module, _BatchNorm | BatchNorm):
         return True
-    if isinstance(module, Origin | ScriptModule):  # it keeps their tensors; compiled code is refused as a whole
+    if isinstance(module, ScriptModule):  # compiled code is refused as a whole
         return False
     statistics = module._buffers.get("running_mean"), module._buffers.get("running_var")
     return all(isinstance(tensor, Tensor) for tensor in statistics) and not isinstance(
@@ -109,8 +109,14 @@ def origin_of(module: nn.Module) -> Origin | None:
 
 
 def is_rewritten(module: nn.Module) -> bool:
-    """Whether the module stands for one that it can give back."""
+    """Whether the module stands for another."""
     return origin_of(module) is not None
+
+
+def gives_back(module: nn.Module) -> bool:
+    """Whether what the module stands for is still in it."""
+    origin = origin_of(module)
+    return origin is not None and not origin.forgotten
 
 
 def read(module: nn.Module) -> Norm | Refusal:

@@ -28,7 +28,6 @@ from normrewrite.arithmetic import half_arithmetic
 from normrewrite.backends import watch
 from normrewrite.errors import NormRewriteError
 from normrewrite.nn.batch import FrozenBatchNorm
-from normrewrite.nn.origin import Origin
 from normrewrite.nn.weights import WeightNorm
 from normrewrite.training.recipe import Recipe
 
@@ -156,10 +155,10 @@ class HalfWeights(Weights):
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Floating parameters and buffers, by every name: all but running statistics, kept originals and lengths, which stay wide."""
+    """Floating parameters and buffers, by every name: all but running statistics and lengths, which stay wide."""
     for prefix, module in model.named_modules(remove_duplicate=False):
         for name, tensor in (module._parameters | module._buffers).items():
-            fixed = name in module._buffers and (name.startswith("running_") or isinstance(module, Origin | WeightNorm))
+            fixed = name in module._buffers and (name.startswith("running_") or isinstance(module, WeightNorm))
             if tensor is not None and tensor.is_floating_point() and not fixed:
                 yield f"{prefix}.{name}" if prefix else name, tensor
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from normrewrite.backends.watch import Watch, tell, watching
-from normrewrite.nn.origin import Origin
 
 
 class Statistics:
@@ -37,7 +36,7 @@ class Statistics:
 
 def _keeps(module: nn.Module) -> bool:
     statistics = [module._buffers.get(name) for name in ("running_mean", "running_var")]
-    return all(isinstance(value, Tensor) for value in statistics) and not isinstance(module, Origin)
+    return all(isinstance(value, Tensor) for value in statistics)
 
 
 def _pair(norm: nn.Module) -> tuple[Tensor, Tensor]:
