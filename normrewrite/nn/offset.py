@@ -31,13 +31,17 @@ class OffsetNorm(StandIn):
         self.scale = nn.Parameter(scale)
         self.offset = nn.Parameter(offset)
 
+    @property
+    def num_channels(self) -> int:
+        return len(self.scale)
+
     def forward(self, input: Tensor) -> Tensor:
         require_rank(self, input)
         scale, offset = per_channel(self.scale, input.dim()), per_channel(self.offset, input.dim())
         return through_tail(self, self.norm(torch.addcmul(offset, input, scale)))
 
     def extra_repr(self) -> str:
-        return str(len(self.scale))
+        return str(self.num_channels)
 
 
 def size_of(given: object) -> Size:
