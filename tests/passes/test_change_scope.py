@@ -171,11 +171,20 @@ def test_dead_channels_do_not_scale_the_others() -> None:
     ],
 )
 def test_what_has_no_offset_says_so(to: str, norm: nn.Module, note: str) -> None:
-    choice = nr.plan(nn.Sequential(norm), to).choices[0]
+    choice = nr.plan(nn.Sequential(norm), to, offset=5).choices[0]
     assert choice.note.startswith("not exact: statistics of each sample")
     assert re.search(note, choice.note)
-    new = nr.convert(nn.Sequential(norm), to)[0]  # type: ignore[index]
+    new = nr.convert(nn.Sequential(norm), to, offset=5)[0]  # type: ignore[index]
     assert isinstance(new, OffsetNorm) != ("no offset" in note)
+
+
+def test_what_was_not_trained_yet_has_none_of_itself() -> None:
+    """There is no function to keep, and nothing of it should stand still."""
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.BatchNorm2d(16))
+    assert [type(module) for module in nr.convert(model, "group")] == [nn.Conv2d, nn.GroupNorm, nn.GroupNorm]  # type: ignore[attr-defined]
+    assert type(nr.convert(model, "group", offset=5)[1]) is OffsetNorm  # type: ignore[index]
+    randomise(model)
+    assert type(nr.convert(model, "group")[1]) is OffsetNorm  # type: ignore[index]
 
 
 def test_what_is_not_finite_stays_plain_and_can_be_read_back(tmp_path: Any) -> None:
