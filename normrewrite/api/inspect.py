@@ -110,7 +110,8 @@ def _is_site(module: nn.Module) -> bool:
 
 def _facts(site: Site) -> SiteFacts:
     module = _norm_in(site.module)
-    norm = sites.read(module) if sites.is_norm(module) or sites.is_sample_norm(module) else None
+    read = site.norm if module is site.module else sites.read(module)
+    norm = read if sites.is_norm(module) or sites.is_sample_norm(module) else None
     origin = sites.origin_of(site.module)
     scope = "" if norm is None else _scope(module, norm)
     became = "" if origin is None else origin.target
