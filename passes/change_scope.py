@@ -114,7 +114,7 @@ class ChangeScope(Rewrite):
             name: (getattr(old, name, None), value) for name, value in (norm._parameters | new._parameters).items()
         }
         new.origin = Origin(old, pairs).keep(old)
-        new.origin.offset = offset
+        new.origin.offset_size = offset
         return new  # type: ignore[no-any-return]
 
     def _norm(self, old: Any, eps: float) -> Any:

@@ -82,7 +82,7 @@ def entry_of(module: nn.Module) -> dict[str, Any]:
             "difference": origin.difference,
             "error": origin.error,
             "calibrated": hasattr(origin, "weight"),
-        } | ({} if origin.offset is None else {"offset": origin.offset})
+        } | ({} if origin.offset_size is None else {"offset": origin.offset_size})
     was = module.folded if isinstance(module, StandIn | ChannelAffine) else ""
     return {"was": was, "to": "none", "gain": "exact"} if was else {}
 

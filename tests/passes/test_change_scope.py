@@ -215,7 +215,7 @@ def test_sizes() -> None:
     twins = {size: nr.convert(norm, "layer", offset=size) for size in ("auto", "free", 30, "30", 5)}
     offsets = {size: twin.offset for size, twin in twins.items()}
     assert all(torch.equal(offsets["auto"], offsets[size]) for size in ("free", 30, "30"))
-    assert not torch.allclose(offsets["auto"], offsets[5]) and twins["30"].origin.offset == 30.0
+    assert not torch.allclose(offsets["auto"], offsets[5]) and twins["30"].origin.offset_size == 30.0
 
 
 @pytest.mark.parametrize("size", ["-1", "nan", "inf", "much", "", [5], 10**400])
