@@ -16,11 +16,11 @@ from normrewrite import rules as rules_
 from normrewrite import sites
 from normrewrite.api import trial
 from normrewrite.api.passage import passage
-from normrewrite.api.plan import Choice, Plan
+from normrewrite.api.plan import Choice, Plan, untouched
 from normrewrite.errors import NormRewriteError
 from normrewrite.execution import dtype_of, fitted_to
 from normrewrite.nn.parts import deepcopy, require_module
-from normrewrite.options.convert import Names, PlanOptions
+from normrewrite.options.convert import AUTO, Names, PlanOptions
 from normrewrite.options.fields import options, takes
 from normrewrite.passes import Rewrite
 from normrewrite.passes.lift_functional import candidates, lifted
@@ -61,6 +61,8 @@ def plan(options: PlanCall) -> Plan:
     example_inputs: forward's arguments. They tell which norms are never called, and what linear layers a norm can be folded
     into; and original and twin are compared on them as a whole. Where the network's code looks at its norms, those are left
     without.
+    offset: in front of group, layer and RMS norms, how large: `auto` (30, at most 5 once it is fitted, and none where nothing was
+    trained yet), `free`, a number, or 0 for none.
     rules: PATTERN -> target (None or `keep` leaves a site), first match wins, before `to`.
     include, exclude: globs or `re:` patterns of dotted names; each must match a site.
     Raises NormRewriteError for an unknown target or pattern, or a model wrapped for data-parallel training.
@@ -84,7 +86,8 @@ def planned(options: PlanCall) -> Plan:
     pairs = rules_.as_rules(options.rules)
     require_text(to)
     asked = dict.fromkeys([to, *(target for _, target in pairs if target != KEEP)])
-    passes = {target: rewrite(target, options.gain, scopes, example_inputs) for target in asked}
+    offset = 0.0 if options.offset == AUTO and untouched(model) else options.offset
+    passes = {target: rewrite(target, options.gain, scopes, example_inputs, offset) for target in asked}
     walk = Walk(model)
     norms, lifts, choices = _find(walk, list(passes.values()))
     include, exclude = (

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from normrewrite import sites
 from normrewrite.api.traps import Trap, traps_of
+from normrewrite.nn.stand_in import StandIn
 from normrewrite.results import Mood, Result, Summary, Table
-from normrewrite.sites import Site, Walk
+from normrewrite.sites import Norm, Site, Walk
 from normrewrite.sites.refusal import Refusal
 
 
@@ -91,7 +92,15 @@ def inspect(model: nn.Module) -> Inspection:
     """Look, and touch nothing."""
     count = sum(parameter.numel() for parameter in model.parameters())
     walk = Walk(model)
-    return Inspection(type(model).__name__, count, [_facts(site) for site in walk.find(_is_site)], traps_of(walk))
+    places = walk.find(_is_site)
+    parts = {id(_norm_in(site.module)) for site in places if _norm_in(site.module) is not site.module}
+    facts = [_facts(site) for site in places if id(site.module) not in parts]
+    return Inspection(type(model).__name__, count, facts, traps_of(walk))
+
+
+def _norm_in(module: nn.Module) -> Any:
+    """The norm itself, of what stands in a norm's place with more than that."""
+    return module._modules.get("norm", module) if isinstance(module, StandIn) else module
 
 
 def _is_site(module: nn.Module) -> bool:
@@ -100,10 +109,11 @@ def _is_site(module: nn.Module) -> bool:
 
 
 def _facts(site: Site) -> SiteFacts:
-    module: Any = site.module
-    norm = site.norm if sites.is_norm(module) or sites.is_sample_norm(module) else None
-    origin = sites.origin_of(module)
-    scope = "" if norm is None else _scope(site)
+    module = _norm_in(site.module)
+    read = site.norm if module is site.module else sites.read(module)
+    norm = read if sites.is_norm(module) or sites.is_sample_norm(module) else None
+    origin = sites.origin_of(site.module)
+    scope = "" if norm is None else _scope(module, norm)
     became = "" if origin is None else origin.target
     return SiteFacts(
         site.names,
@@ -119,11 +129,11 @@ def _facts(site: Site) -> SiteFacts:
     )
 
 
-def _scope(site: Site) -> str:
+def _scope(module: nn.Module, norm: Norm | Refusal) -> str:
     """Of a norm that can't be read, only whether it measures batches is known."""
-    if isinstance(site.norm, Refusal):
-        return "batch" if sites.is_norm(site.module) else ""
-    return site.norm.scope
+    if isinstance(norm, Refusal):
+        return "batch" if sites.is_norm(module) else ""
+    return norm.scope
 
 
 def _width(norm: Any) -> int | None:

@@ -24,6 +24,9 @@ class Origin(nn.Module):
     tensors: dict[str, Tensor | None]
     trained: Tensor
     fixed: tuple[str, ...] = ()  # parameters that did not train
+    offset_size: float | str | None = (
+        None  # of what is in front of a norm within a sample, as it was asked for; 0.1.0 had none
+    )
     error: float | None = None  # of the site in eval against float64, as `difference`; older files have none
 
     def __init__(self, old: nn.Module, pairs: Mapping[str, tuple[Tensor | None, Tensor]]) -> None:

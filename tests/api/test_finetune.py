@@ -92,7 +92,7 @@ def _record(result: Finetuned) -> dict[str, Any]:
 
 def test_a_layer_twin_is_repaired_without_labels(digits: nn.Module, examples: tuple[Tensor, Tensor]) -> None:
     images, labels = examples
-    twin = nr.convert(digits, to="layer")
+    twin = nr.convert(digits, to="layer", offset=0)
     nr.calibrate_(twin, images[:100])
     before = _accuracy(twin, images[250:], labels[250:])
     repaired, result = finetune(twin, images[:250], epochs=4)

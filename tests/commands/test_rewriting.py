@@ -1027,9 +1027,9 @@ def test_exact_targets_there_and_back(run: Command, to: str) -> None:
 
 
 def test_an_inexact_target_is_fitted_in_the_same_command(run: Command) -> None:
-    copied = run(f"{CONVERT} --to layer -o copied.pt")
+    copied = run(f"{CONVERT} --to layer --offset 0 -o copied.pt")
     assert copied.code == 0 and "9 sites can't be exact: --calibrate DATA" in copied.out
-    result = run(f"{CONVERT} --to layer --calibrate digits.npz -o twin.pt --json").json
+    result = run(f"{CONVERT} --to layer --offset 0 --calibrate digits.npz -o twin.pt --json").json
     fits = result["calibration"]["fits"]
     assert len(fits) == 9 and all(fit["explained"] > max(0.5, fit["copied"]) for fit in fits)
     found = {
@@ -1040,6 +1040,21 @@ def test_an_inexact_target_is_fitted_in_the_same_command(run: Command) -> None:
     assert right["twin.pt"] > 0.9 > right["copied.pt"]
     assert run(f"revert twin.pt {DIGITS} -o back.pt").code == 0
     assert run(f"verify digits.pt back.pt {DIGITS} --data digits.npz").code == 0
+
+
+@pytest.mark.parametrize(("to", "least"), [("layer", 0.97), ("rms", 0.97), ("group:4", 0.9)])
+def test_an_offset_keeps_what_the_network_knows_without_any_data(run: Command, to: str, least: float) -> None:
+    assert (
+        run(f"{CONVERT} --to {to} -o twin.pt").code == 0
+        and run(f"{CONVERT} --to {to} --offset 0 -o plain.pt").code == 0
+    )
+    right = {}
+    for name in ("twin.pt", "plain.pt"):
+        outcome = run(f"verify digits.pt {name} {DIGITS} --data digits.npz --json").json
+        right[name] = outcome["outputs"][0]["top1"][1]
+    assert right["twin.pt"] > least > 0.8 > right["plain.pt"]
+    wrong = run(f"{CONVERT} --to {to} --offset much")
+    assert wrong.code == 2 and "--offset 'much' is no size. Give a number from 0" in wrong.err
 
 
 def test_fresh_weight_norms_are_initialised_by_data(run: Command, folder: Path) -> None:
@@ -1088,6 +1103,18 @@ class RootMeanSquare(OfChannels):
         return super().forward(x / (x.square().mean((1, 2, 3), keepdim=True) + 1e-5).sqrt())
 
 
+def behind(norm: Any) -> nn.Module:
+    """A norm with what no layer in front could take in, under its own name."""
+
+    class Behind(type(norm)):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x * self.scale[:, None, None] + self.offset[:, None, None])  # type: ignore[no-any-return]
+
+    norm.__class__ = Behind
+    norm.scale, norm.offset = nn.Parameter(torch.empty(8)), nn.Parameter(torch.empty(8))
+    return norm  # type: ignore[no-any-return]
+
+
 Plain = Callable[[int], nn.Module]
 BESIDE: dict[str, Plain] = {  # what each norm that no layer took in is in the plain network
     **dict.fromkeys(("l1", "linf", "topk:3", "range", "renorm", "frozen", "none"), OfChannels),
@@ -1116,6 +1143,8 @@ def test_folded_file_of_every_target_is_a_plain_networks(run: Command, folder: P
     folded: Any = net()
     for place in ("1", "4", "6"):
         folded[int(place)] = BESIDE[to](8) if measuring or place == "6" else nn.Identity()
+    if measuring and to != "instance":
+        folded[6] = behind(folded[6])
     folded.load_state_dict(torch.load(folder / "folded.pt", weights_only=True))
     wanted = nr.convert(model, to)(x)
     torch.testing.assert_close(folded.eval()(x), wanted, rtol=0, atol=1e-4)

@@ -53,7 +53,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     images, labels = arrays["images"][:120], arrays["labels"][:120]
     arch = f"{folder / 'digits.py'}:digits_resnet"
     model = nr.load(folder / "digits.pt", arch=arch)
-    nr.save(nr.calibrate(nr.convert(model, to="layer"), torch.from_numpy(images))[0], folder / "twin.pt")
+    nr.save(nr.calibrate(nr.convert(model, to="layer", offset=0), torch.from_numpy(images))[0], folder / "twin.pt")
     np.savez(folder / "few.npz", images=images, labels=labels)
     np.savez(folder / "unlabelled.npz", images=images)
     np.savez(folder / "colour.npz", images=np.zeros((4, 3, 8, 8), np.float32))

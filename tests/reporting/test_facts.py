@@ -110,7 +110,7 @@ def test_another_original_is_refused(original: nn.Module) -> None:
     for other, said in (
         (ResNet(6), "norm has 4 channels, and 6 there"),
         (nn.Sequential(nn.BatchNorm2d(4)), "none of the sites, such as norm"),
-        (nr.convert(original, "layer"), "norm was BatchNorm2d, and is GroupNorm there"),
+        (nr.convert(original, "layer"), "norm was BatchNorm2d, and is OffsetNorm there"),
     ):
         with pytest.raises(nr.NormRewriteError, match=said):
             gather(twin, other)
