@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import normrewrite as nr
-from normrewrite.diagnostics import least_squares
+from normrewrite.diagnostics import least_squares, walk
 from normrewrite.diagnostics.least_squares import fittable
 from tests.conftest import randomise
 from tests.forms import NETWORKS, inputs, start
@@ -65,7 +65,7 @@ def test_each_channel_is_numpys_least_squares(to: str) -> None:
 def test_traced_or_not_the_result_is_the_same(to: str, network: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = start(to, network), inputs(network)
     twin, fits = calibrated(model, to, x)
-    monkeypatch.setattr(least_squares, "_traced", lambda *_: None)
+    monkeypatch.setattr(walk, "traced", lambda *_: None)
     other, others = calibrated(model, to, x)
     assert [fit.name for fit in fits] == [fit.name for fit in others] and len(fits) == len(fittable(twin))
     for fit, again in zip(fits, others, strict=True):
