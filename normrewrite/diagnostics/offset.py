@@ -22,7 +22,8 @@ from normrewrite.backends.families import wide
 _RIDGE = 1e-9  # a channel without variance gets weight 0; a large offset leaves little
 _SHRINKAGE = 0.1  # of what samples have in common, to what each channel has of its own
 _ITERATIONS = 60
-_FIRST = 3.0  # root mean square of the offset to start from, in standard deviations of x
+_FIRST = (3.0, 1.0)  # root mean squares of the offset to start from, in standard deviations of x; the small for few channels
+_SIZES = 1e-2  # weight of what |scale| is off 1 / standard deviation, against a share of variance
 
 
 @dataclass(frozen=True)
@@ -141,25 +142,32 @@ def fitted(tables: Tables, form: Form, bound: float) -> Affines:
     deviations of x."""
     standard, mean, deviation = tables.standardised(form.eps)
     signs, direction = _start(standard, form)
-    scale, offset = _descended(standard, form, signs, min(_FIRST, bound) * direction, bound)
+    ends = [_descended(standard, form, signs, min(first, bound) * direction, bound) for first in _FIRST]
+    left = torch.stack([form.grouped(_residual(standard, form, *end)).sum(-1) for end in ends])
+    # groups have nothing to do with each other: each keeps its own best end
+    scale, offset = (_chosen(left, form.grouped(torch.stack(values))) for values in zip(*ends, strict=True))
     scale = scale / deviation
     return regressed(tables, form, scale, offset - scale * mean)
+
+
+def _residual(tables: Tables, form: Form, scale: Tensor, offset: Tensor) -> Tensor:
+    """(C,): the variance of r that the best weight and bias behind the norm leave."""
+    _, variance, cross = _moments(tables, form, scale, offset)
+    return tables.spread(tables.r, tables.rr) - cross**2 / (variance + _RIDGE)
 
 
 def _descended(tables: Tables, form: Form, signs: Tensor, offset: Tensor, bound: float) -> tuple[Tensor, Tensor]:
     """scale and offset of the best finite iterate of L-BFGS, over the logarithm of |scale| and the offset."""
     size, offset = torch.zeros_like(signs).requires_grad_(), offset.clone().requires_grad_()
-    varying = tables.spread(tables.r, tables.rr)
+    varying = tables.spread(tables.r, tables.rr).sum().clamp_min(1e-30)
     best = [(math.inf, signs, offset.detach().clone())]
     optimiser = torch.optim.LBFGS([size, offset], max_iter=_ITERATIONS, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimiser.zero_grad()
         scale = signs * size.exp()
-        _, variance, cross = _moments(tables, form, scale, offset)
-        residual = (varying - cross**2 / (variance + _RIDGE)).sum() / varying.sum().clamp_min(1e-30)
         excess = (form.grouped(offset**2).mean(-1) / bound**2 - 1).clamp_min(0).sum()
-        loss: Tensor = residual + (size**2).mean() + excess
+        loss: Tensor = _residual(tables, form, scale, offset).sum() / varying + _SIZES * (size**2).mean() + excess
         loss.backward()  # type: ignore[no-untyped-call]
         if float(loss.detach()) < best[0][0]:
             best[0] = float(loss.detach()), scale.detach(), offset.detach().clone()
@@ -181,11 +189,15 @@ def _start(tables: Tables, form: Form) -> tuple[Tensor, Tensor]:
     if not form.centred:  # nothing but the offset's direction is lost
         smallest = torch.linalg.eigh(common)[1][..., 0]
         return torch.ones_like(smallest).flatten(), (smallest * smallest.shape[-1] ** 0.5).flatten()
-    signs = _flipped(_candidates(common), common)  # (S, G, k)
-    lost, direction = _orthogonal(signs, common)
-    lost = lost + (_product(signs, common) * signs).sum(-1) / signs.shape[-1]
-    best = lost.argmin(0)[None, :, None].expand(1, *common.shape[:2])
-    return tuple(values.gather(0, best).flatten() for values in (signs, direction))  # type: ignore[return-value]
+    tried = _flipped(_candidates(common), common)
+    signs = _chosen((_product(tried, common) * tried).sum(-1), tried)
+    return signs, _orthogonal(form.grouped(signs), common).flatten()
+
+
+def _chosen(loss: Tensor, values: Tensor) -> Tensor:
+    """(C,): of each group the values, (S, G, k), with the smallest finite loss, (S, G)."""
+    best = loss.nan_to_num(math.inf).argmin(0)
+    return values[best, torch.arange(len(best))].flatten()
 
 
 def _candidates(common: Tensor) -> Tensor:
@@ -199,7 +211,7 @@ def _candidates(common: Tensor) -> Tensor:
 
 
 def _flipped(signs: Tensor, common: Tensor) -> Tensor:
-    """Flip one sign a group, whichever helps most, until none makes s'Ks smaller. signs: (S, G, k), common K: (G, k, k)."""
+    """Flip one sign a group, whichever helps most, until none makes s'Ks smaller. signs: (S, G, k); common K: (G, k, k)."""
     diagonal = common.diagonal(dim1=1, dim2=2)
     products = _product(signs, common)
     while True:
@@ -215,11 +227,11 @@ def _product(signs: Tensor, common: Tensor) -> Tensor:
     return torch.einsum("sgk,gkl->sgl", signs, common)
 
 
-def _orthogonal(signs: Tensor, common: Tensor) -> tuple[Tensor, Tensor]:
-    """The offset's direction u for each of these signs, sum 0 and mean square 1 a group, and what u's pooled mean varies by."""
+def _orthogonal(signs: Tensor, common: Tensor) -> Tensor:
+    """(G, k): the offset's direction for these signs, with sum 0 and mean square 1 a group."""
     k = signs.shape[-1]
-    along = signs[..., :, None] * signs[..., None, :] / k
+    along = signs[:, :, None] * signs[:, None, :] / k
     across = torch.eye(k).to(signs) - along
     beyond = 2 * common.diagonal(dim1=1, dim2=2).sum(-1)[:, None, None]  # more than any eigenvalue: s itself comes last
-    values, vectors = torch.linalg.eigh(across @ common @ across + beyond * along)
-    return values[..., 0], signs * vectors[..., 0] * k**0.5
+    vectors = torch.linalg.eigh(across @ common @ across + beyond * along)[1]
+    return signs * vectors[..., 0] * k**0.5
