@@ -13,7 +13,9 @@ from torch import Tensor
 
 from normrewrite import norms
 from normrewrite.errors import NormRewriteError, nearest
+from normrewrite.nn.offset import Size, size_of
 from normrewrite.norms import Gain
+from normrewrite.options.convert import AUTO
 from normrewrite.outside import count
 from normrewrite.passes import (
     ChangeScope,
@@ -117,7 +119,7 @@ TARGETS: dict[str, Target] = {row.name: of_metric(row) for row in norms.METRICS.
         _plain("renorm", lambda _: Renormalise()),
         frozenset(),
     ),
-    "group": Target("group[:G]", "group norm, at most G groups (32)", _WU_HE, _group, _SAMPLE),
+    "group": Target("group[:G]", "group norm, at most G groups (1 to 4)", _WU_HE, _group, _SAMPLE),
     "layer": Target(
         "layer",
         "one group of all channels of a sample",
@@ -185,14 +187,20 @@ def require_text(spec: object) -> None:
 
 
 def rewrite(
-    spec: str, gain: Gain = "exact", scopes: Sequence[str] = ("batch",), example_inputs: Inputs = None
+    spec: str,
+    gain: Gain = "exact",
+    scopes: Sequence[str] = ("batch",),
+    example_inputs: Inputs = None,
+    offset: Size | None = AUTO,
 ) -> Rewrite:
     """The pass that makes a target. Raises NormRewriteError with the nearest name where there is none.
 
     gain, scopes: of metric targets; other targets say themselves what they normalise over. example_inputs: forward's
-    arguments, which tell targets that fold norms away the rank of linear layers' outputs.
+    arguments, which tell targets that fold norms away the rank of linear layers' outputs. offset: in front of norms of each
+    sample, `auto`, `free` or a number; None is what 0.1.0 did.
     """
     require_text(spec)
+    size = None if offset is None else size_of(offset)
     name, _, argument = spec.strip().lower().partition(":")
     if name not in TARGETS:
         raise NormRewriteError(
@@ -202,4 +210,5 @@ def rewrite(
         return TARGETS[name].make(spec, gain=gain, scopes=scopes)
     if tuple(scopes) != ("batch",):
         raise NormRewriteError(f"--scope is for metrics; {spec!r} says itself what it normalises over. Leave it out.")
-    return TARGETS[name].make(argument, example_inputs)
+    made = TARGETS[name].make(argument, example_inputs)
+    return made.with_offset(size) if isinstance(made, ChangeScope) else made

@@ -14,6 +14,7 @@ from normrewrite.nn.stand_in import StandIn
 from normrewrite.nn.weights import weight_norm_of
 from normrewrite.passes.bake import bake_
 from normrewrite.passes.fold_affine import FoldAffine, Outcome
+from normrewrite.passes.fold_offset import FoldOffset
 from normrewrite.sites import graph
 
 
@@ -28,16 +29,28 @@ def fold(
     copied = deepcopy(model).cpu().eval()
     if any(weight_norm_of(module) is not None for module in copied.modules()):
         bake_(copied)
+    copied, notes = _with_offsets_folded(copied, example_inputs)
     rewrite = FoldAffine(example_inputs, forwards=forwards)
     try:
         count = None if example_inputs is None else len(example_inputs)
         traced = graph.trace(copied, given=count)
     except graph.Untraceable as error:
         whole, _ = rewrite.apply(copied)
-        return whole, rewrite.outcome, [f"norms are not folded into their neighbours: {error}"]
+        return whole, rewrite.outcome, [*notes, f"norms are not folded into their neighbours: {error}"]
     if traced is not copied:
         sites.carry_over(copied, traced)  # hooks around the model's own forward are no part of the trace
-    return rewrite(traced).graph_module, rewrite.outcome, []
+    return rewrite(traced).graph_module, rewrite.outcome, notes
+
+
+def _with_offsets_folded(model: nn.Module, example_inputs: Sequence[Tensor] | None) -> tuple[nn.Module, list[str]]:
+    """In place, and how many there were of each kind."""
+    rewrite = FoldOffset(example_inputs)
+    model, folded = rewrite.apply(model)
+    staying = len(sites.find(model, rewrite.wants))
+    note = (
+        f"offsets in front of norms: {len(folded)} folded into the layer in front, {staying} stay as a Mul and an Add"
+    )
+    return model, [note] if folded or staying else []
 
 
 def plain_state(folded: nn.Module) -> dict[str, Tensor]:

@@ -142,7 +142,7 @@ def _norm(old: Any) -> tuple[nn.Module, bool]:
     """The norm behind an affine, a folded place or a norm of another scope, and whether that is what it was."""
     origin, norm = old.origin, old._modules.get("norm", old)
     apart = all(map(unchanged, getattr(old, "layer", ())))  # then the layer gets back its weight as it was
-    if apart and origin.unchanged(norm._parameters | norm._buffers):
+    if apart and origin.unchanged(norm._parameters | norm._buffers | old._parameters):
         return origin.module(), True
     if isinstance(norm, RowNorm | nn.GroupNorm):
         return _nearest_sample_norm(old), False

@@ -84,7 +84,7 @@ def planned(options: PlanCall) -> Plan:
     pairs = rules_.as_rules(options.rules)
     require_text(to)
     asked = dict.fromkeys([to, *(target for _, target in pairs if target != KEEP)])
-    passes = {target: rewrite(target, options.gain, scopes, example_inputs) for target in asked}
+    passes = {target: rewrite(target, options.gain, scopes, example_inputs, options.offset) for target in asked}
     walk = Walk(model)
     norms, lifts, choices = _find(walk, list(passes.values()))
     include, exclude = (

@@ -41,7 +41,9 @@ def convert(source: Source, options: Convert, progress: Progress) -> Converted |
     if options.replay is not None:
         return _again(source, options, progress)
     to = options.to or ""
-    rewrite(to, options.gain, as_scopes(options.scope))  # a wrong target is told before a large file is read
+    rewrite(
+        to, options.gain, as_scopes(options.scope), offset=options.offset
+    )  # a wrong target is told before a large file is read
     job = Job(source, options, f"{slug(to)}.folded" if options.folded else slug(to))
     if not options.dry_run:
         job.check(outputs={"--manifest": options.manifest})

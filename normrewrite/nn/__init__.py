@@ -3,6 +3,7 @@
 from normrewrite.nn.affine import ChannelAffine
 from normrewrite.nn.batch import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from normrewrite.nn.mean_only import MeanOnlyBatchNorm
+from normrewrite.nn.offset import OffsetNorm
 from normrewrite.nn.rectify import norm_relu
 from normrewrite.nn.renorm import BatchRenorm
 from normrewrite.nn.sample import (
@@ -33,6 +34,7 @@ __all__ = [
     "InstanceNorm3d",
     "LayerNorm",
     "MeanOnlyBatchNorm",
+    "OffsetNorm",
     "RMSNorm",
     "StandIn",
     "WeightNorm",

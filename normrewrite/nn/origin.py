@@ -21,6 +21,7 @@ class Origin(nn.Module):
 
     trained: Tensor
     fixed: tuple[str, ...] = ()  # parameters that did not train
+    offset: float | str | None = None  # in front of a norm within a sample, as it was asked for; 0.1.0 had none
     error: float | None = None  # of the site in eval against float64, as `difference`; older files have none
 
     def __init__(self, old: nn.Module, pairs: Mapping[str, tuple[Tensor | None, Tensor]]) -> None:

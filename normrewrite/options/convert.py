@@ -15,6 +15,7 @@ TARGETS = (
 )
 Gain = Literal["exact", "paper"]
 Names = str | Sequence[str]
+AUTO, FREE = "auto", "free"  # offsets that are no number
 
 
 @options
@@ -35,6 +36,12 @@ class PlanOptions(Scoped):
     include: Names = option("Only these sites: name, glob or re:REGEX; repeatable.", default=(), metavar="GLOB")
     exclude: Names = option("Not these sites; repeatable.", default=(), metavar="GLOB")
     gain: Gain = option("The constants of the metrics; paper: as published.", default="exact")
+    offset: str | float = option(
+        "Of group, layer and rms: the offset in front of the norm that keeps what the network did, a number, or free; 0: none. "
+        "auto: 30, and at most 5 once it is fitted.",
+        default=AUTO,
+        metavar="B",
+    )
 
 
 @options

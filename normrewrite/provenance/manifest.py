@@ -5,9 +5,9 @@
  "report": {...}, "original": {"file": ..., "bytes": ..., "sha256": ...}, "arch": "zoo.py:resnet20", "steps": [...],
  "tensors": {"bn1.weight": "<sha256>", ...}, "sha256": "<of all this>"}
 
-A norm that a layer took in has the `layer`. difference, error: normrewrite.diagnostics.exactness; original, arch, steps:
-normrewrite.provenance.history; tensors, sha256: normrewrite.provenance.digests; what an int8 training learned is in "int8":
-normrewrite.provenance.ranges.
+A norm that a layer took in has the `layer`; one of each sample has the `offset` that was asked for, or is what 0.1.0 made of
+it. difference, error: normrewrite.diagnostics.exactness; original, arch, steps: normrewrite.provenance.history; tensors, sha256:
+normrewrite.provenance.digests; what an int8 training learned is in "int8": normrewrite.provenance.ranges.
 Older files have no `versions`, and nothing that stands behind `report`.
 """
 
@@ -25,6 +25,7 @@ from normrewrite._version import __version__
 from normrewrite.errors import NormRewriteError, first_line
 from normrewrite.nn.affine import ChannelAffine
 from normrewrite.nn.batch import BatchNorm
+from normrewrite.nn.offset import Size
 from normrewrite.nn.stand_in import StandIn
 from normrewrite.norms import GAINS, Gain
 from normrewrite.outside import CODE, endless, is_name
@@ -43,7 +44,7 @@ from normrewrite.targets import rewrite as make
 
 KEY = "normrewrite"
 FORMAT = 1
-TOLD = ("was", "to", "gain", "calibrated", "layer")  # what a twin tells of a site, beside figures
+TOLD = ("was", "to", "gain", "calibrated", "layer", "offset")  # what a twin tells of a site, beside figures
 
 
 def describe(model: nn.Module, report: Report | None = None, learned: LearnedRanges | None = None) -> dict[str, Any]:
@@ -81,7 +82,7 @@ def entry_of(module: nn.Module) -> dict[str, Any]:
             "difference": origin.difference,
             "error": origin.error,
             "calibrated": hasattr(origin, "weight"),
-        }
+        } | ({} if origin.offset is None else {"offset": origin.offset})
     was = module.folded if isinstance(module, StandIn | ChannelAffine) else ""
     return {"was": was, "to": "none", "gain": "exact"} if was else {}
 
@@ -128,7 +129,7 @@ def _check_site(entry: object, where: str) -> None:
     if entry.get("gain") not in GAINS or not isinstance(entry.get("to"), str):
         raise NormRewriteError(f"{where}: site {entry['names'][0]!r} of its manifest has no valid target or gain.")
     try:
-        make(entry["to"], entry["gain"])
+        make(entry["to"], entry["gain"], offset=entry.get("offset"))
     except NormRewriteError as error:
         raise NormRewriteError(f"{where}: site {entry['names'][0]!r} of its manifest: {error}") from error
 
@@ -139,11 +140,10 @@ def replay(model: nn.Module, record: dict[str, Any], where: str) -> nn.Module:
     if any(entry["names"][0] not in walk.by_name for entry in record["sites"]):
         model = lift_(model)
         walk = Walk(model)
-    keys = dict.fromkeys((entry["to"], entry["gain"]) for entry in record["sites"])
-    known = {key: _pass_and_sites(walk, *key) for key in keys}
+    known = {key: _pass_and_sites(walk, *key) for key in dict.fromkeys(map(_asked, record["sites"]))}
     done: set[str] = set()
     for entry in record["sites"]:
-        rewrite, places = known[entry["to"], entry["gain"]]
+        rewrite, places = known[_asked(entry)]
         site = places.get(entry["names"][0])
         if site is None:
             raise NormRewriteError(
@@ -171,8 +171,12 @@ def remember(model: nn.Module, record: Mapping[str, Any]) -> None:
             origin.difference, origin.error = entry.get("difference"), entry.get("error")
 
 
-def _pass_and_sites(walk: Walk, to: str, gain: Gain) -> tuple[Rewrite, dict[str, Site]]:
-    rewrite = make(to, gain, SCOPES if measures(to) else ("batch",))
+def _asked(entry: Mapping[str, Any]) -> tuple[str, Gain, Size | None]:
+    return entry["to"], entry["gain"], entry.get("offset")
+
+
+def _pass_and_sites(walk: Walk, to: str, gain: Gain, offset: Size | None) -> tuple[Rewrite, dict[str, Site]]:
+    rewrite = make(to, gain, SCOPES if measures(to) else ("batch",), offset=offset)
     seen = rewrite.look(walk.model, walk.find(rewrite.wants))
     return rewrite, {name: site for site in seen for name in site.names}
 
