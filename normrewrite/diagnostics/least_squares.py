@@ -27,8 +27,10 @@ from normrewrite.diagnostics.offset import Form, Tables
 from normrewrite.diagnostics.walk import Inputs, walk
 from normrewrite.errors import NormRewriteError
 from normrewrite.execution import as_given, device_of, dtype_of, runner
+from normrewrite.nn.offset import OffsetNorm, largest, unfitted
 from normrewrite.nn.parts import deepcopy
 from normrewrite.nn.sample import RowNorm
+from normrewrite.options.convert import AUTO
 from normrewrite.passes.fold_affine import as_affine
 from normrewrite.passes.lift_functional import lift_
 from normrewrite.sites import Site
@@ -36,8 +38,9 @@ from normrewrite.sites.kinds import Kind, recognise
 from normrewrite.sites.modes import evaluating
 
 _RIDGE = 1e-6  # a channel without variance gets weight 0
+import os
+_WELL = float(os.environ.get("WELL",".95"))
 _TOGETHER = 32  # inputs run at once where tables are made: what is between two norms is held for no more
-_BOUND = 5.0  # of an offset; accuracy saturates there, and digits of half precision and 8 bits go on being lost
 
 
 @dataclass(frozen=True)
@@ -61,10 +64,9 @@ class _Pair:
     target: Callable[[Tensor], Tensor]
 
     @property
-    def front(self) -> Any:
-        """What holds scale and offset, where the norm has an affine in front of it."""
-        module = self.site.module
-        return module if {"scale", "offset"} <= module._parameters.keys() else None
+    def offset(self) -> bool:
+        """Whether there is an affine in front of the norm."""
+        return isinstance(self.site.module, OffsetNorm)
 
 
 @dataclass
@@ -136,13 +138,13 @@ def fit_(
             else "the data held no batch. Give at least one input."
         )
     runner(original)(batches[0])  # input that doesn't fit is told in plain words
-    if any(pair.front is not None for pair in pairs):
+    if any(pair.offset for pair in pairs):
         batches = [batch.rows(slice(at, at + _TOGETHER)) for batch in batches for at in range(0, len(batch), _TOGETHER)]
     with evaluating(twin), evaluating(original):
         done = {}
         for index, inputs in walk(original, twin, [(pair.original, pair.site.module) for pair in pairs], batches):
             pair = pairs[index]
-            done[pair.site.label] = _fit_behind(pair, inputs) if pair.front is None else _fit_around(pair, inputs)
+            done[pair.site.label] = (_fit_around if pair.offset else _fit_behind)(pair, inputs)
             progress(1, of=len(pairs))
     missing = [
         Fit(pair.site.label, 0.0, 0.0, 0, "not reached by the data") for pair in pairs if pair.site.label not in done
@@ -188,21 +190,20 @@ def _fit_behind(pair: _Pair, inputs: Inputs) -> Fit:
 
 def _fit_around(pair: _Pair, inputs: Inputs) -> Fit:
     """Fit the affine in front of a norm and the one behind it together."""
-    held = [pair.front.scale, pair.front.offset, pair.norm.weight, pair.norm.bias]
+    front: Any = pair.site.module
+    held = [front.scale, front.offset, pair.norm.weight, pair.norm.bias]
     tables, form = Tables.joined(Tables.of(new, pair.target(old)) for new, old in inputs), Form.of(pair.norm)
     present = [value.detach().double() for value in held]
-    copied = offset.explained(tables, form, *present)
-    choices = offset.regressed(tables, form, *present[:2]), offset.fitted(tables, form, _bound(pair.front))
-    best = max(choices, key=lambda affines: affines.explained)
+    copied, asked = offset.explained(tables, form, *present), pair.site.module.origin.offset or AUTO
+    best = offset.fitted(tables, form, largest(asked))
+    if asked == AUTO and best.explained < _WELL:
+        best = max(best, offset.fitted(tables, form, unfitted(AUTO)), key=lambda affines: affines.explained)
+    if not best.explained >= copied:  # the copy's offset may be larger than the bound, and its weight is as good or better
+        best = offset.regressed(tables, form, *present[:2])
     for value, found in zip(held, (best.scale, best.offset, best.weight, best.bias), strict=True):
         value.copy_(found)
     _remember(pair)
     return Fit(pair.site.label, copied, best.explained, len(best.weight))
-
-
-def _bound(front: Any) -> float:
-    bound: float = getattr(front, "bound", _BOUND)
-    return bound
 
 
 def _remember(pair: _Pair) -> None:
@@ -210,7 +211,7 @@ def _remember(pair: _Pair) -> None:
     origin: Any = pair.site.module.origin
     for name, value in {**pair.site.module._parameters, **pair.norm._parameters}.items():
         if f"{name}_converted" in origin._buffers:
-            origin.converted(name, value, getattr(origin, name, None))
+            origin.converted(name, value, origin._buffers.get(name))
 
 
 def shared_dims(norm: Any, rank: int) -> list[int]:
