@@ -23,11 +23,11 @@ from normrewrite import sites
 from normrewrite.backends.families import wide
 from normrewrite.data import Data
 from normrewrite.diagnostics import offset
-from normrewrite.diagnostics.offset import Form, Tables
+from normrewrite.diagnostics.offset import Affines, Form, Tables
 from normrewrite.diagnostics.walk import Inputs, walk
 from normrewrite.errors import NormRewriteError
 from normrewrite.execution import as_given, device_of, dtype_of, runner
-from normrewrite.nn.offset import OffsetNorm, largest, unfitted
+from normrewrite.nn.offset import OffsetNorm, Size, largest, unfitted
 from normrewrite.nn.parts import deepcopy
 from normrewrite.nn.sample import RowNorm
 from normrewrite.options.convert import AUTO
@@ -38,8 +38,7 @@ from normrewrite.sites.kinds import Kind, recognise
 from normrewrite.sites.modes import evaluating
 
 _RIDGE = 1e-6  # a channel without variance gets weight 0
-import os
-_WELL = float(os.environ.get("WELL",".95"))
+_WELL = 0.95  # a site of which less is explained may have the larger offset of those that aren't fitted
 _TOGETHER = 32  # inputs run at once where tables are made: what is between two norms is held for no more
 
 
@@ -194,16 +193,22 @@ def _fit_around(pair: _Pair, inputs: Inputs) -> Fit:
     held = [front.scale, front.offset, pair.norm.weight, pair.norm.bias]
     tables, form = Tables.joined(Tables.of(new, pair.target(old)) for new, old in inputs), Form.of(pair.norm)
     present = [value.detach().double() for value in held]
-    copied, asked = offset.explained(tables, form, *present), pair.site.module.origin.offset or AUTO
-    best = offset.fitted(tables, form, largest(asked))
-    if asked == AUTO and best.explained < _WELL:
-        best = max(best, offset.fitted(tables, form, unfitted(AUTO)), key=lambda affines: affines.explained)
-    if not best.explained >= copied:  # the copy's offset may be larger than the bound, and its weight is as good or better
+    copied = offset.explained(tables, form, *present)
+    best = _best(tables, form, front.origin.offset or AUTO)
+    if not best.explained >= copied:  # the copy's offset may be larger than a fit's
         best = offset.regressed(tables, form, *present[:2])
     for value, found in zip(held, (best.scale, best.offset, best.weight, best.bias), strict=True):
         value.copy_(found)
     _remember(pair)
     return Fit(pair.site.label, copied, best.explained, len(best.weight))
+
+
+def _best(tables: Tables, form: Form, asked: Size) -> Affines:
+    """Within the size that was asked for; where nobody asked and that explains little, the better of it and a larger one."""
+    best = offset.fitted(tables, form, largest(asked))
+    if asked != AUTO or best.explained >= _WELL:
+        return best
+    return max(best, offset.fitted(tables, form, unfitted(AUTO)), key=lambda affines: affines.explained)
 
 
 def _remember(pair: _Pair) -> None:

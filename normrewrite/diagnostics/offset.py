@@ -22,9 +22,8 @@ from normrewrite.backends.families import wide
 _RIDGE = 1e-9  # a channel without variance gets weight 0; a large offset leaves little
 _SHRINKAGE = 0.1  # of what samples have in common, to what each channel has of its own
 _ITERATIONS = 60
-_FIRST = (3.0, 1.0)  # root mean squares of the offset to start from, in standard deviations of x; the small for few channels
-import os
-_SIZES = float(os.environ.get("SIZES","1e-2"))  # weight of what |scale| is off 1 / standard deviation, against a share of variance
+_FIRST = (3.0, 1.0)  # root mean squares of the offset to start from; the small one is for groups of few channels
+_SIZES = 1e-2  # what |scale| may cost that is off 1 / standard deviation, against a share of variance
 
 
 @dataclass(frozen=True)
@@ -58,11 +57,11 @@ class Tables:
 
     def mean(self, values: Tensor) -> Tensor:
         """(N, C) -> (C,): over all positions of all samples."""
-        return (self.count * values).sum(0) / self.count.sum()
+        return torch.sum(self.count * values, 0) / self.count.sum()
 
     def spread(self, values: Tensor, inside: Tensor) -> Tensor:
         """(C,): the variance over all positions of what has these means and second moments about them in each sample."""
-        return self.mean((values - self.mean(values)) ** 2 + inside)
+        return self.mean((values - self.mean(values)).square() + inside)
 
     def standardised(self, eps: float) -> tuple["Tables", Tensor, Tensor]:
         """x with mean 0 and variance 1 by channel; the mean and standard deviation that it had."""
@@ -90,7 +89,8 @@ class Form:
 
     def grouped(self, values: Tensor) -> Tensor:
         """(*, C) as (*, G, k)."""
-        return values.unflatten(-1, (self.groups, -1))
+        grouped: Tensor = values.unflatten(-1, (self.groups, -1))
+        return grouped
 
 
 @dataclass(frozen=True)
@@ -169,13 +169,13 @@ def _descended(tables: Tables, form: Form, signs: Tensor, offset: Tensor, bound:
         scale = signs * size.exp()
         excess = (form.grouped(offset**2).mean(-1) / bound**2 - 1).clamp_min(0).sum()
         loss: Tensor = _residual(tables, form, scale, offset).sum() / varying + _SIZES * (size**2).mean() + excess
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         if float(loss.detach()) < best[0][0]:
             best[0] = float(loss.detach()), scale.detach(), offset.detach().clone()
         return loss
 
     with torch.enable_grad():
-        optimiser.step(closure)  # type: ignore[no-untyped-call]
+        optimiser.step(closure)
     return best[0][1:]
 
 
@@ -235,4 +235,5 @@ def _orthogonal(signs: Tensor, common: Tensor) -> Tensor:
     across = torch.eye(k).to(signs) - along
     beyond = 2 * common.diagonal(dim1=1, dim2=2).sum(-1)[:, None, None]  # more than any eigenvalue: s itself comes last
     vectors = torch.linalg.eigh(across @ common @ across + beyond * along)[1]
-    return signs * vectors[..., 0] * k**0.5
+    direction: Tensor = signs * vectors[..., 0] * k**0.5
+    return direction

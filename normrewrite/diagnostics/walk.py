@@ -8,7 +8,6 @@ that is held, and what is beyond a gigabyte is mapped to files. Else every place
 with the square of the depth.
 """
 
-import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -29,19 +28,23 @@ _HELD = 1 << 30  # bytes held in memory
 
 
 class _Again:
-    """An iterable that can be gone through again."""
+    """What a generator gives, from the start each time."""
 
-    def __init__(self, start: Callable[[], Iterator[tuple[Tensor, Tensor]]]) -> None:
-        self.start = start
+    def __init__(self, generate: Callable[..., Iterator[tuple[Tensor, Tensor]]], *arguments: Any) -> None:
+        self.generate = generate
+        self.arguments = arguments
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return self.start()
+        return self.generate(*self.arguments)
 
 
 def walk(
     original: nn.Module, twin: nn.Module, places: Sequence[Place], batches: Sequence[Batch]
 ) -> Iterator[tuple[int, Inputs]]:
-    """Each place's index at its first call, in order of execution, and what goes into it. Both networks in eval, without gradients."""
+    """Each place's index at its first call, in order of execution, and what goes into it.
+
+    Both networks are in eval, and no gradients are asked for.
+    """
     graph = traced(original, places, batches)
     if graph is None:
         return _from_the_start(original, twin, places, batches)
@@ -99,11 +102,17 @@ def _lockstep(
             for values, batch in zip(held, batches, strict=True):
                 _advance(segment, last, values, (original, twin), batch)
                 shelf.keep(values)
-            segment, given = [], node.all_input_nodes[0]
-            yield index, _Again(lambda given=given: ((values[given][1], values[given][0]) for values in held))
+            segment = []
+            yield index, _Again(_held_at, node.all_input_nodes[0], held)
         segment.append(node)
         if not waiting:
             return
+
+
+def _held_at(node: Node, held: list[Values]) -> Iterator[tuple[Tensor, Tensor]]:
+    for values in held:
+        old, new = values[node]
+        yield new, old
 
 
 def _advance(segment: list[Node], last: dict[Node, Node], values: Values, models: Place, batch: Batch) -> None:
@@ -141,7 +150,7 @@ class _Shelf:
 
     def keep(self, values: Values) -> None:
         for node in values:
-            values[node] = map_aggregate(values[node], self._kept)  # type: ignore[assignment,arg-type,call-overload]
+            values[node] = map_aggregate(values[node], self._kept)
 
     def _kept(self, value: Any) -> Any:
         if not isinstance(value, Tensor) or value.device.type != "cpu" or not value.numel():
@@ -152,12 +161,9 @@ class _Shelf:
 
 def _mapped(value: Tensor) -> Tensor:
     """The same numbers in a file without a name."""
-    descriptor, path = tempfile.mkstemp(prefix="normrewrite-")
-    os.close(descriptor)
-    try:
-        return torch.from_file(path, shared=True, size=value.numel(), dtype=value.dtype).view(value.shape).copy_(value)
-    finally:
-        os.unlink(path)
+    with tempfile.NamedTemporaryFile(prefix="normrewrite-") as file:
+        mapped = torch.from_file(file.name, shared=True, size=value.numel(), dtype=value.dtype)
+    return mapped.view(value.shape).copy_(value)
 
 
 # --- not traced: every site from the inputs ----------------------------------------------------------------------------
@@ -174,20 +180,20 @@ def _from_the_start(
     original: nn.Module, twin: nn.Module, places: Sequence[Place], batches: Sequence[Batch]
 ) -> Iterator[tuple[int, Inputs]]:
     for index in _in_order(original, places, batches[0]):
-        old, new = places[index]
-        yield (
-            index,
-            _Again(lambda old=old, new=new: ((_input_of(twin, new, b), _input_of(original, old, b)) for b in batches)),
-        )
+        yield index, _Again(_reached, (twin, original), places[index][::-1], batches)
+
+
+def _reached(models: Place, norms: Place, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
+    for batch in batches:
+        new, old = (_input_of(model, norm, batch) for model, norm in zip(models, norms, strict=True))
+        yield new, old
 
 
 def _in_order(original: nn.Module, places: Sequence[Place], batch: Batch) -> list[int]:
     """The places in order of their first call; those that are never called are left out."""
     indices = {id(norm): index for index, (norm, _) in enumerate(places)}
     called: dict[int, None] = {}
-    hooks = [
-        norm.register_forward_pre_hook(lambda module, _: called.update({id(module): None})) for norm, _ in places
-    ]
+    hooks = [norm.register_forward_pre_hook(lambda module, _: called.update({id(module): None})) for norm, _ in places]
     try:
         runner(original)(batch)
     finally:

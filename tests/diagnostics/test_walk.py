@@ -48,7 +48,9 @@ def test_what_goes_into_each_norm(in_lockstep: bool, monkeypatch: pytest.MonkeyP
             torch.testing.assert_close(given, hooked[id(norm)], rtol=1e-5, atol=1e-5)
 
 
-def test_what_memory_has_no_room_for_is_mapped_to_files_that_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_memory_has_no_room_for_is_mapped_to_files_that_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     original, twin = randomise(Chain()).eval(), randomise(Chain(), 1).eval()
     wanted, mapped = inputs_at_each(original, twin), []
     keep = walk._mapped
