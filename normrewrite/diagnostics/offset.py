@@ -23,7 +23,7 @@ _RIDGE = 1e-9  # a channel without variance gets weight 0; a large offset leaves
 _SHRINKAGE = 0.1  # of what samples have in common, to what each channel has of its own
 _ITERATIONS = 60
 _FIRST = (3.0, 1.0)  # root mean squares of the offset to start from; the small one is for groups of few channels
-_SIZES = 1e-2  # what |scale| may cost that is off 1 / standard deviation, against a share of variance
+_SIZES = 1e-3  # what |scale| may cost that is off 1 / standard deviation, against a share of variance
 
 
 @dataclass(frozen=True)
