@@ -7,35 +7,39 @@ and r the original's output at the same site on the same inputs; then, by channe
 
     weight = cov(o, r) / (var(o) + 1e-6)        bias = mean(r) - weight * mean(o)
 
-Where torch.fx traces the model both networks are run in lockstep, once, node by node; else every site starts from the
-inputs again, and the time grows with the square of the depth.
+A norm with an affine in front of it gets the four of them that normrewrite.diagnostics.offset finds, unless what it had, with
+weight and bias so fitted, explains more.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, Node
-from torch.fx.node import map_arg
 
 from normrewrite import sites
 from normrewrite.backends.families import wide
-from normrewrite.data import Batch, Data
+from normrewrite.data import Data
+from normrewrite.diagnostics import offset
+from normrewrite.diagnostics.offset import Affines, Form, Tables
+from normrewrite.diagnostics.walk import Inputs, walk
 from normrewrite.errors import NormRewriteError
 from normrewrite.execution import as_given, device_of, dtype_of, runner
+from normrewrite.nn.offset import OffsetNorm, Size, largest, unfitted
 from normrewrite.nn.parts import deepcopy
 from normrewrite.nn.sample import RowNorm
+from normrewrite.options.convert import AUTO
 from normrewrite.passes.fold_affine import as_affine
 from normrewrite.passes.lift_functional import lift_
 from normrewrite.sites import Site
-from normrewrite.sites.graph import CheckedTracer, left_out
 from normrewrite.sites.kinds import Kind, recognise
 from normrewrite.sites.modes import evaluating
 
 _RIDGE = 1e-6  # a channel without variance gets weight 0
+_WELL = 0.95  # a site of which less is explained may have the larger offset of those that aren't fitted
+_TOGETHER = 32  # inputs run at once where tables are made: what is between two norms is held for no more
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,11 @@ class _Pair:
     norm: Any
     original: nn.Module
     target: Callable[[Tensor], Tensor]
+
+    @property
+    def offset(self) -> bool:
+        """Whether there is an affine in front of the norm."""
+        return isinstance(self.site.module, OffsetNorm)
 
 
 @dataclass
@@ -128,16 +137,13 @@ def fit_(
             else "the data held no batch. Give at least one input."
         )
     runner(original)(batches[0])  # input that doesn't fit is told in plain words
+    if any(pair.offset for pair in pairs):
+        batches = [batch.rows(slice(at, at + _TOGETHER)) for batch in batches for at in range(0, len(batch), _TOGETHER)]
     with evaluating(twin), evaluating(original):
-        traced = _traced(original, pairs, batches)
-        fits = (
-            _lockstep(traced, original, twin, pairs, batches)
-            if traced
-            else _from_the_start(original, twin, pairs, batches)
-        )
         done = {}
-        for fit in fits:
-            done[fit.name] = fit
+        for index, inputs in walk(original, twin, [(pair.original, pair.site.module) for pair in pairs], batches):
+            pair = pairs[index]
+            done[pair.site.label] = (_fit_around if pair.offset else _fit_behind)(pair, inputs)
             progress(1, of=len(pairs))
     missing = [
         Fit(pair.site.label, 0.0, 0.0, 0, "not reached by the data") for pair in pairs if pair.site.label not in done
@@ -161,7 +167,7 @@ def _pair(site: Site, original: nn.Module) -> _Pair:
 # --- one site ---------------------------------------------------------------------------------------------------------
 
 
-def _fit(pair: _Pair, inputs: Iterator[tuple[Tensor, Tensor]]) -> Fit:
+def _fit_behind(pair: _Pair, inputs: Inputs) -> Fit:
     """Fit one norm from its own input and the original's at the same place, batch by batch."""
     norm = pair.norm
     learned = [norm.weight.detach().clone(), None if norm.bias is None else norm.bias.detach().clone()]
@@ -181,12 +187,36 @@ def _fit(pair: _Pair, inputs: Iterator[tuple[Tensor, Tensor]]) -> Fit:
     return Fit(pair.site.label, moments.explained(*copied), moments.explained(weight, bias), norm.weight.numel())
 
 
+def _fit_around(pair: _Pair, inputs: Inputs) -> Fit:
+    """Fit the affine in front of a norm and the one behind it together."""
+    front: Any = pair.site.module
+    held = [front.scale, front.offset, pair.norm.weight, pair.norm.bias]
+    tables, form = Tables.joined(Tables.of(new, pair.target(old)) for new, old in inputs), Form.of(pair.norm)
+    present = [value.detach().double() for value in held]
+    copied = offset.explained(tables, form, *present)
+    best = _best(tables, form, front.origin.offset_size or AUTO)
+    if not best.explained >= copied:  # the copy's offset may be larger than a fit's
+        best = offset.regressed(tables, form, *present[:2])
+    for value, found in zip(held, (best.scale, best.offset, best.weight, best.bias), strict=True):
+        value.copy_(found)
+    _remember(pair)
+    return Fit(pair.site.label, copied, best.explained, len(best.weight))
+
+
+def _best(tables: Tables, form: Form, asked: Size) -> Affines:
+    """Within the size that was asked for; where nobody asked and that explains little, the better of it and a larger one."""
+    best = offset.fitted(tables, form, largest(asked))
+    if asked != AUTO or best.explained >= _WELL:
+        return best
+    return max(best, offset.fitted(tables, form, unfitted(AUTO)), key=lambda affines: affines.explained)
+
+
 def _remember(pair: _Pair) -> None:
     """The fitted tensors are what a rewrite gave: revert still finds the original behind them."""
     origin: Any = pair.site.module.origin
-    for name in ("weight", "bias"):
+    for name, value in {**pair.site.module._parameters, **pair.norm._parameters}.items():
         if f"{name}_converted" in origin.tensors:
-            origin.converted(name, getattr(pair.norm, name), getattr(origin, name, None))
+            origin.converted(name, value, origin.tensors.get(name))
 
 
 def shared_dims(norm: Any, rank: int) -> list[int]:
@@ -195,130 +225,3 @@ def shared_dims(norm: Any, rank: int) -> list[int]:
     if shape is not None and not getattr(norm, "channels_first", False):
         return list(range(rank - len(shape)))
     return [0, *range(2, rank)]
-
-
-# --- traced: both networks in lockstep ---------------------------------------------------------------------------------
-
-
-class _SiteTracer(CheckedTracer):
-    """Sites are whole, and what holds one is opened, torch's own containers too."""
-
-    def __init__(self, norms: set[int]) -> None:
-        super().__init__()
-        self.norms = norms
-
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        if id(module) in self.norms:
-            return True
-        inside = any(id(child) in self.norms for child in module.modules())
-        return not inside and super().is_leaf_module(module, name)
-
-
-def _traced(original: nn.Module, pairs: list[_Pair], batches: Sequence[Batch]) -> Graph | None:
-    """The original's graph for what the batches give, if every site is called in it."""
-    norms = {id(pair.original) for pair in pairs}
-    try:
-        tracer = _SiteTracer(norms)
-        inputs = {name for batch in batches for name in batch.inputs}
-        tracer.fixed = {name: value for name, value in left_out(original, 0).items() if name not in inputs}
-        traced = tracer.trace(original)
-    except Exception:  # the model's own forward runs here, and may raise anything
-        return None
-    called = {id(original.get_submodule(str(node.target))) for node in traced.nodes if node.op == "call_module"}
-    return traced if norms <= called else None
-
-
-def _lockstep(
-    traced: Graph, original: nn.Module, twin: nn.Module, pairs: list[_Pair], batches: Sequence[Batch]
-) -> Iterator[Fit]:
-    """Go through the graph once, all batches at each node; a value is dropped behind its last reader."""
-    waiting = {id(pair.original): pair for pair in pairs}
-    values: dict[Node, list[tuple[Any, Any]]] = {}
-    last = {argument: node for node in traced.nodes for argument in node.all_input_nodes}
-    for node in traced.nodes:
-        module = original.get_submodule(str(node.target)) if node.op == "call_module" else None
-        pair = waiting.pop(id(module), None)
-        if pair is not None:
-            yield _fit(pair, ((new, old) for old, new in values[node.all_input_nodes[0]]))
-        values[node] = [
-            (_value(original, node, values, batch, b, 0), _value(twin, node, values, batch, b, 1))
-            for b, batch in enumerate(batches)
-        ]
-        for argument in node.all_input_nodes:
-            if last[argument] is node:
-                del values[argument]
-        if not waiting:
-            return
-
-
-def _value(
-    model: nn.Module, node: Node, values: dict[Node, list[tuple[Any, Any]]], batch: Batch, b: int, which: int
-) -> Any:
-    """What `node` gives for batch b in one of the two networks."""
-    if node.op == "placeholder":
-        default = node.args[0] if node.args else None
-        value = batch.inputs.get(str(node.target), default)
-        return value.clone() if isinstance(value, Tensor) else value
-    if node.op == "get_attr":
-        owner, _, name = str(node.target).rpartition(".")
-        return getattr(model.get_submodule(owner), name)
-    arguments, named = map_arg((node.args, node.kwargs), lambda n: values[n][b][which])
-    if node.op == "call_module":
-        return model.get_submodule(str(node.target))(*arguments, **named)
-    if node.op == "call_method":
-        receiver, *others = arguments
-        return getattr(receiver, str(node.target))(*others, **named)
-    return node.target(*arguments, **named) if callable(node.target) else arguments[0]
-
-
-# --- not traced: every site from the inputs ----------------------------------------------------------------------------
-
-
-class _Reached(BaseException):
-    """Carries a site's input out of a forward that need go no further; no error, so that nobody takes it for one."""
-
-    def __init__(self, value: Tensor) -> None:
-        self.value = value
-
-
-def _from_the_start(
-    original: nn.Module, twin: nn.Module, pairs: list[_Pair], batches: Sequence[Batch]
-) -> Iterator[Fit]:
-    for pair in _in_order(original, pairs, batches[0]):
-        inputs = (
-            (_input_of(twin, pair.site.module, batch), _input_of(original, pair.original, batch)) for batch in batches
-        )
-        yield _fit(pair, inputs)
-
-
-def _in_order(original: nn.Module, pairs: list[_Pair], batch: Batch) -> list[_Pair]:
-    """The sites in order of their first call; those that are never called are left out."""
-    order: dict[int, _Pair] = {}
-    hooks = [
-        pair.original.register_forward_pre_hook(
-            lambda module, _, pair=pair: order.setdefault(id(module), pair) and None
-        )
-        for pair in pairs
-    ]
-    try:
-        runner(original)(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return list(order.values())
-
-
-def _input_of(model: nn.Module, module: nn.Module, batch: Batch) -> Tensor:
-    def reached(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-        raise _Reached(arguments[0].clone())
-
-    hook = module.register_forward_pre_hook(reached)
-    try:
-        runner(model)(batch)
-    except _Reached as stop:
-        return stop.value
-    finally:
-        hook.remove()
-    raise NormRewriteError(
-        "a norm that one batch reaches is not reached by another: the model's path depends on its input."
-    )

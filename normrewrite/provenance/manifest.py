@@ -46,7 +46,15 @@ from normrewrite.targets import rewrite as make
 
 KEY = "normrewrite"
 FORMAT = 1
-TOLD = ("was", "to", "gain", "calibrated", "forgotten", "layer", "offset")  # what a twin tells of a site, beside figures
+TOLD = (
+    "was",
+    "to",
+    "gain",
+    "calibrated",
+    "forgotten",
+    "layer",
+    "offset",
+)  # what a twin tells of a site, beside figures
 
 
 def describe(model: nn.Module, report: Report | None = None, learned: LearnedRanges | None = None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import normrewrite as nr
-from normrewrite.diagnostics import least_squares
+from normrewrite.diagnostics import least_squares, walk
 from normrewrite.diagnostics.least_squares import fittable
 from tests.conftest import randomise
 from tests.forms import NETWORKS, inputs, start
@@ -22,8 +22,11 @@ def images(count: int = 40, channels: int = 3) -> Tensor:
     return torch.randn(count, channels, 6, 6, generator=torch.Generator().manual_seed(3)) + 0.5
 
 
-def calibrated(model: nn.Module, to: str, data: Any, **options: Any) -> tuple[Any, list[least_squares.Fit]]:
-    twin, calibration = nr.calibrate(nr.convert(model, to), data, **{"batch_size": 10, **options})
+def calibrated(
+    model: nn.Module, to: str, data: Any, offset: float | str = 0, **options: Any
+) -> tuple[Any, list[least_squares.Fit]]:
+    """Plain norms, without an offset in front, unless one is asked for: that is tests/diagnostics/test_offset.py's."""
+    twin, calibration = nr.calibrate(nr.convert(model, to, offset=offset), data, **{"batch_size": 10, **options})
     return twin, calibration.fits
 
 
@@ -65,7 +68,7 @@ def test_each_channel_is_numpys_least_squares(to: str) -> None:
 def test_traced_or_not_the_result_is_the_same(to: str, network: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = start(to, network), inputs(network)
     twin, fits = calibrated(model, to, x)
-    monkeypatch.setattr(least_squares, "_traced", lambda *_: None)
+    monkeypatch.setattr(walk, "traced", lambda *_: None)
     other, others = calibrated(model, to, x)
     assert [fit.name for fit in fits] == [fit.name for fit in others] and len(fits) == len(fittable(twin))
     for fit, again in zip(fits, others, strict=True):
@@ -133,7 +136,7 @@ def test_a_channel_without_variance_takes_the_mean() -> None:
 
 def test_after_training_the_original_has_to_be_given() -> None:
     model = start("layer", "chain")
-    twin = nr.convert(model, "layer")
+    twin = nr.convert(model, "layer", offset=0)
     with torch.no_grad():
         twin.get_submodule("bn1").weight.add_(1)  # type: ignore[operator]
     with pytest.raises(nr.NormRewriteError, match=r"bn1: was trained since .* Give that one as `original`"):
