@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from normrewrite.nn.batch import BatchNorm
 from normrewrite.nn.renorm import SCHEDULE, BatchRenorm
@@ -38,4 +39,6 @@ def is_fresh(norm: nn.Module) -> bool:
     mean, var = getattr(norm, "running_mean", None), getattr(norm, "running_var", None)
     if not isinstance(mean, Tensor) or not isinstance(var, Tensor):
         return False
-    return mean.is_meta or (not mean.any() and bool((var == 1).all()))  # without values yet: as fresh as can be
+    if mean.is_meta or is_lazy(mean):  # without values yet: as fresh as can be
+        return True
+    return not mean.any() and bool((var == 1).all())

@@ -38,7 +38,7 @@ class PlanOptions(Scoped):
     gain: Gain = option("The constants of the metrics; paper: as published.", default="exact")
     offset: str | float = option(
         "Of group, layer and rms: the offset in front of the norm that keeps what the network did, a number, or free; 0: none. "
-        "auto: 30, at most 5 once it is fitted, none in an untrained network.",
+        "auto: 30, 5 once it is fitted (30 where that explains under 95 %), none in an untrained network.",
         default=AUTO,
         metavar="B",
     )
