@@ -35,7 +35,7 @@ def pair(form: str, kind: str) -> tuple[Any, nn.Module]:
         for tensor in (norm.bias, norm.running_mean):
             tensor.uniform_(-1, 1)
     model = nr.convert(model, "l1") if form == "l2" else model
-    twin = nr.convert(model, form, example_inputs=[inputs(kind)])
+    twin = nr.convert(model, form, offset=0, example_inputs=[inputs(kind)])
     return twin.get_submodule("0"), twin
 
 

@@ -84,9 +84,10 @@ def test_exact_targets(network: RealNetwork, to: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("to", "least"), [("layer", 0.89), ("group:4", 0.865)])
 def test_a_norm_of_each_sample_is_fitted_without_labels(resnet20: RealNetwork, to: str, least: float) -> None:
+    """Behind the norm alone; tests/diagnostics/test_offset.py has what is in front of it."""
     model = resnet20.make()
     x, labels = real_images("test", 500)
-    copied = nr.convert(model, to)
+    copied = nr.convert(model, to, offset=0)
     twin, calibration = nr.calibrate(copied, real_images("train", 256)[0])
     assert all(fit.explained > max(0.7, fit.copied) for fit in calibration.fits)
     (output,) = nr.verify(copied, twin, x, labels).outputs
