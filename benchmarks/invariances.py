@@ -106,8 +106,8 @@ alone, float64, maps.
   limits closed (r 1, d 0), as its schedule begins, it is batch norm, and so are its invariances.
 - `bwn` and `wn`: the weights are the directions v. With `mean-bn` the mean of a batch is taken out as well, and training
   is invariant to a shifted data set.
-- `group`, `layer` and `rms` are the norms alone, as `--offset 0` gives them; behind an offset none of it holds, as the offset doesn't scale
-  with the input.
+- `group`, `layer` and `rms` are the norms alone, as `--offset 0` gives them; behind an offset none of it holds, as the
+  offset doesn't scale with the input.
 - `frozen` and `none` are affines of what comes in.
 
 Written by `python -m benchmarks.invariances`.
