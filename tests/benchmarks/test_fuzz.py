@@ -12,7 +12,7 @@ import pytest
 from benchmarks.fuzz import judge, kinds
 from normrewrite import cli
 
-INPUTS = 60
+INPUTS = 40
 
 
 @pytest.mark.slow

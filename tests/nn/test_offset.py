@@ -127,8 +127,15 @@ def test_a_manifest_with_a_bad_offset_is_refused(to: str, bad: Any) -> None:
 # --- deployment --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
-@pytest.mark.parametrize(("to", "deploy"), [("group:2", "fold"), ("rms", "fold"), ("rms", "op")])
+@pytest.mark.parametrize(
+    ("to", "deploy", "precision"),
+    [
+        *(("group:2", "fold", precision) for precision in ("fp32", "fp16", "int8")),
+        ("rms", "fold", "fp32"),
+        ("rms", "op", "fp16"),
+        ("rms", "op", "int8"),
+    ],
+)
 def test_onnx(to: str, deploy: Any, precision: Any, tmp_path: Path) -> None:
     import onnx
 
