@@ -160,8 +160,10 @@ def _pair(site: Site, original: nn.Module) -> _Pair:
             "twin gives it back itself."
         )
     kind = None if not sites.is_norm(old) else recognise(old)
-    target: Callable[[Tensor], Tensor] = as_affine(old) if isinstance(kind, Kind) and kind.tail else old
-    return _Pair(site, _norm(site.module), old, target)
+    norm = _norm(site.module)
+    bare = old if norm is site.module else old.forward  # hooks are on what holds the norm, and not on the norm in it
+    target: Callable[[Tensor], Tensor] = as_affine(old) if isinstance(kind, Kind) and kind.tail else bare
+    return _Pair(site, norm, old, target)
 
 
 # --- one site ---------------------------------------------------------------------------------------------------------

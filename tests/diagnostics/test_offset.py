@@ -136,6 +136,16 @@ def test_no_site_ends_further_off_than_its_copy(to: str, offset: float | str) ->
     assert all(fit.explained >= fit.copied - 1e-9 for fit in fits)
 
 
+def test_a_hook_on_the_norm_is_fitted_around() -> None:
+    """Original and twin both call it on what the norm gives."""
+    model, x = randomise(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))).eval(), drawn(40, 3, 7, 7).float()
+    bare, _ = nr.calibrate(nr.convert(model, "rms"), x)
+    model[1].register_forward_hook(lambda _module, _arguments, output: 2 * output)
+    hooked, _ = nr.calibrate(nr.convert(model, "rms"), x)
+    with torch.no_grad():
+        torch.testing.assert_close(hooked(x), 2 * bare(x))
+
+
 def test_what_is_fitted_is_what_runs() -> None:
     """The share that tables explain is that of the twin's own output."""
     model = randomise(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))).eval()
