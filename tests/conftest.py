@@ -136,6 +136,18 @@ def tones(count: int) -> Tensor:
     return (waves - waves.mean(1, keepdim=True)) / waves.std(1, keepdim=True)
 
 
+def digits_network() -> nn.Module:
+    """The trained network of the examples, in eval."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    try:
+        from digits import digits_resnet  # type: ignore[import-not-found]
+    finally:
+        sys.path.remove(str(ROOT / "examples"))
+    model: nn.Module = digits_resnet()
+    model.load_state_dict(torch.load(ROOT / "examples" / "digits.pt", weights_only=True))
+    return model.eval()
+
+
 @pytest.fixture(params=NETWORKS, ids=lambda network: network.name)
 def network(request: pytest.FixtureRequest) -> RealNetwork:
     found: RealNetwork = request.param

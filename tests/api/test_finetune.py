@@ -3,7 +3,6 @@
 import copy
 import json
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from normrewrite.data import Batch, Data
 from normrewrite.training import stability
 from normrewrite.training.loop import Step
 from normrewrite.training.result import Finetuned
-from tests.conftest import ROOT
+from tests.conftest import ROOT, digits_network
 
 SETTINGS: dict[str, Any] = {
     "labels": True,
@@ -45,14 +44,7 @@ class Stopped(Exception):
 
 @pytest.fixture(scope="module")
 def digits() -> nn.Module:
-    sys.path.insert(0, str(ROOT / "examples"))
-    try:
-        from digits import digits_resnet  # type: ignore[import-not-found]
-    finally:
-        sys.path.remove(str(ROOT / "examples"))
-    model: nn.Module = digits_resnet()
-    model.load_state_dict(torch.load(ROOT / "examples" / "digits.pt", weights_only=True))
-    return model.eval()
+    return digits_network()
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-import sys
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from torch.nn import functional as F
 
 import normrewrite as nr
 from normrewrite.data import Batch, Data
-from tests.conftest import ROOT
+from tests.conftest import ROOT, digits_network
 
 LABELS = torch.arange(48) % 3
 IMAGES = torch.randn(48, 2, 6, 6, generator=torch.Generator().manual_seed(1)) + LABELS[:, None, None, None]
@@ -63,14 +62,7 @@ def test_beyond_the_limit_torchs_sgd_swings_up_and_below_it_sinks(momentum: dict
 
 @pytest.fixture(scope="module")
 def digits() -> nn.Module:
-    sys.path.insert(0, str(ROOT / "examples"))
-    try:
-        from digits import digits_resnet  # type: ignore[import-not-found]
-    finally:
-        sys.path.remove(str(ROOT / "examples"))
-    model: nn.Module = digits_resnet()
-    model.load_state_dict(torch.load(ROOT / "examples" / "digits.pt", weights_only=True))
-    return model.eval()
+    return digits_network()
 
 
 @pytest.mark.parametrize("to", ["layer", "group:4"])

@@ -1,6 +1,5 @@
 """What an int8 training computed is what the exported file computes, in onnxruntime; and which tensor has which range."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from normrewrite.deploy.onnx_ranges import tensors
 from normrewrite.sites.modes import freeze_statistics
 from normrewrite.training.products import by_channel, nearest, scale_of
 from tests.api.test_export import images, residual
-from tests.conftest import ROOT
+from tests.conftest import ROOT, digits_network
 from tests.forms import Chain, PreActivation
 
 SAME = (
@@ -27,14 +26,7 @@ SAME = (
 
 def digits() -> tuple[nn.Module, Tensor]:
     """A trained network and its images."""
-    sys.path.insert(0, str(ROOT / "examples"))
-    try:
-        from digits import digits_resnet  # type: ignore[import-not-found]
-    finally:
-        sys.path.remove(str(ROOT / "examples"))
-    model: nn.Module = digits_resnet()
-    model.load_state_dict(torch.load(ROOT / "examples" / "digits.pt", weights_only=True))
-    return model.eval(), torch.from_numpy(np.load(ROOT / "examples" / "digits.npz")["images"])
+    return digits_network(), torch.from_numpy(np.load(ROOT / "examples" / "digits.npz")["images"])
 
 
 @torch.no_grad()
